@@ -1,0 +1,84 @@
+"""Batches in an order that is known in advance: shuffled by seed and epoch, shared among processes, resumable."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch.distributed
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import Sampler
+
+Batches = Sequence[Sequence[int]]
+
+
+class BatchSchedule(Sampler[Sequence[int]]):
+    """Yields the index lists of one epoch's batches; to be used as ``DataLoader(data, sampler=it, batch_size=None)``.
+
+    Process r of w takes the batches r, r + w, r + 2w, … of the plan, so the same plan with w processes and batches
+    of B is the plan of one process with batches of w B.
+
+    Args:
+        plan: Gives all batches of an epoch, the same whenever it is asked, and the same number for every epoch.
+        drop_uneven: Leave out the last few batches that not every process would get. Training needs this, since
+            processes step together; evaluation must not, since each sample counts once.
+    """
+
+    def __init__(self, plan: Callable[[int], Batches], drop_uneven: bool = False) -> None:
+        self.plan = plan
+        self.drop_uneven = drop_uneven
+        self.epoch = 0
+        self.start = 0  # batches of this epoch that were done before a resume
+
+    @property
+    def _share(self) -> tuple[int, int]:
+        """Rank and number of processes; asked late, since the process group starts after the data module is made."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning at the start of each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        rank, world = self._share
+        total = len(self.plan(self.epoch))
+        return total // world if self.drop_uneven else len(range(rank, total, world))
+
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        rank, world = self._share
+        batches = self.plan(self.epoch)
+        if self.drop_uneven:
+            batches = batches[: len(batches) // world * world]
+        start, self.start = self.start, 0
+        yield from batches[rank::world][start:]
+
+
+class ResumableDataModule(LightningDataModule):
+    """Remembers in the checkpoint how many batches of the current epoch were done, and goes on from there.
+
+    Lightning offers the same through loaders with a state, but forgets that state once the number of steps has been
+    asked for, which every cosine schedule does (pytorch-lightning#20550); the data module's own state it always
+    keeps. Subclasses set ``train_schedule`` in ``train_dataloader``.
+    """
+
+    train_schedule: BatchSchedule | None = None
+    _position: tuple[int, int] = (0, 0)  # epoch, and batches of it that were done
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position to go on from: the epoch, and the batches of it that each process has done."""
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        epoch = self.trainer.current_epoch
+        if progress.is_last_batch:
+            return {"epoch": epoch + 1, "batches_done": 0}
+        return {"epoch": epoch, "batches_done": progress.current.ready}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._position = int(state_dict["epoch"]), int(state_dict["batches_done"])
+        if self.train_schedule is not None:  # the loader was made before the checkpoint was read
+            self.resumable(self.train_schedule)
+
+    def resumable(self, schedule: BatchSchedule) -> BatchSchedule:
+        """Register the schedule of the training loader, so that it starts where the checkpoint left off."""
+        self.train_schedule = schedule
+        schedule.epoch, schedule.start = self._position
+        return schedule

@@ -1,0 +1,21 @@
+"""What the machine at hand is good at."""
+
+import torch
+
+
+def fast_bfloat16(accelerator: str = "auto") -> bool:
+    """Whether bfloat16 matrix products are faster than float32 ones where the training will run.
+
+    True for a CUDA GPU with native bfloat16 (Ampere and later), and for a processor with AVX512-BF16 or AMX; without
+    these instructions a CPU emulates bfloat16 and is slower than in float32.
+    """
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if accelerator in ("auto", "cpu") and not (accelerator == "auto" and torch.backends.mps.is_available()):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def default_precision(accelerator: str = "auto") -> str:
+    """The trainer's precision where the user names none: ``bf16-mixed`` where that is fast, else ``32-true``."""
+    return "bf16-mixed" if fast_bfloat16(accelerator) else "32-true"

@@ -1,0 +1,36 @@
+"""Warnings that a user can do nothing about, each with the reason why it is not shown."""
+
+import logging
+import os
+import warnings
+
+# (message, reason)
+IGNORED = (
+    # jsonargparse >= 4.49 deprecates calls that lightning 2.6.6 still makes (pytorch-lightning#21255).
+    (r"(?s).*jsonargparse.*deprecat.*", DeprecationWarning),
+    # Our loaders assemble whole batches by one gather from a memory map: workers would only slow them.
+    (r".*does not have many workers which may be a bottleneck.*", UserWarning),
+    # Resuming in the middle of an epoch is exact here: the data module keeps the position (pytorch-lightning#20550).
+    (r".*resuming from a checkpoint that ended before the epoch ended.*", UserWarning),
+    # A resumed run goes on in its own folder, where its checkpoints lie already.
+    (r".*Checkpoint directory .* exists and is not empty.*", UserWarning),
+    # Short runs and tests log less often than Lightning's default interval expects.
+    (r".*The number of training batches .* is smaller than the logging interval.*", UserWarning),
+    # The batch size is only needed to average metrics; ours are torchmetrics that carry their own weights.
+    (r".*Trying to infer the `batch_size` from an ambiguous collection.*", UserWarning),
+    # torch's own pytree alias, called from Lightning (pytorch-lightning#20564).
+    (r".*isinstance\(treespec, LeafSpec\).*", FutureWarning),
+    (r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*", Warning),
+)
+
+
+def quiet_libraries(debug: bool = False) -> None:
+    """Leave on the screen what a user can act on; ``debug`` shows everything."""
+    # Must stand before the first fork, else the tokenizers library warns from every loader process.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if debug:
+        return
+    for message, category in IGNORED:
+        warnings.filterwarnings("ignore", message=message, category=category)
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)

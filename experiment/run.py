@@ -1,0 +1,153 @@
+"""The folder of a run: where it lies, and what of a checkpoint may be loaded from it.
+
+runs/lm/demo/            config.yaml  metrics.csv  samples.md  predictions.jsonl
+runs/lm/demo/checkpoints last.ckpt  best.ckpt  step-000500.ckpt …
+"""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+
+from experiment.errors import InputError
+
+CONFIG = "config.yaml"
+RUN_DIR_VARIABLE = "TINYLAB_RUN_DIR"  # tells the folder to the processes that Lightning starts beside the first
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a training has written into this folder."""
+    return any((folder / name).exists() for name in (CONFIG, "checkpoints", "metrics.csv"))
+
+
+def run_name(configs: list[Path]) -> str:
+    """The name of a run: its first config's, or that of the run whose config.yaml it repeats."""
+    if not configs:
+        return "default"
+    first = configs[0].resolve()
+    return first.parent.name if first.name == CONFIG else first.stem
+
+
+def default_run_dirs(package: str, configs: list[Path]) -> tuple[Path | None, Path]:
+    """The newest existing folder of this configuration's runs, and the first that is free."""
+    if configs and configs[0].name == CONFIG and holds_run(configs[0].parent):
+        base, newest = configs[0].parent, configs[0].parent
+    else:
+        base, newest = Path("runs") / package / run_name(configs), None
+    number, folder = 1, base
+    while holds_run(folder):
+        newest = newest if newest is base and configs[0].name == CONFIG else folder
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+    return newest, folder
+
+
+def resolve_run_dir(
+    package: str, subcommand: str, run_dir: str | None, configs: list[Path], ckpt_path: str | None
+) -> Path:
+    """The folder that this command reads and writes.
+
+    A new training takes ``run_dir``, or by default ``runs/<package>/<config's name>``, ``-2``, ``-3`` … where
+    taken. The other commands, and a training that is resumed, take the folder that their checkpoint lies in.
+
+    Raises:
+        InputError: A new training would write into the folder of another.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0" and RUN_DIR_VARIABLE in os.environ:
+        return Path(os.environ[RUN_DIR_VARIABLE])
+    own_checkpoint = ckpt_path in ("last", "best")
+    if run_dir is not None:
+        folder = Path(run_dir).expanduser()
+        inside = ckpt_path is not None and (own_checkpoint or _run_of(ckpt_path).resolve() == folder.resolve())
+        if subcommand == "fit" and holds_run(folder) and not inside:
+            raise InputError(
+                f"run_dir {folder} already holds a run: continue it with --ckpt_path last, or name another folder"
+            )
+    else:
+        newest, free = default_run_dirs(package, configs)
+        if subcommand == "fit":
+            folder = newest if own_checkpoint and newest else free
+        elif ckpt_path is not None and not own_checkpoint and holds_run(_run_of(ckpt_path)):
+            folder = _run_of(ckpt_path)
+        else:
+            folder = newest or free
+    os.environ[RUN_DIR_VARIABLE] = str(folder)
+    return folder
+
+
+def _run_of(ckpt_path: str) -> Path:
+    folder = Path(ckpt_path).expanduser().parent
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
+def resolve_checkpoint(subcommand: str, run_dir: Path, ckpt_path: str | None) -> Path | None:
+    """The checkpoint file that ``--ckpt_path`` means; ``last`` and ``best`` are those of the run's own folder.
+
+    A training that is told to go on from ``last`` before anything was saved starts at the beginning, so that a
+    machine that may be taken away at any time can always use the same command.
+
+    Raises:
+        InputError: There is no such file.
+    """
+    if ckpt_path is None:
+        return None
+    named = ckpt_path in ("last", "best")
+    file = run_dir / "checkpoints" / f"{ckpt_path}.ckpt" if named else Path(ckpt_path).expanduser()
+    if file.is_file():
+        return file
+    if subcommand == "fit" and ckpt_path == "last":
+        return None
+    there = sorted(path.name for path in file.parent.glob("*.ckpt"))
+    raise InputError(
+        f"ckpt_path {ckpt_path}: there is no file {file}; expected last, best or a path"
+        + (f" (that folder holds {', '.join(there)})" if there else "")
+    )
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """A Lightning checkpoint, mapped into memory; nothing but tensors and plain values is ever unpickled.
+
+    Raises:
+        InputError: The file is truncated, is no checkpoint, or would have to run code to be loaded.
+    """
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"ckpt_path {file} is refused: it is no checkpoint, or holds objects that would run code when loaded; "
+            "expected a file that fit has written"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"ckpt_path {file} cannot be read: it is truncated or no checkpoint; take another one of that run"
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise InputError(
+            f"ckpt_path {file} is no Lightning checkpoint (no state_dict): expected a file that fit has written"
+        )
+    return checkpoint
+
+
+def check_fits(module: LightningModule, file: Path) -> None:
+    """See that a checkpoint is one of this model before anything is changed.
+
+    Raises:
+        InputError: A weight is missing, left over, or of another shape.
+    """
+    stored = read_checkpoint(file)["state_dict"]
+    expected = module.state_dict()
+    cure = "use the configuration it was trained with (config.yaml in its run's folder)"
+    for name, weight in expected.items():
+        if name not in stored:
+            raise InputError(f"ckpt_path {file} is of another architecture: it has no {name}; {cure}")
+        if stored[name].shape != weight.shape:
+            raise InputError(
+                f"ckpt_path {file} is of another architecture: {name} is {tuple(stored[name].shape)}, "
+                f"expected {tuple(weight.shape)}; {cure}"
+            )
+    if left := [name for name in stored if name not in expected]:
+        raise InputError(f"ckpt_path {file} is of another architecture: this model has no {left[0]}; {cure}")

@@ -1,0 +1,54 @@
+"""Batches keep their order under resume and are shared among processes without loss or doubling."""
+
+import numpy as np
+import pytest
+
+from experiment.batches import BatchSchedule
+
+
+def plan(epoch: int) -> list[list[int]]:
+    order = np.random.default_rng(epoch).permutation(22)
+    return [list(order[start : start + 4]) for start in range(0, 22, 4)]
+
+
+class Share(BatchSchedule):
+    """A schedule as process ``rank`` of ``world`` sees it."""
+
+    def __init__(self, rank: int, world: int, drop_uneven: bool = False) -> None:
+        super().__init__(plan, drop_uneven)
+        self.place = rank, world
+
+    @property
+    def _share(self) -> tuple[int, int]:
+        return self.place
+
+
+def test_resumed_schedule_goes_on_where_it_stopped() -> None:
+    schedule = BatchSchedule(plan)
+    schedule.set_epoch(3)
+    whole = list(schedule)
+    resumed = BatchSchedule(plan)
+    resumed.epoch, resumed.start = 3, 2
+    assert list(resumed) == whole[2:]
+    resumed.set_epoch(4)
+    assert list(resumed) == plan(4)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_evaluation_shares_hold_each_index_once(world: int) -> None:
+    shares = [list(Share(rank, world)) for rank in range(world)]
+    indices = [int(index) for share in shares for batch in share for index in batch]
+    assert sorted(indices) == list(range(22))
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_training_shares_are_equally_long(world: int) -> None:
+    shares = [Share(rank, world, drop_uneven=True) for rank in range(world)]
+    assert {len(list(share)) for share in shares} == {6 // world}
+    assert [len(share) for share in shares] == [6 // world] * world
+
+
+def test_two_processes_together_see_the_batches_of_one() -> None:
+    first, second = list(Share(0, 2)), list(Share(1, 2))
+    together = [batch for pair in zip(first, second, strict=True) for batch in pair]
+    assert together == plan(0)
