@@ -1,0 +1,1 @@
+"""The language model: a LLaMA-style decoder written from scratch, trained on TinyStories."""

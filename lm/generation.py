@@ -1,0 +1,313 @@
+"""Decoding: greedy or sampled, cached or recomputed, one prompt or a batch of prompts of different lengths.
+
+What a prompt becomes depends on the decoder, the prompt and the configuration only: not on the cache, nor on the
+other prompts of the batch (up to the rounding of the decoder's products, which may differ between batch sizes).
+Every row draws from a generator of its own, seeded by the seed and the prompt; a prompt that stands several times
+in one batch becomes several stories, the first of which is the one it becomes alone.
+
+Each new token needs everything before it to fit the decoder's context. A row that has filled the context ends with
+"length"; with `sliding_window` it goes on instead from the newest half of its tokens, whose positions start at 0
+again. The window is cut once it is full, not shifted at each step, because a shifted token is another position and
+would have to be recomputed; cached and recomputed decoding see the same windows.
+"""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lm.model import Decoder, KeyValueCache
+
+
+@dataclass
+class GenerationConfig:
+    """How to choose the next token, and when to stop.
+
+    Args:
+        max_new_tokens: Most tokens to add to a prompt.
+        temperature: Divides the logits; 0 is greedy, whatever the filters say.
+        top_k: Keep the k most likely tokens.
+        top_p: Keep the most likely tokens up to the first whose sum of probabilities reaches p (nucleus sampling,
+            Holtzman et al. 2020, arXiv:1904.09751).
+        min_p: Keep tokens at least this fraction as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082).
+        repetition_penalty: Above 1, makes tokens of the prompt and of the story less likely to come again (Keskar
+            et al. 2019, arXiv:1909.05858).
+        seed: Of sampling.
+        use_cache: Keep keys and values; without, the whole sequence is recomputed for each token.
+        sliding_window: Go on past the decoder's context with the newest half of it, instead of stopping.
+        stop: Strings that end a story as soon as they occur in its new text.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    max_new_tokens: int = 200
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    use_cache: bool = True
+    sliding_window: bool = False
+    stop: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name, valid, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or a positive number"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or null for no limit"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "a probability in (0, 1], or null for no limit"),
+            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "a fraction in [0, 1], or null for no limit"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a positive number; 1 turns it off"),
+            ("stop", "" not in self.stop, "no empty string, which would stop every story at once"),
+        ):
+            if not valid:
+                raise ValueError(f"{name}={getattr(self, name)}: expected {expected}")
+
+
+@dataclass
+class Generation:
+    """What one prompt became.
+
+    Args:
+        token_ids: The new tokens; the last is eos, or completes the stop string, where that ended the story.
+        finish_reason: "eos", "stop" (one of `stop` occurred) or "length" (max_new_tokens or the end of the context).
+    """
+
+    token_ids: list[int]
+    finish_reason: Literal["eos", "stop", "length"]
+
+
+@torch.inference_mode()
+def generate(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    eos_id: int | None = None,
+    decode: Callable[[list[int]], str] | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[Generation]:
+    """Continue every prompt, all in one batch; rows that end leave the batch.
+
+    Args:
+        decoder: Put in eval mode while decoding, and back after it.
+        prompts: Token ids of each, bos included if the decoder was trained with it.
+        config: See `GenerationConfig`.
+        eos_id: The token that ends a story; None never ends one.
+        decode: Ids to text; needed for `config.stop` only.
+        on_token: Called with (row, token id) for every new token as soon as it is chosen.
+
+    Returns:
+        One `Generation` a prompt, in order.
+
+    Raises:
+        ValueError: If a prompt is empty, holds an unknown id or is longer than the context, or `config.stop` is
+            given without `decode`; and if the decoder's logits are not finite.
+    """
+    _check_prompts(decoder, prompts)
+    if config.stop and decode is None:
+        raise ValueError(f"stop={config.stop}: strings can only be found in text; pass decode as well")
+    seen: Counter[tuple[int, ...]] = Counter()
+    rows = []
+    for index, prompt in enumerate(prompts):
+        rows.append(_Row(index, prompt, config.seed, repeat=seen[tuple(prompt)]))
+        seen[tuple(prompt)] += 1
+    next_logits = _Cached(decoder, rows, config) if config.use_cache else _Recomputed(decoder)
+    training = decoder.training
+    decoder.eval()
+    try:
+        active = rows
+        while active:
+            logits = next_logits(active)
+            for row, token in zip(active, _choose(logits, active, config), strict=True):
+                row.add(token)
+                row.finish_reason = _finish_reason(row, decoder, config, eos_id, decode)
+                if on_token is not None:
+                    on_token(row.index, token)
+            active = [row for row in active if row.finish_reason is None]
+            for row in active:
+                row.slide(decoder.config.max_sequence_length)
+    finally:
+        decoder.train(training)
+    return [Generation(row.new_tokens, row.finish_reason) for row in rows]
+
+
+def filter_logits(
+    logits: Tensor, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
+) -> Tensor:
+    """Logits (B, V) with -inf for every token that a filter excludes.
+
+    The filters act in this order, each on the distribution that the one before left. At least the likeliest token
+    stays.
+    """
+    if top_k is not None or top_p is not None:
+        vocab_size = logits.shape[-1]
+        ordered, order = logits.topk(min(top_k or vocab_size, vocab_size))
+        if top_p is not None:
+            probs = ordered.float().softmax(-1)
+            before = probs.cumsum(-1) - probs
+            ordered = ordered.masked_fill((before >= top_p) & (before > 0), -math.inf)
+        logits = torch.full_like(logits, -math.inf).scatter(1, order, ordered)
+    if min_p:
+        border = logits.amax(-1, keepdim=True) + math.log(min_p)
+        logits = logits.masked_fill(logits < border, -math.inf)
+    return logits
+
+
+def penalize_repetition(logits: Tensor, token_ids: list[list[int]], penalty: float) -> Tensor:
+    """Divide the positive and multiply the negative logits (B, V) of the tokens that row b holds by the penalty."""
+    logits = logits.clone()
+    for row, ids in zip(logits, token_ids, strict=True):
+        held = torch.tensor(sorted(set(ids)), device=row.device)
+        row[held] = torch.where(row[held] > 0, row[held] / penalty, row[held] * penalty)
+    return logits
+
+
+class _Row:
+    """One prompt on its way."""
+
+    def __init__(self, index: int, prompt: Sequence[int], seed: int, repeat: int) -> None:
+        self.index = index
+        self.window = list(prompt)  # what the decoder sees
+        self.token_ids = list(prompt)
+        self.prompt_length = len(prompt)
+        self.finish_reason: Literal["eos", "stop", "length"] | None = None
+        digest = hashlib.sha256(repr((seed, repeat, list(prompt))).encode()).digest()
+        # On the host, so that every device draws the same numbers.
+        self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+    @property
+    def new_tokens(self) -> list[int]:
+        return self.token_ids[self.prompt_length :]
+
+    def add(self, token: int) -> None:
+        self.window.append(token)
+        self.token_ids.append(token)
+
+    def slide(self, context: int) -> None:
+        """Keep the newest half where the window has outgrown the context."""
+        if len(self.window) > context:
+            self.window = self.window[-max(1, context // 2) :]
+
+
+def _finish_reason(
+    row: _Row,
+    decoder: Decoder,
+    config: GenerationConfig,
+    eos_id: int | None,
+    decode: Callable[[list[int]], str] | None,
+) -> Literal["eos", "stop", "length"] | None:
+    if row.token_ids[-1] == eos_id:
+        return "eos"
+    if config.stop:
+        # Not the text of the new tokens alone: decoding drops the space at the beginning of a text.
+        text = decode(row.token_ids)[len(decode(row.token_ids[: row.prompt_length])) :]
+        if any(stop in text for stop in config.stop):
+            return "stop"
+    if len(row.new_tokens) >= config.max_new_tokens:
+        return "length"
+    if len(row.window) > decoder.config.max_sequence_length and not config.sliding_window:
+        return "length"
+    return None
+
+
+class _Recomputed:
+    """Logits of the next tokens from the whole windows: the baseline."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+
+    def __call__(self, rows: list[_Row]) -> Tensor:
+        """(B, V) in float32."""
+        input_ids, lengths = _pad([row.window for row in rows], self.decoder)
+        return _last_logits(self.decoder, self.decoder.hidden_states(input_ids), lengths)
+
+
+class _Cached:
+    """Logits of the next tokens from the last tokens and a cache of all before."""
+
+    def __init__(self, decoder: Decoder, rows: list[_Row], config: GenerationConfig) -> None:
+        self.decoder = decoder
+        longest = max((len(row.window) for row in rows), default=1)
+        # The last token is never read back.
+        self.capacity = min(longest + config.max_new_tokens - 1, decoder.config.max_sequence_length)
+        self.cache: KeyValueCache | None = None
+        self.held: dict[int, int] = {}  # row index: tokens of its window in the cache
+
+    def __call__(self, rows: list[_Row]) -> Tensor:
+        """(B, V) in float32."""
+        if any(len(row.window) != self.held.get(row.index, -1) + 1 for row in rows):
+            # At the start, and again where a window was cut: its keys hold old positions.
+            device, dtype = self.decoder.embedding.weight.device, self.decoder.embedding.weight.dtype
+            if torch.is_autocast_enabled(device.type):
+                dtype = torch.get_autocast_dtype(device.type)
+            self.cache = KeyValueCache(self.decoder.config, len(rows), self.capacity, dtype, device)
+            input_ids, lengths = _pad([row.window for row in rows], self.decoder)
+        else:
+            if len(rows) < len(self.held):
+                places = {index: place for place, index in enumerate(self.held)}
+                self.cache.keep([places[row.index] for row in rows])
+            input_ids, lengths = _pad([row.window[-1:] for row in rows], self.decoder)
+        self.held = {row.index: len(row.window) for row in rows}
+        hidden = self.decoder.hidden_states(input_ids, self.cache, lengths)
+        return _last_logits(self.decoder, hidden, lengths)
+
+
+def _pad(windows: list[list[int]], decoder: Decoder) -> tuple[Tensor, Tensor | None]:
+    """Ids (B, T), padded on the right, and lengths (B,), None where all are equal."""
+    device = decoder.embedding.weight.device
+    longest = max(map(len, windows))
+    input_ids = torch.tensor([window + [0] * (longest - len(window)) for window in windows], device=device)
+    if all(len(window) == longest for window in windows):
+        return input_ids, None
+    return input_ids, torch.tensor([len(window) for window in windows], device=device)
+
+
+def _last_logits(decoder: Decoder, hidden: Tensor, lengths: Tensor | None) -> Tensor:
+    """Logits (B, V), float32, of each row's last hidden state: the head is the dearest product of a step."""
+    rows = torch.arange(len(hidden), device=hidden.device)
+    last = hidden[:, -1] if lengths is None else hidden[rows, lengths - 1]
+    return F.linear(last, decoder.head_weight).float()
+
+
+def _choose(logits: Tensor, rows: list[_Row], config: GenerationConfig) -> list[int]:
+    """The next token of each row."""
+    if not logits.amax(-1).isfinite().all():
+        raise ValueError("the decoder's logits are not finite: its weights are broken; use an earlier checkpoint")
+    if config.repetition_penalty != 1:
+        logits = penalize_repetition(logits, [row.token_ids for row in rows], config.repetition_penalty)
+    if config.temperature == 0:
+        return logits.argmax(-1).tolist()
+    # Divided by the temperature after the maximum is taken off, or a tiny temperature would overflow.
+    logits = (logits - logits.amax(-1, keepdim=True)) / config.temperature
+    logits = filter_logits(logits, config.top_k, config.top_p, config.min_p)
+    # By the inverse of the cumulative distribution: one number a row, drawn from its own generator. In float32, for
+    # not every device has float64; there a product with a number next to 1 may round up to the whole sum.
+    draws = torch.cat([torch.rand(1, generator=row.generator) for row in rows]).clamp(max=1 - 2**-22)
+    cumulative = logits.softmax(-1).cumsum(-1)
+    reached = draws.to(logits.device)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, reached, right=True).squeeze(1).tolist()
+
+
+def _check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> None:
+    context, vocab_size = decoder.config.max_sequence_length, decoder.config.vocab_size
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {index} is empty; begin it with a token, such as bos")
+        if len(prompt) > context:
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens, but the model's context is {context}; shorten the prompt"
+            )
+        for token in prompt:
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"prompt {index} holds the token id {token}, but the model knows 0 to {vocab_size - 1}; "
+                    "use the tokenizer that the model was trained with"
+                )
