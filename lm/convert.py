@@ -1,0 +1,192 @@
+"""Weights in and out: `python -m lm.convert hugging_face | llama2c | import`.
+
+`hugging_face` and `llama2c` turn a checkpoint of `python -m lm fit` into the files that others read; `import` turns
+such files into the folder of a run, from which validate, predict and further training go on.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from jsonargparse import ArgumentError, auto_cli
+
+from experiment.errors import InputError
+from experiment.quiet import quiet_libraries
+from lm.hugging_face import from_hugging_face, to_hugging_face
+from lm.llama2c import from_llama2c, llama2c_tokenizer_path, to_llama2c
+from lm.model import Decoder, DecoderConfig
+from lm.tokenizer import StoryTokenizer, load_tokenizer
+
+__all__ = [
+    "from_hugging_face",
+    "from_llama2c",
+    "import_weights",
+    "llama2c_tokenizer_path",
+    "load_checkpoint",
+    "to_hugging_face",
+    "to_llama2c",
+]
+
+
+def hugging_face(checkpoint: str, folder: str, tokenizer: str | None = None) -> None:
+    """Export a checkpoint to a folder that transformers' AutoModelForCausalLM and AutoTokenizer load.
+
+    Args:
+        checkpoint: A file that fit has written, such as runs/lm/demo/checkpoints/best.ckpt.
+        folder: Where to write; must be new or empty.
+        tokenizer: The model's tokenizer; by default the one that the run's config.yaml names.
+    """
+    to_hugging_face(*load_checkpoint(checkpoint, tokenizer), folder)
+    print(f"written to {folder}: config.json, model.safetensors, tokenizer.json")
+
+
+def llama2c(checkpoint: str, file: str, tokenizer: str | None = None) -> None:
+    """Export a checkpoint to a .bin that llama2.c runs, and the tokenizer's .bin beside it.
+
+    Args:
+        checkpoint: A file that fit has written, such as runs/lm/demo/checkpoints/best.ckpt.
+        file: Where to write the weights, such as model.bin; the tokenizer becomes model.tokenizer.bin.
+        tokenizer: The model's tokenizer; by default the one that the run's config.yaml names.
+    """
+    to_llama2c(*load_checkpoint(checkpoint, tokenizer), file)
+    print(f"written; try: ./run {file} -z {llama2c_tokenizer_path(file)} -i 'Once upon a time'")
+
+
+def import_weights(
+    source: str, run_dir: str, tokenizer: str | None = None, path: str = "roneneldan/TinyStories"
+) -> None:
+    """Make the folder of a run from a Hugging Face Llama or a llama2.c .bin.
+
+    Args:
+        source: A local folder with config.json, safetensors and a tokenizer; or a llama2.c .bin.
+        run_dir: The folder of the run to make.
+        tokenizer: Of a llama2.c .bin; by default model.tokenizer.bin or tokenizer.bin beside model.bin.
+        path: The stories that config.yaml names for validation and further training.
+    """
+    from experiment.run import CONFIG, holds_run
+
+    run = Path(run_dir)
+    if holds_run(run):
+        raise InputError(f"run_dir {run} already holds a run: name another folder")
+    if Path(source).is_dir():
+        if tokenizer is not None:
+            raise InputError(f"tokenizer {tokenizer}: the one in the folder {source} is taken; leave the option out")
+        decoder, story_tokenizer = from_hugging_face(source)
+    else:
+        decoder, story_tokenizer = from_llama2c(source, tokenizer or _tokenizer_beside(Path(source)))
+    if decoder.config.vocab_size != story_tokenizer.vocab_size:
+        raise InputError(
+            f"{source} has {decoder.config.vocab_size} embeddings, but its tokenizer {story_tokenizer.vocab_size} "
+            "tokens; cut the embeddings with transformers' resize_token_embeddings and save it again"
+        )
+    write_run(decoder, story_tokenizer, run, path)
+    print(f"written to {run}; next: python -m lm predict --config {run / CONFIG} --ckpt_path last")
+
+
+def write_run(decoder: Decoder, tokenizer: StoryTokenizer, run: Path, path: str) -> None:
+    """Write config.yaml, checkpoints/last.ckpt (at step 0) and tokenizer/ as if `fit` had made them."""
+    from lightning.pytorch import Trainer
+
+    from experiment.run import CONFIG
+    from lm.module import LanguageModel
+
+    module = LanguageModel(decoder.config)
+    module.decoder.load_state_dict(decoder.state_dict())
+    tokenizer.save(run / "tokenizer")
+    # Without ModelCheckpoint, whose state would be missed when the checkpoint is read.
+    trainer = Trainer(
+        logger=False,
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(run / "checkpoints" / "last.ckpt")
+    shape = dict(module.hparams["decoder"])
+    del shape["vocab_size"]  # the tokenizer's
+    config = {
+        "trainer": {
+            "max_steps": 1000,
+            "max_epochs": -1,
+            "val_check_interval": 500,
+            "check_val_every_n_epoch": None,
+            "gradient_clip_val": 1.0,
+        },
+        "data": {
+            "path": path,
+            "tokenizer": str((run / "tokenizer").resolve()),
+            "sequence_length": decoder.config.max_sequence_length,
+            "packing": True,
+        },
+        "model": {"decoder": shape},
+    }
+    # Last: without it the folder is no run.
+    (run / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def load_checkpoint(checkpoint: str | Path, tokenizer: str | None = None) -> tuple[Decoder, StoryTokenizer]:
+    """The decoder and the tokenizer of a checkpoint that `python -m lm fit` has written.
+
+    Args:
+        checkpoint: The file.
+        tokenizer: As `--data.tokenizer`; None for what config.yaml in the run's folder names.
+
+    Raises:
+        InputError: If the file is damaged or another model's, or the tokenizer is not to be found.
+    """
+    from experiment.run import read_checkpoint  # brings Lightning, which --help need not wait for
+
+    checkpoint = Path(checkpoint).expanduser()
+    content = read_checkpoint(checkpoint)
+    weights = {
+        name.removeprefix("decoder."): weight
+        for name, weight in content["state_dict"].items()
+        if name.startswith("decoder.")
+    }
+    try:
+        decoder = Decoder(DecoderConfig(**content["hyper_parameters"]["decoder"]))
+        decoder.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{checkpoint} is no checkpoint of the language model ({error})") from error
+    return decoder.eval(), _tokenizer_of(checkpoint) if tokenizer is None else load_tokenizer(tokenizer)
+
+
+def _tokenizer_of(checkpoint: Path) -> StoryTokenizer:
+    from experiment.run import CONFIG
+    from lm.data import TinyStories
+
+    file = checkpoint.resolve().parent.parent / CONFIG
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))["data"]
+        named = {name: data[name] for name in ("path", "tokenizer", "vocab_size") if name in data}
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise InputError(f"{file} does not tell the tokenizer of {checkpoint}; give it with --tokenizer") from error
+    return TinyStories(**named).tokenizer
+
+
+def _tokenizer_beside(file: Path) -> Path:
+    candidates = [llama2c_tokenizer_path(file), file.with_name("tokenizer.bin")]
+    found = [candidate for candidate in candidates if candidate.is_file()]
+    if not found:
+        raise InputError(f"{file}: neither {' nor '.join(c.name for c in candidates)} is there; give --tokenizer")
+    return found[0]
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; bad input ends with one line on stderr and exit code 2."""
+    quiet_libraries(debug=False)
+    commands = {"hugging_face": hugging_face, "llama2c": llama2c, "import": import_weights}
+    try:
+        auto_cli(commands, args=None if args is None else list(args), exit_on_error=False)
+    except (InputError, ArgumentError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # no space, no permission
+        print(f"error: {error.filename or 'writing'}: {error.strerror}; give another place", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
