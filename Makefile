@@ -33,6 +33,14 @@ $(READY): pyproject.toml
 	@touch $@
 	@echo "$(VENV) is ready"
 
+# Each command takes the newest run of its configuration, so an interrupted demo can simply be repeated.
+demo: $(READY) ## train both experiments on embedded data, without a network, and show what they learned
+	$(RUN) -m lm fit --config configs/lm/demo.yaml
+	$(RUN) -m lm validate --config configs/lm/demo.yaml --ckpt_path best
+	$(RUN) -m lm predict --config configs/lm/demo.yaml --ckpt_path best --data.prompts \
+	  '["Once upon a time", "One day, a girl named Lily", "The dog was sad"]'
+	$(RUN) -m experiment.summary $$(ls -dt runs/lm/demo* | head -n 1)
+
 test: $(READY) ## run the whole test suite (no network needed)
 	$(RUN) -m pytest $(ARGS)
 

@@ -20,13 +20,17 @@ class BatchSchedule(Sampler[Sequence[int]]):
         plan: Gives all batches of an epoch, the same whenever it is asked, and the same number for every epoch.
         drop_uneven: Leave out the last few batches that not every process would get. Training needs this, since
             processes step together; evaluation must not, since each sample counts once.
+
+    Epochs are counted here, one each time the schedule is gone through: Lightning's own count jumps where a run that
+    ended within an epoch is given more steps.
     """
 
     def __init__(self, plan: Callable[[int], Batches], drop_uneven: bool = False) -> None:
         self.plan = plan
         self.drop_uneven = drop_uneven
-        self.epoch = 0
-        self.start = 0  # batches of this epoch that were done before a resume
+        self.epoch = 0  # the one that is being, or will first be, gone through
+        self.start = 0  # batches of it that were done before a resume
+        self._begun = False
 
     @property
     def _share(self) -> tuple[int, int]:
@@ -35,10 +39,6 @@ class BatchSchedule(Sampler[Sequence[int]]):
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning at the start of each epoch."""
-        self.epoch = epoch
-
     def __len__(self) -> int:
         rank, world = self._share
         total = len(self.plan(self.epoch))
@@ -46,6 +46,9 @@ class BatchSchedule(Sampler[Sequence[int]]):
 
     def __iter__(self) -> Iterator[Sequence[int]]:
         rank, world = self._share
+        if self._begun:
+            self.epoch += 1
+        self._begun = True
         batches = self.plan(self.epoch)
         if self.drop_uneven:
             batches = batches[: len(batches) // world * world]
@@ -66,11 +69,14 @@ class ResumableDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The position to go on from: the epoch, and the batches of it that each process has done."""
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        epoch = self.trainer.current_epoch
-        if progress.is_last_batch:
+        batches, epoch = self.trainer.fit_loop.epoch_loop.batch_progress, self.train_schedule.epoch
+        epochs = self.trainer.fit_loop.epoch_progress.current
+        # A batch that has begun but is not processed yet comes again.
+        done = batches.current.processed
+        # After the last batch Lightning goes on with the next epoch, unless it had closed this one, as at the end of fit.
+        if batches.is_last_batch and done == batches.current.ready and epochs.processed < epochs.ready:
             return {"epoch": epoch + 1, "batches_done": 0}
-        return {"epoch": epoch, "batches_done": progress.current.ready}
+        return {"epoch": epoch, "batches_done": done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._position = int(state_dict["epoch"]), int(state_dict["batches_done"])

@@ -1,16 +1,43 @@
-"""Checkpoints under names that do not change: last.ckpt to go on from, best.ckpt to use."""
+"""Checkpoints that a run can go on from as if it had never stopped, under names that do not change.
 
+``last.ckpt`` is the newest, ``best.ckpt`` that of the best validation. Both are written beside their place and renamed,
+so that a kill at any moment leaves the last complete one there.
+"""
+
+import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+
+from experiment.errors import InputError
 
 
-class StepCheckpoint(ModelCheckpoint):
+def save_atomically(trainer: Trainer, file: Path, weights_only: bool = False) -> None:
+    """Write a checkpoint to ``file`` whole or not at all; to be called in every process.
+
+    Raises:
+        InputError: It cannot be written; what lay there before is left as it was.
+    """
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        trainer.save_checkpoint(partial, weights_only)
+        if trainer.is_global_zero:
+            partial.replace(file)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise InputError(
+            f"{file} cannot be written ({error}): free space, or choose another run_dir, and go on with --ckpt_path last"
+        ) from error
+
+
+class StepCheckpoint(Checkpoint):
     """Saves the model, the optimizer and the position in the data every so many steps and at the end of fit.
 
-    The newest is always reachable as ``checkpoints/last.ckpt``.
+    Lightning's ModelCheckpoint saves before the step's metrics are logged and its validation is done, so that a run
+    killed in between would miss them; this one saves when all that belongs to a step has happened.
     """
 
     def __init__(self, every_n_steps: int = 500, keep: int = 1) -> None:
@@ -19,27 +46,39 @@ class StepCheckpoint(ModelCheckpoint):
             every_n_steps: Optimizer steps between two checkpoints.
             keep: How many of these checkpoints stay on disk, the newest ones; -1 keeps all.
         """
-        super().__init__(
-            filename="step-{step:06d}",
-            monitor="step",
-            mode="max",
-            save_top_k=keep,
-            every_n_train_steps=every_n_steps,
-            save_last="link",
-            auto_insert_metric_name=False,
-            enable_version_counter=False,
-        )
+        if every_n_steps < 1:
+            raise InputError(f"checkpoint.every_n_steps {every_n_steps}: expected 1 or more")
+        if keep < 1 and keep != -1:
+            raise InputError(f"checkpoint.keep {keep}: expected 1 or more, or -1 for all")
+        self.every_n_steps = every_n_steps
+        self.keep = keep
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.dirpath = str(Path(trainer.default_root_dir).resolve() / "checkpoints")
-        super().setup(trainer, pl_module, stage)
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
-        if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:
-            candidates = self._monitor_candidates(trainer)
-            self._save_topk_checkpoint(trainer, candidates)
-            self._save_last_checkpoint(trainer, candidates)
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        step = trainer.global_step
+        if step == self._saved_step or trainer.fast_dev_run:
+            return
+        self._saved_step = step
+        folder = Path(trainer.default_root_dir) / "checkpoints"
+        file = folder / f"step-{step:06d}.ckpt"
+        save_atomically(trainer, file)
+        if trainer.is_global_zero:
+            link = folder / "last.ckpt.partial"
+            link.unlink(missing_ok=True)
+            link.symlink_to(file.name)
+            link.replace(folder / "last.ckpt")
+            if self.keep > 0:
+                for old in sorted(folder.glob("step-*.ckpt"))[: -self.keep]:
+                    old.unlink()
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -55,12 +94,56 @@ class BestCheckpoint(ModelCheckpoint):
             filename="best",
             monitor=monitor,
             mode=mode,
-            save_top_k=1,
             save_on_train_epoch_end=False,
             auto_insert_metric_name=False,
             enable_version_counter=False,
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.dirpath = str(Path(trainer.default_root_dir).resolve() / "checkpoints")
+        self.dirpath = os.path.abspath(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        save_atomically(trainer, Path(filepath))
+        self._last_global_step_saved = trainer.global_step
+
+
+class ExactResume(Callback):
+    """Carries through a resume what Lightning leaves out: the random numbers, and the count of logged steps.
+
+    It also has the model validated after the last step of a run, where the interval does not hit that step.
+    """
+
+    def __init__(self) -> None:
+        self._random_states: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        states: dict[str, Any] = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            states["cuda"] = torch.cuda.get_rng_state_all()
+        return states
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._random_states = state_dict
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._random_states is not None:
+            # A batch that had begun when the checkpoint was written comes again; counted twice, it would shift every
+            # later validation.
+            batches = trainer.fit_loop.epoch_loop.batch_progress.total
+            batches.ready = batches.started = batches.processed = batches.completed
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Lightning's count, by which it decides when to log, may be one off after a resume.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        if self._random_states is not None:
+            torch.set_rng_state(self._random_states["cpu"].cpu())
+            if "cuda" in self._random_states and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all([state.cpu() for state in self._random_states["cuda"]])
+            self._random_states = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step >= trainer.estimated_stepping_batches and not trainer.fit_loop._should_accumulate():
+            trainer.should_stop = True

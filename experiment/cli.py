@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from experiment.checkpoints import BestCheckpoint, StepCheckpoint
+from experiment.checkpoints import BestCheckpoint, ExactResume, StepCheckpoint
 from experiment.errors import InputError
 from experiment.hardware import default_precision
 from experiment.metrics_file import MetricsFile
@@ -79,6 +79,10 @@ class ExperimentCLI(LightningCLI):
         parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
         parser.add_lightning_class_args(BestCheckpoint, "best")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
+        """As Lightning's, without its warning where a caller gives the arguments: the tests and tables do."""
+        self.config = parser.parse_args(args)
+
     def _parse_ckpt_path(self) -> None:
         """Lightning lets the hyperparameters of a checkpoint override flags; here the user wins."""
 
@@ -109,12 +113,15 @@ class ExperimentCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         loggers = [logger for logger in _as_list(config.logger) if isinstance(logger, Logger)]
         training = self.subcommand == "fit"
-        callbacks = [*_as_list(config.callbacks), *self.callbacks]
+        callbacks = [*_as_list(config.callbacks), *self.callbacks, ExactResume()]
         if config.enable_progress_bar is not False:
             callbacks.append(RunProgressBar())
-        return super().instantiate_trainer(
-            logger=[MetricsFile(self.run_dir), *loggers] if training else False, callbacks=callbacks, **kwargs
+        metrics = MetricsFile(self.run_dir)
+        trainer = super().instantiate_trainer(
+            logger=[metrics, *loggers] if training else False, callbacks=callbacks, **kwargs
         )
+        metrics.trainer = trainer
+        return trainer
 
     def before_fit(self) -> None:
         self._save_config()

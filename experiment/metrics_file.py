@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -21,8 +22,10 @@ class MetricsFile(Logger):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.file = folder / "metrics.csv"
+        self.trainer: Trainer | None = None  # whose optimizer steps are counted, once it exists
         self._columns: list[str] = ["step"]
-        self._row: dict[str, Any] = {}
+        self._row: dict[str, Any] = {}  # the newest row; it is in the file already, from this byte on
+        self._row_start = 0
 
     @property
     def name(self) -> str:
@@ -46,39 +49,32 @@ class MetricsFile(Logger):
     @rank_zero_only
     def rewind(self, step: int) -> None:
         """Drop the rows after ``step``, which a run resumed from there will write again."""
-        rows = [row for row in self._read() if int(row["step"]) <= step]
-        self._row = {}
-        self._write_all(rows)
+        if self.file.exists():
+            rows = [row for row in self._read() if int(row["step"]) <= step]
+            self._write_all(rows)
+            self._row = (
+                {"step": int(rows[-1]["step"]), **{k: v for k, v in rows[-1].items() if k != "step"}} if rows else {}
+            )
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        # Lightning counts the steps from 0 and logs the first one as step 0; people count what is done.
-        step = (step or 0) + 1
-        if self._row and self._row["step"] != step:
-            self.save()
-        self._row |= {"step": step, **{name: value for name, value in metrics.items() if name != "epoch"}}
-
-    @rank_zero_only
-    def save(self) -> None:
-        if not self._row:
-            return
-        new = [name for name in self._row if name not in self._columns]
+        # Lightning's own count starts at 0; people count the steps that are done.
+        step = self.trainer.global_step if self.trainer is not None else step
         try:
-            if new or not self.file.exists():
+            if new := [name for name in metrics if name not in self._columns and name != "epoch"]:
                 rows = self._read()
                 self._columns += sorted(new)
                 self._write_all(rows)
-            with self.file.open("a", newline="") as stream:
-                csv.DictWriter(stream, self._columns).writerow(self._row)
+            same_row = self._row.get("step") == step
+            self._row = {**(self._row if same_row else {"step": step}), **metrics}
+            with self.file.open("r+", newline="") as stream:
+                self._row_start = stream.seek(self._row_start if same_row else 0, 0 if same_row else 2)
+                stream.truncate()
+                csv.DictWriter(stream, self._columns, extrasaction="ignore").writerow(self._row)
         except OSError as error:
             raise InputError(
                 f"{self.file} cannot be written ({error.strerror}): free space or choose another run_dir"
             ) from error
-        self._row = {}
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        self.save()
 
     def _read(self) -> list[dict[str, Any]]:
         if not self.file.exists():
@@ -95,5 +91,7 @@ class MetricsFile(Logger):
         with partial.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, self._columns)
             writer.writeheader()
-            writer.writerows(rows)
+            for row in rows:
+                self._row_start = stream.tell()
+                writer.writerow(row)
         partial.replace(self.file)

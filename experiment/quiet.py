@@ -4,10 +4,10 @@ import logging
 import os
 import warnings
 
-# (message, reason)
-IGNORED = (
-    # jsonargparse >= 4.49 deprecates calls that lightning 2.6.6 still makes (pytorch-lightning#21255).
-    (r"(?s).*jsonargparse.*deprecat.*", DeprecationWarning),
+# Regular expressions over the message, and the category.
+IGNORED: tuple[tuple[str, type[Warning]], ...] = (
+    # torch's own tree utilities deprecate a call that lightning 2.6.6 still makes.
+    (r".*isinstance\(treespec, LeafSpec\).*", FutureWarning),
     # Our loaders assemble whole batches by one gather from a memory map: workers would only slow them.
     (r".*does not have many workers which may be a bottleneck.*", UserWarning),
     # Resuming in the middle of an epoch is exact here: the data module keeps the position (pytorch-lightning#20550).
@@ -18,9 +18,8 @@ IGNORED = (
     (r".*The number of training batches .* is smaller than the logging interval.*", UserWarning),
     # The batch size is only needed to average metrics; ours are torchmetrics that carry their own weights.
     (r".*Trying to infer the `batch_size` from an ambiguous collection.*", UserWarning),
-    # torch's own pytree alias, called from Lightning (pytorch-lightning#20564).
-    (r".*isinstance\(treespec, LeafSpec\).*", FutureWarning),
-    (r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*", Warning),
+    # Predictions are written as they come; nothing needs to know their places in the data set.
+    (r".*Couldn't infer the batch indices fetched from your dataloader.*", UserWarning),
 )
 
 
@@ -28,6 +27,8 @@ def quiet_libraries(debug: bool = False) -> None:
     """Leave on the screen what a user can act on; ``debug`` shows everything."""
     # Must stand before the first fork, else the tokenizers library warns from every loader process.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # jsonargparse >= 4.49 deprecates calls that lightning 2.6.6 still makes (pytorch-lightning#21255).
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     if debug:
         return
     for message, category in IGNORED:

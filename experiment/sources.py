@@ -6,9 +6,11 @@ Both experiments read through ``load_texts``, so that ``--data.path`` means the 
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from experiment.errors import InputError
+from experiment.progress import console
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -111,8 +113,17 @@ def load_texts(
     return dataset.select_columns(list(columns))
 
 
-def _from_file(file: Path) -> "Dataset":
+def _datasets() -> ModuleType:
+    """The datasets library, imported when it is first needed; its bars are drawn on a terminal only, like ours."""
     import datasets
+
+    if not console.is_terminal:
+        datasets.disable_progress_bars()
+    return datasets
+
+
+def _from_file(file: Path) -> "Dataset":
+    datasets = _datasets()
 
     if file.stat().st_size == 0:
         raise InputError(f"{file} is empty: expected at least one text")
@@ -148,7 +159,7 @@ def _separated_stories(file: Path):
 
 
 def _from_hub(name: str, split: str) -> "Dataset | None":
-    import datasets
+    datasets = _datasets()
     from huggingface_hub.errors import HfHubHTTPError
 
     try:

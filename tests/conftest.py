@@ -9,7 +9,16 @@ os.environ["WANDB_SILENT"] = "true"
 
 import pytest
 
+from experiment.quiet import IGNORED, quiet_libraries
+
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Every warning is an error, but for those that users are not shown either."""
+    quiet_libraries()
+    for message, category in IGNORED:
+        config.addinivalue_line("filterwarnings", f"ignore:{message}:{category.__name__}")
 
 
 @pytest.fixture(autouse=True, scope="session")

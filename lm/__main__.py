@@ -1,0 +1,43 @@
+"""``python -m lm fit | validate | test | predict``: the language model on the command line."""
+
+from collections.abc import Sequence
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from experiment.cli import ExperimentCLI, run
+from experiment.errors import InputError
+from lm.callbacks import Perplexity, Predictions, Samples, Throughput
+from lm.data import TinyStories
+from lm.module import LanguageModel
+
+
+class LanguageCLI(ExperimentCLI):
+    """The language model's command line: its data's vocabulary becomes the decoder's."""
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        super().__init__("lm", LanguageModel, TinyStories, [Perplexity(), Throughput()], args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(Predictions, "predictions")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("data.num_tokens", "model.decoder.vocab_size", apply_on="instantiate")
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        length, context = self.datamodule.sequence_length, self.model.decoder.config.max_sequence_length
+        if length > context:
+            raise InputError(
+                f"data.sequence_length {length} is longer than model.decoder.max_sequence_length {context}: "
+                "make the first smaller or the second larger"
+            )
+
+
+def main(args: Sequence[str] | None = None) -> LanguageCLI:
+    """Run the command line; ``args`` are by default those of the process."""
+    return run(LanguageCLI, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""What happens beside training: perplexity, speed, sample stories, and predictions to file."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from experiment.errors import InputError
+from experiment.progress import console
+from lm.generation import GenerationConfig, generate
+
+PROMPTS = ("Once upon a time", "One day, a little girl named", "The dog was sad because")
+
+
+class Perplexity(Callback):
+    """Logs perplexity and bits per byte of the whole split, from the token sums of the module."""
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log("val", pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log("test", pl_module)
+
+    def _log(self, split: str, pl_module: LightningModule) -> None:
+        figures = pl_module.sums.compute()
+        pl_module.log(f"{split}/perplexity", figures["perplexity"], prog_bar=split == "val")
+        pl_module.log(f"{split}/bits_per_byte", figures["bits_per_byte"])
+
+
+class Throughput(Callback):
+    """Logs training tokens per second over all devices, and the tokens seen so far.
+
+    Time spent in validation and samples does not count.
+    """
+
+    def __init__(self) -> None:
+        self.tokens_seen = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"tokens_seen": self.tokens_seen}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.tokens_seen = state_dict["tokens_seen"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._tokens, self._seconds = 0, 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._seconds += time.perf_counter() - self._start
+        tokens = int(batch["weights"].sum()) * trainer.world_size
+        self._tokens += tokens
+        self.tokens_seen += tokens
+        if not trainer.fit_loop._should_accumulate():
+            pl_module.log("train/tokens", float(self.tokens_seen))
+            pl_module.log("train/tokens_per_second", self._tokens / self._seconds, prog_bar=True)
+            if trainer.global_step % trainer.log_every_n_steps == 0:
+                self._tokens, self._seconds = 0, 0.0
+
+
+class Samples(Callback):
+    """Writes stories from fixed prompts while the model learns: to the terminal, to samples.jsonl, to W&B."""
+
+    def __init__(
+        self,
+        every_n_steps: int = 500,
+        prompts: Sequence[str] = PROMPTS,
+        max_new_tokens: int = 80,
+        temperature: float = 0.8,
+        seed: int = 0,
+    ) -> None:
+        """
+        Args:
+            every_n_steps: Optimizer steps between two rounds of samples; 0 writes none.
+            prompts: The beginnings of the stories.
+            max_new_tokens: Longest continuation, in tokens.
+            temperature: Sampling temperature; 0 decodes greedily.
+            seed: Seed of the sampling, the same in each round. Training's own random numbers are left alone.
+        """
+        if every_n_steps < 0:
+            raise InputError(f"samples.every_n_steps {every_n_steps}: expected 0 (none) or more")
+        self.every_n_steps = every_n_steps
+        self.prompts = list(prompts)
+        self.config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._rewind(Path(trainer.default_root_dir) / "samples.jsonl", trainer.global_step)
+        self._last_step = trainer.global_step
+
+    @rank_zero_only
+    def _rewind(self, file: Path, step: int) -> None:
+        """Drop what a killed run wrote after the checkpoint that this one goes on from."""
+        if file.exists():
+            lines = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
+            file.write_text("".join(f"{line}\n" for line in lines))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if self.every_n_steps and step % self.every_n_steps == 0 and step != self._last_step:
+            self._last_step = step
+            self.write(trainer, pl_module)
+
+    @rank_zero_only
+    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """One round of samples with the model as it is."""
+        tokenizer = trainer.datamodule.tokenizer
+        prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in self.prompts]
+        results = generate(pl_module.decoder, prompts, self.config, eos_id=tokenizer.eos_id, decode=tokenizer.decode)
+        stories = [tokenizer.decode(prompt + result.token_ids) for prompt, result in zip(prompts, results, strict=True)]
+        step = trainer.global_step
+        console.print(f"[dim]samples at step {step:,}[/dim]")
+        with (Path(trainer.default_root_dir) / "samples.jsonl").open("a") as file:
+            for prompt, story in zip(self.prompts, stories, strict=True):
+                console.print(f"  {story}", markup=False)
+                record = {"step": step, "prompt": prompt, "story": story}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                rows = [[step, *pair] for pair in zip(self.prompts, stories, strict=True)]
+                logger.log_text(key="samples", columns=["step", "prompt", "story"], data=rows)
+
+
+class Predictions(BasePredictionWriter):
+    """Writes the stories of ``predict`` to predictions.jsonl in the run's folder, and shows them."""
+
+    def __init__(self, stream: bool = True) -> None:
+        """
+        Args:
+            stream: On a terminal, show the first story of each batch token by token while it is written.
+        """
+        super().__init__(write_interval="batch")
+        self.stream = stream
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data, context = trainer.datamodule, pl_module.decoder.config.max_sequence_length
+        for batch in data.predict_dataloader():
+            for prompt, ids in zip(batch["prompts"], batch["input_ids"], strict=True):
+                if len(ids) >= context and not pl_module.generation.sliding_window:
+                    shown = prompt if len(prompt) <= 40 else f"{prompt[:40]}…"
+                    raise InputError(
+                        f"prompt {shown!r} has {len(ids)} tokens, expected fewer than the model's context of "
+                        f"{context}: shorten it, or set --model.generation.sliding_window true"
+                    )
+        self.file = Path(trainer.default_root_dir) / "predictions.jsonl"
+        self._partial = self.file.with_suffix(".partial")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self._partial.write_text("")
+        except OSError as error:
+            raise InputError(f"{self.file} cannot be written ({error.strerror}): choose another --run_dir") from error
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self.stream and console.is_terminal:
+            pl_module.on_token = _Streamer(batch["input_ids"][0], trainer.datamodule.tokenizer.decode)
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: list[dict[str, Any]],
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        with self._partial.open("a") as file:
+            file.writelines(json.dumps(story, ensure_ascii=False) + "\n" for story in prediction)
+        streamed = pl_module.on_token is not None
+        for story in prediction[1 if streamed else 0 :]:
+            console.print(story["text"] + "\n", markup=False)
+        if streamed:
+            pl_module.on_token = None
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._partial.replace(self.file)
+        console.print(f"[dim]written to {self.file}[/dim]")
+
+
+class _Streamer:
+    """Prints the first row's text as its tokens come; a character that is not complete yet is held back."""
+
+    def __init__(self, prompt: list[int], decode: Any) -> None:
+        self.ids, self.decode, self.shown = list(prompt), decode, 0
+
+    def __call__(self, row: int, token_id: int) -> None:
+        if row != 0:
+            return
+        self.ids.append(token_id)
+        text = self.decode(self.ids)
+        if not text.endswith("\ufffd"):
+            console.print(text[self.shown :], end="", markup=False)
+            self.shown = len(text)

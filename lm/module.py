@@ -1,0 +1,186 @@
+"""The language model under Lightning: training, evaluation by perplexity, and writing stories."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import Metric
+
+from lm.generation import GenerationConfig, generate
+from lm.loss import linear_cross_entropy, token_losses
+from lm.model import Decoder, DecoderConfig
+from lm.optim import OptimizerConfig, learning_rate_factor, make_optimizer
+
+Batch = dict[str, Tensor]
+
+
+class TokenSums(Metric):
+    """Sums over all tokens of a split, from which loss, perplexity and bits per byte follow.
+
+    Losses are summed as integers, in units of 2^-20 nats: such sums are the same in every order, for every batch
+    size and number of devices, and need no float64, which some devices lack.
+    """
+
+    UNIT = 2.0**-20
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("loss", "tokens", "text_loss", "bytes"):
+            self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, losses: Tensor, weights: Tensor, text_weights: Tensor, num_bytes: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            losses: (N,) float, cross-entropy of each target in nats.
+            weights: (N,) 1 for targets that count, 0 for padding.
+            text_weights: (N,) 1 for targets that are text, 0 for bos, eos and padding.
+            num_bytes: (N,) int64, UTF-8 bytes of each target that is text.
+        """
+        units = (losses.float() / self.UNIT).round().to(torch.int64)
+        self.loss += (units * weights.to(torch.int64)).sum()
+        self.tokens += weights.to(torch.int64).sum()
+        self.text_loss += (units * text_weights.to(torch.int64)).sum()
+        self.bytes += (num_bytes * text_weights.to(torch.int64)).sum()
+
+    def compute(self) -> dict[str, float]:
+        """``loss`` in nats per token, ``perplexity`` = exp(loss), ``bits_per_byte`` of the text."""
+        loss = self.UNIT * self.loss.item() / max(self.tokens.item(), 1)
+        bits = self.UNIT * self.text_loss.item() / torch.log(torch.tensor(2.0, dtype=torch.float64)).item()
+        return {
+            "loss": loss,
+            "perplexity": torch.tensor(loss, dtype=torch.float64).exp().item(),
+            "bits_per_byte": bits / max(self.bytes.item(), 1),
+        }
+
+
+class LanguageModel(LightningModule):
+    """A decoder that learns to continue stories."""
+
+    def __init__(
+        self,
+        decoder: DecoderConfig = DecoderConfig(),
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        generation: GenerationConfig = GenerationConfig(),
+    ) -> None:
+        """
+        Args:
+            decoder: The model's shape. Its vocab_size is that of the data's tokenizer.
+            optimizer: The optimizer and its schedule.
+            generation: How ``predict`` decodes.
+        """
+        super().__init__()
+        # A checkpoint holds plain values, so that it can be read without running code; here they come back.
+        decoder = DecoderConfig(**decoder) if isinstance(decoder, dict) else decoder
+        optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
+        generation = GenerationConfig(**generation) if isinstance(generation, dict) else generation
+        self.save_hyperparameters(
+            {"decoder": asdict(decoder), "optimizer": asdict(optimizer), "generation": asdict(generation)}
+        )
+        self.decoder = Decoder(decoder)
+        self.optimizer_config = optimizer
+        self.generation = generation
+        self.sums = TokenSums()
+        self.on_token: Callable[[int, int], None] | None = None  # sees (row, token id) while a story is written
+        self._new_window()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits (B, T, V) of token ids (B, T)."""
+        return self.decoder(input_ids)
+
+    # training
+
+    def _new_window(self) -> None:
+        """Begin a window: the micro-batches of one optimizer step."""
+        self._loss_sum: Tensor | float = 0.0
+        self._tokens: Tensor | float = 0.0
+        self._unit = 0.0
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of a micro-batch, summed over its tokens and divided by a number that is the same for the whole
+        window; ``on_before_optimizer_step`` puts the true number of tokens in its place."""
+        hidden = self.decoder.hidden_states(batch["input_ids"])
+        loss = linear_cross_entropy(
+            hidden.flatten(0, 1), self.decoder.head_weight, batch["targets"].flatten(), batch["weights"].flatten()
+        )
+        self._unit = self._unit or float(batch["weights"].numel())
+        self._loss_sum = self._loss_sum + loss.detach()
+        self._tokens = self._tokens + batch["weights"].sum()
+        return loss / self._unit
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make the gradient that of the mean loss over all tokens of the window, on all devices.
+
+        Lightning has divided by the number of micro-batches, which weighs a nearly empty one as much as a full one.
+        """
+        mean_tokens = self.trainer.strategy.reduce(self._tokens.detach().clone(), reduce_op="mean")
+        factor = self._unit * self.trainer.accumulate_grad_batches / mean_tokens.clamp(min=1)
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        torch._foreach_mul_(gradients, factor)
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if self.trainer.fit_loop._should_accumulate():
+            return
+        self.log("train/loss", self._loss_sum / self._tokens.clamp(min=1), prog_bar=True)
+        self._new_window()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = make_optimizer(self, self.optimizer_config)
+        total_steps = self.trainer.estimated_stepping_batches
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, total_steps, self.optimizer_config)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # evaluation
+
+    def on_validation_epoch_start(self) -> None:
+        self.sums.reset()
+
+    def on_test_epoch_start(self) -> None:
+        self.sums.reset()
+
+    def _evaluate(self, batch: Batch) -> None:
+        hidden = self.decoder.hidden_states(batch["input_ids"])
+        losses = token_losses(hidden.flatten(0, 1), self.decoder.head_weight, batch["targets"].flatten())
+        self.sums.update(losses, batch["weights"].flatten(), batch["text_weights"].flatten(), batch["bytes"].flatten())
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/loss", self.sums.compute()["loss"], prog_bar=True)
+
+    def on_test_epoch_end(self) -> None:
+        self.log("test/loss", self.sums.compute()["loss"])
+
+    # decoding
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """Continue each prompt of the batch: a list of ``prompt``, ``text``, ``tokens`` and ``finish_reason``."""
+        tokenizer = self.trainer.datamodule.tokenizer
+        results = generate(
+            self.decoder,
+            batch["input_ids"],
+            self.generation,
+            eos_id=tokenizer.eos_id,
+            decode=tokenizer.decode,
+            on_token=self.on_token,
+        )
+        return [
+            {
+                "prompt": prompt,
+                "text": tokenizer.decode(prompt_ids + result.token_ids),
+                "tokens": len(result.token_ids),
+                "finish_reason": result.finish_reason,
+            }
+            for prompt, prompt_ids, result in zip(batch["prompts"], batch["input_ids"], results, strict=True)
+        ]
