@@ -38,7 +38,7 @@ demo: $(READY) ## train both experiments on embedded data, without a network, an
 	$(RUN) -m lm fit --config configs/lm/demo.yaml
 	$(RUN) -m lm validate --config configs/lm/demo.yaml --ckpt_path best
 	$(RUN) -m lm predict --config configs/lm/demo.yaml --ckpt_path best --data.prompts \
-	  '["Once upon a time", "One day, a girl named Lily", "The dog was sad"]'
+	  '["Once upon a time", "One day, a little girl named", "Tom had a red ball."]'
 	$(RUN) -m experiment.summary $$(ls -dt runs/lm/demo* | head -n 1)
 
 test: $(READY) ## run the whole test suite (no network needed)

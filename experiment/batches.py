@@ -73,7 +73,7 @@ class ResumableDataModule(LightningDataModule):
         epochs = self.trainer.fit_loop.epoch_progress.current
         # A batch that has begun but is not processed yet comes again.
         done = batches.current.processed
-        # After the last batch Lightning goes on with the next epoch, unless it had closed this one, as at the end of fit.
+        # After the last batch Lightning goes on with the next epoch, unless it had closed this one, as fit's end does.
         if batches.is_last_batch and done == batches.current.ready and epochs.processed < epochs.ready:
             return {"epoch": epoch + 1, "batches_done": 0}
         return {"epoch": epoch, "batches_done": done}

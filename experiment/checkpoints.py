@@ -29,7 +29,7 @@ def save_atomically(trainer: Trainer, file: Path, weights_only: bool = False) ->
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         partial.unlink(missing_ok=True)
         raise InputError(
-            f"{file} cannot be written ({error}): free space, or choose another run_dir, and go on with --ckpt_path last"
+            f"{file} cannot be written ({error}): free space or choose another run_dir, and go on with --ckpt_path last"
         ) from error
 
 

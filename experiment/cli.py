@@ -17,7 +17,7 @@ from experiment.checkpoints import BestCheckpoint, ExactResume, StepCheckpoint
 from experiment.errors import InputError
 from experiment.hardware import default_precision
 from experiment.metrics_file import MetricsFile
-from experiment.progress import RunProgressBar, console
+from experiment.progress import RunProgressBar, console, validation_results
 from experiment.quiet import quiet_libraries
 from experiment.run import CONFIG, check_fits, resolve_checkpoint, resolve_run_dir
 
@@ -153,9 +153,8 @@ class ExperimentCLI(LightningCLI):
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
             return
         console.print(f"\nfinished after {self.trainer.global_step:,} steps; everything lies in {self.run_dir}")
-        for name, value in self.trainer.callback_metrics.items():
-            if name.startswith("val/"):
-                console.print(f"  {name:<20} {value:.4f}")
+        for name, value in validation_results(self.trainer).items():
+            console.print(f"  {name:<20} {value:.4f}")
         kept = "best" if (self.run_dir / "checkpoints" / "best.ckpt").exists() else "last"
         console.print(f"next: python -m {self.package} predict --config {self.run_dir / CONFIG} --ckpt_path {kept}")
 

@@ -40,6 +40,12 @@ def format_metrics(metrics: dict[str, Any]) -> str:
     )
 
 
+def validation_results(trainer: Trainer) -> dict[str, float]:
+    """The newest validation metrics, the loss first."""
+    results = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    return dict(sorted(results.items(), key=lambda item: (item[0] != "val/loss", item[0])))
+
+
 class RunProgressBar(ProgressBar):
     """One bar over the whole training, by optimizer steps: loss, tokens per second and the time left.
 
@@ -97,8 +103,7 @@ class RunProgressBar(ProgressBar):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
-            results = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
-            self.print(f"step {trainer.global_step:,}: {format_metrics(results)}")
+            self.print(f"step {trainer.global_step:,}: {format_metrics(validation_results(trainer))}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()

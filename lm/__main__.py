@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_only
 
 from experiment.cli import ExperimentCLI, run
 from experiment.errors import InputError
@@ -23,6 +24,17 @@ class LanguageCLI(ExperimentCLI):
         parser.add_lightning_class_args(Predictions, "predictions")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("data.num_tokens", "model.decoder.vocab_size", apply_on="instantiate")
+
+    def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
+        # A trained tokenizer lies in the run's folder, so that its model can be used where the corpus is not.
+        data, own = self.config[self.subcommand].data, self.run_dir / "tokenizer"
+        if self.subcommand != "fit" and data.tokenizer == "train" and own.is_dir():
+            data.tokenizer = str(own)
+
+    def before_fit(self) -> None:
+        super().before_fit()
+        rank_zero_only(self.datamodule.tokenizer.save)(self.run_dir / "tokenizer")
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()

@@ -15,7 +15,7 @@ from experiment.errors import InputError
 from experiment.progress import console
 from lm.generation import GenerationConfig, generate
 
-PROMPTS = ("Once upon a time", "One day, a little girl named", "The dog was sad because")
+PROMPTS = ("Once upon a time", "One day, a little girl named", "Tom had a red ball.")
 
 
 class Perplexity(Callback):
@@ -147,10 +147,10 @@ class Predictions(BasePredictionWriter):
         data, context = trainer.datamodule, pl_module.decoder.config.max_sequence_length
         for batch in data.predict_dataloader():
             for prompt, ids in zip(batch["prompts"], batch["input_ids"], strict=True):
-                if len(ids) >= context and not pl_module.generation.sliding_window:
+                if len(ids) > context and not pl_module.generation.sliding_window:
                     shown = prompt if len(prompt) <= 40 else f"{prompt[:40]}…"
                     raise InputError(
-                        f"prompt {shown!r} has {len(ids)} tokens, expected fewer than the model's context of "
+                        f"prompt {shown!r} has {len(ids)} tokens, expected at most the model's context of "
                         f"{context}: shorten it, or set --model.generation.sliding_window true"
                     )
         self.file = Path(trainer.default_root_dir) / "predictions.jsonl"

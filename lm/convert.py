@@ -157,7 +157,10 @@ def _tokenizer_of(checkpoint: Path) -> StoryTokenizer:
     from experiment.run import CONFIG
     from lm.data import TinyStories
 
-    file = checkpoint.resolve().parent.parent / CONFIG
+    run = checkpoint.resolve().parent.parent
+    if (own := run / "tokenizer").is_dir():
+        return load_tokenizer(own)
+    file = run / CONFIG
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))["data"]
         named = {name: data[name] for name in ("path", "tokenizer", "vocab_size") if name in data}

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,12 @@ def test_perplexity_is_exp_of_the_loss_and_validate_repeats_the_figures_of_fit(t
     cli = main(["validate", "--config=run/config.yaml", "--ckpt_path=last"])
     for name in ("val/loss", "val/perplexity", "val/bits_per_byte"):
         assert float(cli.trainer.callback_metrics[name]) == pytest.approx(float(last[name]), rel=1e-6)
+
+
+def test_trained_model_predicts_where_its_corpus_is_gone(trained: Path, stories: Path) -> None:
+    shutil.rmtree(stories)
+    main(["predict", "--config=run/config.yaml", "--ckpt_path=best", "--data.prompts=[Tom]"])
+    assert json.loads((trained / "predictions.jsonl").read_text())["prompt"] == "Tom"
 
 
 def test_flag_given_by_hand_wins_over_config_and_checkpoint(trained: Path, stories: Path) -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
-from lm.data import TinyStories
 
 from lm.callbacks import Perplexity
+from lm.data import TinyStories
 from lm.model import DecoderConfig
 from lm.module import LanguageModel
 from lm.optim import OptimizerConfig, learning_rate_factor, parameter_groups
