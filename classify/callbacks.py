@@ -1,0 +1,157 @@
+"""What a run leaves for people and for other programs: predictions.jsonl, and the best adapter in PEFT's format."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from rich.table import Table
+
+from experiment.errors import InputError
+from experiment.progress import console
+from experiment.run import read_checkpoint
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes predictions.jsonl into the run's folder, one line a text and in the texts' order."""
+
+    def __init__(self, show: int = 10) -> None:
+        """
+        Args:
+            show: How many predictions are printed as well.
+        """
+        super().__init__(write_interval="batch")
+        self.show = show
+        self._rows: list[tuple[int, int, list[float]]] = []  # position, label (-1: unknown), probabilities
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._rows = []
+
+    def write_on_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, prediction: dict[str, torch.Tensor],
+        batch_indices: Sequence[int] | None, batch: Any, batch_idx: int, dataloader_idx: int,
+    ) -> None:  # fmt: skip
+        values = (prediction[name].tolist() for name in ("index", "labels", "probabilities"))
+        self._rows += zip(*values, strict=True)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        rows = self._rows
+        if trainer.world_size > 1:
+            gathered: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(gathered, rows)
+            rows = [row for part in gathered for row in part]
+        if not trainer.is_global_zero:
+            return
+        names = pl_module.hparams.label_names
+        texts = trainer.datamodule.predict_reviews.texts
+        lines = []
+        for index, label, probabilities in sorted(rows):
+            best = max(range(len(names)), key=probabilities.__getitem__)
+            line = {"text": texts[index], "label": names[best]}
+            line["probabilities"] = {name: round(p, 6) for name, p in zip(names, probabilities, strict=True)}
+            if label >= 0:
+                line["true_label"] = names[label]
+            lines.append(line)
+        file = Path(trainer.default_root_dir) / "predictions.jsonl"
+        write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        self._print(lines, file)
+
+    def _print(self, lines: list[dict[str, Any]], file: Path) -> None:
+        table = Table("label", "probability", "text")
+        for line in lines[: self.show]:
+            text = " ".join(line["text"].split())
+            shown = text if len(text) <= 70 else text[:69] + "…"
+            # Text from a file may hold rich's markup or control characters: it is shown as it is, without effect.
+            shown = "".join(c for c in shown if c.isprintable()).replace("[", r"\[")
+            table.add_row(line["label"], f"{line['probabilities'][line['label']]:.3f}", shown)
+        if self.show:
+            console.print(table)
+        console.print(f"{len(lines):,} predictions written to {file}")
+
+
+class AdapterExport(Callback):
+    """At the end of training, writes the adapter of the best validation into adapter/, in PEFT's format."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        wanted = pl_module.hparams.adapter in ("custom", "peft") and not trainer.fast_dev_run
+        if not wanted or not trainer.is_global_zero:
+            return
+        root = Path(trainer.default_root_dir)
+        best = root / "checkpoints" / "best.ckpt"
+        end = {name: value.clone() for name, value in pl_module.state_dict().items()}
+        if best.exists():
+            pl_module.load_state_dict(read_checkpoint(best)["state_dict"], strict=False)
+        try:
+            pl_module.save_adapter(str(root / "adapter"))
+        finally:
+            pl_module.load_state_dict(end, strict=False)
+        write_text(root / "adapter" / "README.md", model_card(trainer, pl_module))
+
+
+def model_card(trainer: Trainer, module: LightningModule) -> str:
+    """The README.md of an exported adapter: what it is, how it was trained, what it reached, how to load it."""
+    h, data = module.hparams, trainer.datamodule
+    trainable, total = module.parameter_counts()
+    base = h.name if not h.name.startswith("package:") else h.name.removeprefix("package:").partition("/")[0]
+    scores = "\n".join(
+        f"| {name} | {float(value):.4f} |"
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith("val/")
+    )
+    variant = "DoRA" if h.use_dora else "rsLoRA" if h.use_rslora else "LoRA"
+    by = "PEFT" if h.adapter == "peft" else "a hand-written LoRALinear"
+    return f"""---
+base_model: {base}
+library_name: peft
+pipeline_tag: text-classification
+tags: [lora, sentiment-analysis]
+---
+
+# {variant} adapter: {" or ".join(h.label_names)}
+
+Sorts English film reviews into {", ".join(h.label_names)}. Trained with {by}; the files are in PEFT's format.
+
+| | |
+|---|---|
+| base model | {h.name} |
+| data | {data.path}: {data.sizes["train"] or "all"} reviews, seed {data.seed} |
+| text | at most {data.max_length} tokens, truncation {data.truncation} |
+| adapter | r {h.r}, alpha {h.lora_alpha:g}, dropout {h.lora_dropout:g}, on {h.target_modules} |
+| trained in full | {", ".join(h.modules_to_save)} |
+| trainable parameters | {trainable:,} of {total:,} |
+| training | {trainer.global_step:,} steps of {data.batch_size}, learning rate {h.learning_rate:g} |
+
+The last validation{f" ({data.sizes['validation']:,} reviews)" if data.sizes["validation"] else ""}:
+
+| metric | value |
+|---|---|
+{scores}
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels={len(h.label_names)})
+model = PeftModel.from_pretrained(base, "adapter").eval()
+```
+
+Not made for: other languages, other kinds of text, or decisions about people.
+"""
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        InputError: the folder or the disk does not allow it.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(file.name + ".partial")
+        partial.write_text(text, encoding="utf-8", errors="replace")
+        partial.replace(file)
+    except OSError as error:
+        raise InputError(f"{file} cannot be written ({error.strerror}): choose another --run_dir") from error

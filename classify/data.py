@@ -1,0 +1,282 @@
+"""IMDB reviews, or any texts with labels, as batches: drawn, balanced, disjoint, tokenised once.
+
+A source's reviews are read, freed of duplicates within and across splits, and drawn by a seed; a split that the
+source lacks is drawn from its training reviews. What was drawn is tokenised once and cached without truncation, so
+that length and padding can change without tokenising again.
+
+Batches hold reviews of similar length (`padding: longest`): an epoch's shuffled reviews are sorted by length within
+pools of 50 batches and cut into batches, which are shuffled again. On IMDB at 256 tokens this saves a fifth of the
+work, and at 128 little, since most reviews are longer than that.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from classify import reviews
+from classify.pretrained import load_tokenizer
+from classify.splits import SPLITS, Reviews, draw_splits, read_texts
+from experiment.batches import BatchSchedule, ResumableDataModule
+from experiment.cache import cached_folder
+from experiment.errors import InputError
+from experiment.progress import progress
+from experiment.sources import source_fingerprint
+
+POOL = 50  # batches whose reviews are sorted by length together
+Padding = Literal["longest", "max_length"]
+Truncation = Literal["head", "tail", "both"]
+
+
+class TokenizedReviews(Dataset):
+    """Token ids of reviews, without special tokens; indexed by a list of positions, it gives a whole batch.
+
+    Args:
+        tokens: the reviews' token ids, one after the other.
+        offsets: (N + 1,) where each review begins in `tokens`.
+        labels: (N,) class ids, -1 where unknown.
+        special: ids of the tokens at the beginning, at the end, and for padding ([CLS], [SEP], [PAD]).
+        max_length: length of a sequence at most, special tokens included.
+        padding: to the longest sequence of the batch, or always to `max_length`.
+        truncation: which part of a longer review is kept.
+    """
+
+    def __init__(
+        self, tokens: np.ndarray, offsets: np.ndarray, labels: np.ndarray, special: tuple[int, int, int],
+        max_length: int, padding: Padding, truncation: Truncation,
+    ) -> None:  # fmt: skip
+        self.tokens, self.offsets, self.labels = tokens, offsets, labels
+        self.begin, self.end, self.pad = special
+        self.max_length, self.padding, self.truncation = max_length, padding, truncation
+        self.lengths = np.minimum(np.diff(offsets) + 2, max_length)  # (N,) with special tokens
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def sequence(self, index: int) -> np.ndarray:
+        """Token ids of one review as the model sees it, at most `max_length` of them."""
+        tokens = self.tokens[self.offsets[index] : self.offsets[index + 1]]
+        room = self.max_length - 2
+        if len(tokens) > room:
+            first = {"head": room, "tail": 0, "both": (room + 1) // 2}[self.truncation]
+            tokens = np.concatenate([tokens[:first], tokens[len(tokens) - (room - first) :]])
+        return np.concatenate([[self.begin], tokens, [self.end]])
+
+    def __getitem__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """A batch: input_ids and attention_mask (B, T) int64, labels (B,) and index (B,) int64."""
+        indices = np.asarray(indices)
+        width = self.max_length if self.padding == "max_length" else int(self.lengths[indices].max())
+        input_ids = np.full((len(indices), width), self.pad)
+        for row, index in zip(input_ids, indices, strict=True):
+            row[: self.lengths[index]] = self.sequence(index)
+        attention_mask = np.arange(width) < self.lengths[indices, None]
+        return {
+            "input_ids": torch.from_numpy(input_ids.astype(np.int64)),
+            "attention_mask": torch.from_numpy(attention_mask.astype(np.int64)),
+            "labels": torch.from_numpy(self.labels[indices].astype(np.int64)),
+            "index": torch.from_numpy(indices.astype(np.int64)),
+        }
+
+
+class IMDB(ResumableDataModule):
+    """Reviews with labels for training and evaluation, texts for prediction."""
+
+    def __init__(
+        self,
+        path: str = "stanfordnlp/imdb",
+        tokenizer: str | None = None,
+        train_size: int | None = 5000,
+        validation_size: int | None = 1000,
+        test_size: int | None = 1000,
+        max_length: int = 256,
+        padding: Padding = "longest",
+        truncation: Truncation = "head",
+        batch_size: int = 16,
+        eval_batch_size: int = 64,
+        label_names: list[str] | None = None,
+        texts: list[str] | str | None = None,
+        seed: int = 42,
+        order_seed: int | None = None,
+    ) -> None:
+        """
+        Args:
+            path: A hub name, a local folder or file with the columns text and label, or demo (synthetic reviews).
+            tokenizer: A hub name or local folder; by default that of the model.
+            train_size: Reviews to draw for training, as many of each class; null takes all.
+            validation_size: Reviews to draw for validation; null takes all of a split the source has.
+            test_size: Reviews to draw for testing; null takes all of a split the source has.
+            max_length: Tokens a review at most, with the two special ones.
+            padding: To the longest of the batch, batches drawn by length; or all to max_length.
+            truncation: The part of a longer review that is kept: its head, its tail, or both ends.
+            batch_size: Reviews a training step and process.
+            eval_batch_size: Reviews a batch elsewhere; changes no result.
+            label_names: Names of the classes, by id; by default the source's, or negative and positive.
+            texts: What predict classifies: a list of texts or a file; by default the test reviews.
+            seed: Seed of the drawing: which reviews are in which split.
+            order_seed: Seed of the order of training batches; by default seed_everything's, else that of the drawing.
+        """
+        super().__init__()
+        self.path, self.tokenizer_name, self.texts, self.seed = path, tokenizer, texts, seed
+        self.order_seed = seed if order_seed is None else order_seed
+        self.sizes = dict(zip(SPLITS, (train_size, validation_size, test_size), strict=True))
+        self.max_length, self.padding, self.truncation = max_length, padding, truncation
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.given_label_names = label_names
+        for name, value, least in (
+            ("max_length", max_length, 3), ("batch_size", batch_size, 1), ("eval_batch_size", eval_batch_size, 1),
+            *((f"{split}_size", size, 2) for split, size in self.sizes.items() if size is not None),
+        ):  # fmt: skip
+            if value < least:
+                raise InputError(f"data.{name} is {value}: expected at least {least}")
+        if label_names is not None and (len(label_names) < 2 or len(set(label_names)) < len(label_names)):
+            raise InputError(f"data.label_names is {label_names}: expected at least two different names")
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the classes, in the order of their ids."""
+        return self.given_label_names or json.loads((self.folder / "labels.json").read_text(encoding="utf-8"))
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.label_names)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.tokenizer_name or "bert-base-uncased")
+
+    @cached_property
+    def folder(self) -> Path:
+        """The cached folder with the drawn reviews and their tokens, made where it is missing."""
+        backend = self.tokenizer.backend_tokenizer.to_str()
+        source = source_fingerprint(self.path)
+        if self.path == "demo":
+            source += hashlib.sha256(Path(reviews.__file__).read_bytes()).hexdigest()
+        key = {
+            "format": 1,
+            "source": source,
+            "sizes": self.sizes,
+            "seed": self.seed,
+            "label_names": self.given_label_names,
+            "tokenizer": hashlib.sha256(backend.encode()).hexdigest(),
+        }
+        return cached_folder("reviews", key, self._build)
+
+    def prepare_data(self) -> None:
+        if self._predicts_texts:
+            return
+        _ = self.folder
+
+    def reviews(self, split: str) -> Reviews:
+        """The drawn reviews of train, validation or test, as texts."""
+        texts = json.loads((self.folder / f"{split}.json").read_text(encoding="utf-8"))
+        return Reviews(texts, np.load(self.folder / f"{split}_labels.npy"))
+
+    @cached_property
+    def predict_reviews(self) -> Reviews:
+        """What predict classifies."""
+        if self.texts is None:
+            return self.reviews("test")
+        texts = read_texts(self.texts)
+        return Reviews(texts, np.full(len(texts), -1))
+
+    def dataset(self, split: str) -> TokenizedReviews:
+        """The tokenised reviews of train, validation, test or predict."""
+        if split == "predict" and self._predicts_texts:
+            tokens, offsets = self._tokenize(self.predict_reviews.texts)
+            labels = self.predict_reviews.labels
+        else:
+            stem = "test" if split == "predict" else split
+            tokens, offsets, labels = (
+                np.load(self.folder / f"{stem}_{part}.npy") for part in ("tokens", "offsets", "labels")
+            )
+        special = (self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id)
+        return TokenizedReviews(
+            tokens, offsets, labels, special, self.max_length, self.padding, self.truncation
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        dataset = self.dataset("train")
+        world = self.trainer.world_size if self.trainer else 1
+        if world * self.batch_size > len(dataset):
+            raise InputError(
+                f"data.batch_size {self.batch_size} on {world} processes is more than the {len(dataset)} training "
+                "reviews: take a smaller batch or more reviews"
+            )
+
+        def plan(epoch: int) -> list[list[int]]:
+            lengths = dataset.lengths if self.padding == "longest" else None
+            return training_plan(len(dataset), self.batch_size, world, lengths, (self.order_seed, epoch))
+
+        schedule = self.resumable(BatchSchedule(plan, drop_uneven=True))
+        return DataLoader(dataset, sampler=schedule, batch_size=None)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._evaluation("validation")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._evaluation("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        return self._evaluation("predict")
+
+    @property
+    def _predicts_texts(self) -> bool:
+        predicting = self.trainer is not None and self.trainer.state.fn == "predict"
+        return predicting and self.texts is not None
+
+    def _evaluation(self, split: str) -> DataLoader:
+        dataset = self.dataset(split)
+        order = np.argsort(dataset.lengths, kind="stable")  # the writer of predictions restores the texts' order
+        batches = [order[i : i + self.eval_batch_size].tolist() for i in range(0, len(order), self.eval_batch_size)]
+        return DataLoader(dataset, sampler=BatchSchedule(lambda epoch: batches), batch_size=None)
+
+    def _tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """All tokens one after the other, and the (N + 1,) offsets; "[SEP]" in a review is text, not a token."""
+        sequences: list[list[int]] = []
+        with progress("tokenising", len(texts)) as advance:
+            for start in range(0, len(texts), 1000):
+                chunk = list(texts[start : start + 1000])
+                encoded = self.tokenizer(
+                    chunk, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
+                    return_token_type_ids=False, verbose=False,
+                )  # fmt: skip
+                sequences += encoded["input_ids"]
+                advance(len(chunk))
+        offsets = np.cumsum([0] + [len(sequence) for sequence in sequences])
+        return np.concatenate([*map(np.array, sequences), np.empty(0)]).astype(np.int32), offsets
+
+    def _build(self, folder: Path) -> None:
+        names, drawn = draw_splits(self.path, self.sizes, self.given_label_names, self.seed)
+        (folder / "labels.json").write_text(json.dumps(names), encoding="utf-8")
+        for split, chosen in drawn.items():
+            tokens, offsets = self._tokenize(chosen.texts)
+            (folder / f"{split}.json").write_text(json.dumps(chosen.texts), encoding="utf-8")
+            for part, array in (("tokens", tokens), ("offsets", offsets), ("labels", chosen.labels)):
+                np.save(folder / f"{split}_{part}.npy", array)
+
+
+def training_plan(
+    count: int, batch_size: int, world: int, lengths: np.ndarray | None, seed: tuple[int, int]
+) -> list[list[int]]:
+    """One epoch's batches, each review at most once; the remainder that fills no step of all processes is left out.
+
+    With `lengths` (N,), each batch holds reviews of similar length. The `world` batches of one step hold together
+    what one process would take with a batch of `world * batch_size`.
+    """
+    rng = np.random.default_rng(seed)
+    step = world * batch_size
+    order = rng.permutation(count)[: count // step * step]
+    if lengths is not None:
+        pools = [order[i : i + POOL * step] for i in range(0, len(order), POOL * step)]
+        order = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
+    steps = [order[i : i + step] for i in range(0, len(order), step)]
+    if lengths is not None:
+        steps = [steps[i] for i in rng.permutation(len(steps))]
+    return [taken[rank::world].tolist() for taken in steps for rank in range(world)]

@@ -1,0 +1,280 @@
+"""The classifier under Lightning: one module for both adapters, full fine-tuning, and a head on a frozen encoder."""
+
+import warnings
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from classify.dropout import use_fast_dropout
+from classify.lora import (
+    LoRAConfig,
+    count_parameters,
+    inject_lora,
+    load_adapter,
+    save_adapter,
+    target_names,
+    train_only,
+)
+from classify.pretrained import fingerprint, load_classifier
+from experiment.clipping import clip_gradients
+from experiment.errors import InputError
+
+Adapter = Literal["custom", "peft", "none", "head"]
+
+
+class ReviewClassifier(LightningModule):
+    """A pretrained BERT that sorts reviews into classes, adapted in one of four ways.
+
+    Its checkpoints hold what the base model's own files do not: the weights that train and the new head.
+    """
+
+    def __init__(
+        self,
+        name: str = "bert-base-uncased",
+        label_names: list[str] | None = None,
+        adapter: Adapter = "custom",
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.05,
+        target_modules: list[str] | str = ["query", "key", "value"],  # noqa: B006 (shown by --help; never changed)
+        modules_to_save: list[str] = ["classifier"],  # noqa: B006
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        init_lora_weights: bool = True,
+        adapter_weights: str | None = None,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.01,
+        warmup: float = 0.06,
+        hidden_dropout: float | None = None,
+        attention_dropout: float | None = None,
+        ignore_padding: bool = True,
+        dropout_active: bool = True,
+    ) -> None:
+        """
+        Args:
+            name: The pretrained model: a hub name, a local folder, or package:<package>/<folder>.
+            label_names: Names of the classes; from the data where the command line builds the model.
+            adapter: custom (the LoRA of this package), peft (the same by PEFT), none (full fine-tuning), or head
+                (the encoder stays frozen and only modules_to_save train).
+            r: Rank of the LoRA update.
+            lora_alpha: The update is scaled by lora_alpha / r.
+            lora_dropout: Dropout on the adapter's input.
+            target_modules: Linear layers to adapt: suffixes of their names, or one regular expression.
+            modules_to_save: Modules trained in full beside the adapter; add pooler to train BERT's pooler too.
+            use_rslora: Scale by lora_alpha / sqrt(r) (Kalajdzievski 2023).
+            use_dora: Train direction and magnitude apart (Liu et al. 2024).
+            init_lora_weights: Start at the pretrained model (B = 0); false starts from a random B.
+            adapter_weights: Folder of a saved adapter, PEFT's or ours, to start from.
+            learning_rate: AdamW's, at the end of the warm-up.
+            weight_decay: AdamW's; biases and norms never decay.
+            warmup: Share of all steps in which the rate rises from 0; it then falls linearly to 0.
+            hidden_dropout: Dropout after embeddings and layers; null keeps the model's own.
+            attention_dropout: Dropout on attention weights; null keeps the model's own, 0 keeps the fast kernel.
+            ignore_padding: Mask padded positions. False is a mistake, here for the comparison.
+            dropout_active: Train with the model's dropout. False is a mistake, here for the comparison: what
+                Lightning does with a transformers model unless told otherwise.
+        """
+        super().__init__()
+        label_names = label_names or ["negative", "positive"]
+        self.save_hyperparameters({key: value for key, value in locals().items() if key not in ("self", "__class__")})
+        self.strict_loading = False
+        if not 0 <= warmup < 1:
+            raise InputError(f"model.warmup is {warmup}: expected a share of the steps, in [0, 1)")
+        for option, value in (("hidden_dropout", hidden_dropout), ("attention_dropout", attention_dropout)):
+            if value is not None and not 0 <= value < 1:
+                raise InputError(f"model.{option} is {value}: expected a probability in [0, 1), or null")
+        if not learning_rate > 0:
+            raise InputError(f"model.learning_rate is {learning_rate}: expected a number above 0, such as 1e-3")
+        model, new = load_classifier(name, label_names, hidden_dropout, attention_dropout)
+        new_parameters = {id(parameter) for key, parameter in model.named_parameters() if key in new}
+        encoder = list(model.named_parameters())
+        try:
+            self.model: nn.Module = self._adapted(model)
+        except ValueError as error:
+            raise InputError(f"model: {error}") from error
+        use_fast_dropout(self.model)
+        self.base_fingerprint = fingerprint(
+            (key, p) for key, p in encoder if not p.requires_grad and id(p) not in new_parameters
+        )
+        kept = {id(p) for p in self.parameters() if p.requires_grad} | new_parameters
+        self._kept = {key for key, parameter in self.named_parameters() if id(parameter) in kept}
+        if adapter_weights is not None:
+            self._load_adapter(adapter_weights)
+
+        metrics = MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(len(label_names), average="micro"),
+                "f1": MulticlassF1Score(len(label_names), average="macro"),
+            }
+        )
+        self.losses = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
+        self.metrics = nn.ModuleDict({split: metrics.clone(prefix=f"{split}/") for split in ("val", "test")})
+
+    @property
+    def lora_config(self) -> LoRAConfig:
+        h = self.hparams
+        return LoRAConfig(
+            h.r, h.lora_alpha, h.lora_dropout, h.target_modules, h.modules_to_save,
+            h.use_rslora, h.use_dora, h.init_lora_weights,
+        )  # fmt: skip
+
+    def _adapted(self, model: nn.Module) -> nn.Module:
+        if self.hparams.adapter == "custom":
+            inject_lora(model, self.lora_config)
+        elif self.hparams.adapter == "peft":
+            return peft_model(model, self.lora_config)
+        elif self.hparams.adapter == "head":
+            train_only(model, self.hparams.modules_to_save)
+        return model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits (B, classes), float32, of input_ids (B, T) under attention_mask (B, T)."""
+        if not self.hparams.ignore_padding:
+            attention_mask = torch.ones_like(attention_mask)
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+
+    def on_fit_start(self) -> None:
+        # from_pretrained returns the model in eval mode and Lightning leaves it there (pytorch-lightning#20105).
+        self.model.train(self.hparams.dropout_active)
+        if not self.hparams.dropout_active:  # Lightning would warn of what was asked for
+            warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
+
+    def setup(self, stage: str) -> None:
+        """See that the data suits the model."""
+        data = getattr(self.trainer, "datamodule", None)
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        if data is None or not hasattr(data, "tokenizer"):
+            return
+        if longest is not None and data.max_length > longest:
+            raise InputError(f"data.max_length {data.max_length} is more than the {longest} positions of the model")
+        if len(data.tokenizer) > self.model.config.vocab_size:
+            raise InputError(
+                f"data.tokenizer {data.tokenizer_name!r} has {len(data.tokenizer)} tokens, the model "
+                f"{self.hparams.name!r} {self.model.config.vocab_size}: take the model's own (null)"
+            )
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        logits = self(batch["input_ids"], batch["attention_mask"])
+        loss = F.cross_entropy(logits, batch["labels"])
+        accuracy = (logits.argmax(dim=1) == batch["labels"]).float().mean()
+        values = {"train/loss": loss, "train/accuracy": accuracy}
+        self.log_dict(values, prog_bar=True, batch_size=len(logits), sync_dist=True)
+        return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        clip_gradients(self, gradient_clip_val, gradient_clip_algorithm)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: dict[str, Tensor], split: str) -> None:
+        """Count each review once, whatever the batches: the means are over the whole split."""
+        logits = self(batch["input_ids"], batch["attention_mask"])
+        self.losses[split].update(F.cross_entropy(logits, batch["labels"], reduction="none"))
+        self.metrics[split].update(logits, batch["labels"])
+        self.log(f"{split}/loss", self.losses[split], on_epoch=True, prog_bar=True)
+        self.log_dict(self.metrics[split], on_epoch=True, prog_bar=True)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Tensor]:
+        """Class probabilities (B, classes), with the texts' positions and labels (B,)."""
+        logits = self(batch["input_ids"], batch["attention_mask"])
+        return {"probabilities": logits.softmax(dim=1), "index": batch["index"], "labels": batch["labels"]}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW; biases, norms and DoRA's magnitudes do not decay; the rate rises, then falls, linearly."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.hparams.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.hparams.learning_rate, fused=self.trainer.precision != "16-mixed")
+        steps = int(self.trainer.estimated_stepping_batches)
+        rising = round(self.hparams.warmup * steps)
+
+        def rate(step: int) -> float:
+            return (step + 1) / (rising + 1) if step < rising else (steps - step) / max(1, steps - rising)
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # checkpoints
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = super().state_dict(*args, **kwargs)
+        return {key: value for key, value in state.items() if key in self._kept}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["base_fingerprint"] = self.base_fingerprint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._check_base(checkpoint.get("base_fingerprint"), "the checkpoint")
+        if lost := sorted(self._kept - checkpoint["state_dict"].keys()):
+            raise InputError(f"the checkpoint lacks {lost[0]} and {len(lost) - 1} more: it is of another adapter")
+
+    def _check_base(self, stored: str | None, what: str) -> None:
+        if stored is not None and stored != self.base_fingerprint:
+            raise InputError(
+                f"{what} was trained on another base model than {self.hparams.name!r}: give model.name as it was then"
+            )
+
+    # adapters as files
+
+    def save_adapter(self, folder: str) -> None:
+        """Write the adapter, custom or peft, in PEFT's format."""
+        if self.hparams.adapter == "peft":
+            self.model.save_pretrained(folder)
+        else:
+            path = self.model.config._name_or_path
+            save_adapter(self.model, self.lora_config, folder, path, {"base_fingerprint": self.base_fingerprint})
+
+    def _load_adapter(self, folder: str) -> None:
+        if self.hparams.adapter not in ("custom", "peft"):
+            raise InputError(f"model.adapter_weights needs adapter custom or peft, not {self.hparams.adapter}")
+        # PEFT's wrappers are another tree of modules, so that its weights are read by PEFT, after the same checks on
+        # a plain model.
+        try:
+            if self.hparams.adapter == "custom":
+                metadata = load_adapter(self.model, folder)
+            else:
+                plain, _ = load_classifier(self.hparams.name, self.hparams.label_names)
+                inject_lora(plain, self.lora_config)
+                metadata = load_adapter(plain, folder)
+                self.model.load_adapter(folder, "default", is_trainable=True)
+        except ValueError as error:
+            raise InputError(f"model.adapter_weights: {error}") from error
+        self._check_base(metadata.get("base_fingerprint"), f"model.adapter_weights {folder}")
+
+    def parameter_counts(self) -> tuple[int, int]:
+        """(trainable, all) parameters."""
+        return count_parameters(self.model)
+
+
+def peft_model(model: nn.Module, config: LoRAConfig) -> nn.Module:
+    """The same adaptation by PEFT."""
+    import peft
+
+    if "classifier" not in config.modules_to_save:
+        raise ValueError("modules_to_save lacks classifier, which PEFT always trains: use adapter custom to freeze it")
+    target_names(model, config.target_modules)  # PEFT ignores a target that matches nothing beside one that does
+    options = {name: getattr(config, name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules")}
+    options |= {name: getattr(config, name) for name in ("use_rslora", "use_dora", "init_lora_weights")}
+    others = [name for name in config.modules_to_save if name != "classifier"]
+    with warnings.catch_warnings():
+        # peft 0.21 asks transformers 5.23 for a property that it has renamed.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        return peft.get_peft_model(
+            model, peft.LoraConfig(task_type="SEQ_CLS", modules_to_save=others or None, **options)
+        )

@@ -1,0 +1,146 @@
+"""From a source of reviews to three splits: read, checked, freed of duplicates, drawn by a seed, balanced."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from classify.reviews import synthetic_reviews
+from experiment.errors import InputError
+from experiment.sources import load_texts
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass
+class Reviews:
+    """Some reviews: `texts`, and `labels` (N,) as class ids, -1 where they are not known."""
+
+    texts: list[str]
+    labels: np.ndarray
+
+
+def read_texts(source: list[str] | str) -> list[str]:
+    """The texts to classify: a list, a file (one text a line, or a column text), or a single text.
+
+    Raises:
+        InputError: the file does not exist, or a text is empty.
+    """
+    if isinstance(source, str):
+        path = Path(source).expanduser()
+        if len(source) < 4096 and (path.suffix in (".txt", ".jsonl", ".json", ".csv", ".parquet") or path.is_file()):
+            try:
+                dataset = load_texts(source, "train", ["text"])
+            except InputError as error:
+                raise InputError(str(error).replace("data.path", "data.texts")) from error
+            source = list(dataset["text"])
+        else:
+            source = [source]
+    if not source:
+        raise InputError("data.texts is empty: expected at least one text")
+    _refuse_empty(source, "data.texts")
+    return source
+
+
+def _refuse_empty(texts: Sequence[Any], where: str) -> None:
+    for row, text in enumerate(texts, start=1):
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"{where}: review {row} is empty or no text ({text!r}): remove it or fill it in")
+
+
+def draw_splits(
+    path: str, sizes: dict[str, int | None], label_names: list[str] | None, seed: int
+) -> tuple[list[str], dict[str, Reviews]]:
+    """Names of the classes, and train, validation and test drawn from a source: balanced, and no text in two of them.
+
+    Texts count as the same when they differ in case and white space alone. A text that stands in several splits of
+    the source stays in test rather than validation, and in validation rather than train.
+
+    Raises:
+        InputError: what `load_texts` refuses, an empty review, a label that is no class, too few reviews.
+    """
+    pools: dict[str, Reviews] = {}
+    seen: set[str] = set()
+    names = label_names
+    raw = {split: load_texts(path, split, ["text", "label"], synthetic_reviews) for split in SPLITS}
+    if raw["train"] is None:
+        raise InputError(f"data.path {path} has no split train")
+    names = names or _class_names(raw["train"], path)
+    for split in reversed(SPLITS):
+        if raw[split] is not None:
+            texts = list(raw[split]["text"])
+            where = f"{path} ({split})"
+            _refuse_empty(texts, where)
+            pools[split] = _without_duplicates(texts, _class_ids(raw[split]["label"], names, where), seen)
+    drawn = {}
+    left = {split: _shuffled_by_class(pool, len(names), seed) for split, pool in pools.items()}
+    for split in reversed(SPLITS):
+        source = split if split in pools else "train"
+        if sizes[split] is None and source != split:
+            raise InputError(f"data.{split}_size is null, but {path} has no {split} split to take whole: name a number")
+        taken = _take(left[source], sizes[split], f"data.{split}_size", names)
+        order = np.random.default_rng([seed, SPLITS.index(split)]).permutation(taken)
+        drawn[split] = Reviews([pools[source].texts[i] for i in order], pools[source].labels[order])
+    return names, drawn
+
+
+def _class_names(dataset: Any, path: str) -> list[str]:
+    """The dataset's own names; else the words it uses as labels; else negative and positive for 0 and 1."""
+    if names := getattr(dataset.features["label"], "names", None):
+        return list(names)
+    values = set(dataset["label"])
+    if all(isinstance(value, str) for value in values):
+        if not 2 <= len(values) <= 100:
+            raise InputError(f"{path}: the column label holds {len(values)} different words: expected 2 to 100 classes")
+        return sorted(values)
+    return ["negative", "positive"]
+
+
+def _class_ids(labels: Sequence[Any], names: list[str], where: str) -> np.ndarray:
+    ids = {name: i for i, name in enumerate(names)}
+    classes = np.empty(len(labels), dtype=np.int64)
+    for row, label in enumerate(labels):
+        known = ids.get(label, -1) if isinstance(label, str) else label
+        if isinstance(known, bool) or not isinstance(known, int) or not 0 <= known < len(names):
+            expected = ", ".join(f"{i} or {name}" for i, name in enumerate(names))
+            raise InputError(
+                f"{where}: the label {label!r} of review {row + 1} is no class: expected {expected}; "
+                "other classes are named with data.label_names"
+            )
+        classes[row] = known
+    return classes
+
+
+def _without_duplicates(texts: list[str], labels: np.ndarray, seen: set[str]) -> Reviews:
+    kept = []
+    for i, text in enumerate(texts):
+        normal = " ".join(text.casefold().split())
+        if normal not in seen:
+            seen.add(normal)
+            kept.append(i)
+    return Reviews([texts[i] for i in kept], labels[kept])
+
+
+def _shuffled_by_class(pool: Reviews, num_labels: int, seed: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.permutation(np.flatnonzero(pool.labels == label)) for label in range(num_labels)]
+
+
+def _take(left: list[np.ndarray], size: int | None, option: str, names: list[str]) -> np.ndarray:
+    """Positions of `size` reviews, as many of each class as can be, taken out of `left`; None takes all."""
+    taken = []
+    for label, indices in enumerate(left):
+        wanted = len(indices) if size is None else size // len(left) + (label < size % len(left))
+        if wanted > len(indices):
+            raise InputError(
+                f"{option} {size} needs {wanted} reviews of the class {names[label]}, and {len(indices)} are left: "
+                "ask for fewer"
+            )
+        taken.append(indices[:wanted])
+        left[label] = indices[wanted:]
+    taken = np.concatenate(taken)
+    if len(taken) == 0:
+        raise InputError(f"{option} {size}: no review is left for it")
+    return taken

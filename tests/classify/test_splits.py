@@ -1,0 +1,133 @@
+"""Drawing the splits: balanced, disjoint, repeatable, and strict with what is no review."""
+
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from classify.splits import draw_splits, read_texts
+from experiment.errors import InputError
+
+SIZES = {"train": 40, "validation": 10, "test": 10}
+
+
+def write_source(folder: Path, **splits: list[tuple[str, object]]) -> str:
+    for split, rows in splits.items():
+        lines = (json.dumps({"text": text, "label": label}) for text, label in rows)
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return str(folder)
+
+
+def numbered(count: int, first: int = 0) -> list[tuple[str, int]]:
+    """Sorted by label, as the hub's file is."""
+    return [(f"Review number {i}.", int(i >= first + count // 2)) for i in range(first, first + count)]
+
+
+def draw(path: str, sizes: dict = SIZES, names: list[str] | None = None, seed: int = 0):
+    return draw_splits(path, sizes, names, seed)
+
+
+def test_splits_of_a_source_sorted_by_label_are_balanced_shuffled_and_of_the_asked_sizes(tmp_path):
+    names, drawn = draw(write_source(tmp_path, train=numbered(100), test=numbered(40, first=100)))
+    assert names == ["negative", "positive"]
+    for split, size in SIZES.items():
+        assert Counter(drawn[split].labels.tolist()) == {0: size // 2, 1: size // 2}
+        assert drawn[split].labels.tolist() != sorted(drawn[split].labels.tolist())
+
+
+def test_no_text_stands_in_two_splits_whatever_its_case_and_spaces(tmp_path):
+    train = [*numbered(100), ("REVIEW  number 120. ", 1), ("Review number 121.\n", 1), ("review number 3.", 0)]
+    path = write_source(tmp_path, train=train, validation=numbered(30, first=90), test=numbered(40, first=110))
+    _, drawn = draw(path, {"train": None, "validation": None, "test": None})
+    normal = [" ".join(t.lower().split()) for reviews in drawn.values() for t in reviews.texts]
+    assert len(normal) == len(set(normal)) == 150
+    assert {split: len(reviews.texts) for split, reviews in drawn.items()} == {
+        "train": 90,
+        "validation": 20,
+        "test": 40,
+    }
+
+
+def test_the_seed_decides_the_draw_and_a_larger_train_size_keeps_the_other_splits(tmp_path):
+    path = write_source(tmp_path, train=numbered(100))
+    first, again, other = draw(path)[1], draw(path)[1], draw(path, seed=1)[1]
+    assert first["train"].texts == again["train"].texts != other["train"].texts
+    larger = draw(path, SIZES | {"train": 60})[1]
+    assert larger["validation"].texts == first["validation"].texts
+    assert larger["test"].texts == first["test"].texts
+    assert set(larger["train"].texts) > set(first["train"].texts)
+
+
+def test_words_as_labels_become_classes_and_any_number_of_them(tmp_path):
+    rows = [(f"Review {i}", ["good", "bad", "mixed"][i % 3]) for i in range(60)]
+    names, drawn = draw(write_source(tmp_path, train=rows), {"train": 30, "validation": 6, "test": 6})
+    assert names == ["bad", "good", "mixed"]
+    assert Counter(drawn["train"].labels.tolist()) == {0: 10, 1: 10, 2: 10}
+    for text, label in zip(drawn["train"].texts, drawn["train"].labels, strict=True):
+        assert ["good", "bad", "mixed"][int(text.split()[1]) % 3] == names[label]
+
+
+def test_names_given_by_hand_decide_which_class_is_which(tmp_path):
+    rows = [(f"Review {i}", ["yes", "no"][i % 2]) for i in range(60)]
+    names, drawn = draw(write_source(tmp_path, train=rows), names=["yes", "no"])
+    assert names == ["yes", "no"]
+    assert all(int(t.split()[1]) % 2 == y for t, y in zip(drawn["train"].texts, drawn["train"].labels, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("rows", "names", "message"),
+    [
+        ([("a", 0), ("b", 2)], None, "label 2 of review 2 is no class: expected 0 or negative, 1 or positive"),
+        ([("a", 0), ("b", -1)], None, "label -1 of review 2"),
+        ([("a", 0), ("b", None)], None, "label None of review 2"),
+        ([("a", 0.5), ("b", 1.0)], None, "label 0.5 of review 1"),
+        ([("a", "good"), ("b", "bad")], ["good", "poor"], "label 'bad' of review 2"),
+        ([("a", "good"), ("b", "good")], None, "1 different words"),
+        ([("a", 0), ("  ", 1)], None, "review 2 is empty"),
+        ([("a", 0), (None, 1)], None, "review 2 is empty or no text"),
+        (numbered(20), None, "needs 20 reviews of the class negative, and 0 are left"),
+    ],
+)
+def test_what_is_no_review_or_no_class_is_named_with_its_row(tmp_path, rows, names, message):
+    path = write_source(tmp_path, train=rows)
+    with pytest.raises(InputError, match=message):
+        draw(path, names=names)
+
+
+def test_a_missing_column_is_named(tmp_path):
+    with (tmp_path / "train.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["review", "label"], ["Good.", 1]])
+    with pytest.raises(InputError, match="no column 'text'"):
+        draw(str(tmp_path))
+
+
+def test_null_needs_a_split_of_the_sources_own(tmp_path):
+    with pytest.raises(InputError, match="validation_size is null"):
+        draw(write_source(tmp_path, train=numbered(100)), SIZES | {"validation": None})
+
+
+def test_texts_to_classify_come_as_a_list_a_file_or_a_single_text(tmp_path):
+    (tmp_path / "lines.txt").write_text("One.\nTwo.\n")
+    (tmp_path / "rows.jsonl").write_text('{"text": "Three."}\n')
+    assert read_texts(["A.", "B."]) == ["A.", "B."]
+    assert read_texts(str(tmp_path / "lines.txt")) == ["One.", "Two."]
+    assert read_texts(str(tmp_path / "rows.jsonl")) == ["Three."]
+    assert read_texts("A film to forget.") == ["A film to forget."]
+    (tmp_path / "gap.txt").write_text("One.\n\nThree.\n")
+    with pytest.raises(InputError, match="review 2 is empty"):
+        read_texts(str(tmp_path / "gap.txt"))
+    with pytest.raises(InputError, match=r"data\.texts"):
+        read_texts("missing.txt")
+    with pytest.raises(InputError, match="empty"):
+        read_texts([])
+
+
+def test_the_real_reviews_are_drawn_balanced_and_disjoint(shared):
+    sizes = {"train": 5000, "validation": 1000, "test": 1000}
+    names, drawn = draw(str(shared / "data" / "imdb"), sizes)
+    assert names == ["negative", "positive"]
+    texts = [text for reviews in drawn.values() for text in reviews.texts]
+    assert len(set(texts)) == 7000
+    assert all(reviews.labels.mean() == 0.5 for reviews in drawn.values())
