@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -306,6 +307,8 @@ def plot(name: str, out: Path, contenders: dict[str, Contender], results: dict[s
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run a comparison; flags that are not its own go to every `classify fit`."""
+    # As Ctrl-C does: the run in progress is told to save and stop, so that the same command goes on from there.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     parser = argparse.ArgumentParser("python -m classify.compare", allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("table", choices=["table1", "ablation"])

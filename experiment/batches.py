@@ -7,7 +7,16 @@ import torch.distributed
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import Sampler
 
+from experiment.errors import InputError
+
 Batches = Sequence[Sequence[int]]
+
+
+def rank_and_processes() -> tuple[int, int]:
+    """To be asked late, since the process group starts after the data module is made."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
 
 class BatchSchedule(Sampler[Sequence[int]]):
@@ -34,10 +43,7 @@ class BatchSchedule(Sampler[Sequence[int]]):
 
     @property
     def _share(self) -> tuple[int, int]:
-        """Rank and number of processes; asked late, since the process group starts after the data module is made."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return 0, 1
+        return rank_and_processes()
 
     def __len__(self) -> int:
         rank, world = self._share
@@ -78,7 +84,19 @@ class ResumableDataModule(LightningDataModule):
             return {"epoch": epoch + 1, "batches_done": 0}
         return {"epoch": epoch, "batches_done": done}
 
+    def describe_batch(self, index: int) -> str:
+        """Which samples the batch of that number in the current epoch holds, for people."""
+        schedule = self.train_schedule
+        if schedule is None:  # a stream, whose samples have no numbers
+            return f"batch {index}"
+        rank, world = schedule._share
+        samples = [int(sample) for sample in schedule.plan(schedule.epoch)[index * world + rank]]
+        shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
+        return f"batch {index} of epoch {schedule.epoch} (samples {shown})"
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if "epoch" not in state_dict:
+            raise InputError("this run has streamed its data: resume it with --data.streaming true")
         self._position = int(state_dict["epoch"]), int(state_dict["batches_done"])
         if self.train_schedule is not None:  # the loader was made before the checkpoint was read
             self.resumable(self.train_schedule)

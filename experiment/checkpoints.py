@@ -5,14 +5,18 @@ so that a kill at any moment leaves the last complete one there.
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from experiment.errors import InputError
+from experiment.finite import check_weights, newest_checkpoint
+from experiment.interruption import Interrupted, StopRequest
 
 
 def save_atomically(trainer: Trainer, file: Path, weights_only: bool = False) -> None:
@@ -21,20 +25,35 @@ def save_atomically(trainer: Trainer, file: Path, weights_only: bool = False) ->
     Raises:
         InputError: It cannot be written; what lay there before is left as it was.
     """
+    check_weights(trainer)
     partial = file.with_name(f"{file.name}.partial")
     try:
         trainer.save_checkpoint(partial, weights_only)
         if trainer.is_global_zero:
+            with partial.open("rb") as stream:
+                os.fsync(stream.fileno())  # else a machine that loses power has the new name and not the content
             partial.replace(file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        cause = getattr(error, "strerror", None) or error
         raise InputError(
-            f"{file} cannot be written ({error}): free space or choose another run_dir, and go on with --ckpt_path last"
+            f"{file} cannot be written ({cause}): free space, or copy the run's folder elsewhere, and continue with "
+            f"--ckpt_path last; {newest_checkpoint(trainer)}"
         ) from error
 
 
+class FileCheckpointIO(TorchCheckpointIO):
+    """Writes straight to the file. Lightning's own makes a copy in memory and one among the system's temporary files,
+    where a kill leaves it."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, path)
+
+
 class StepCheckpoint(Checkpoint):
-    """Saves the model, the optimizer and the position in the data every so many steps and at the end of fit.
+    """Saves the model, the optimizer and the position in the data every so many steps and when fit ends or is ended.
 
     Lightning's ModelCheckpoint saves before the step's metrics are logged and its validation is done, so that a run
     killed in between would miss them; this one saves when all that belongs to a step has happened.
@@ -53,12 +72,25 @@ class StepCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.keep = keep
 
+        self._stop = StopRequest()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # none that the user has chosen
+            trainer.strategy.checkpoint_io = FileCheckpointIO()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
+        self._stop.listen()
+        if trainer.is_global_zero:
+            for left in (Path(trainer.default_root_dir) / "checkpoints").glob("*.partial"):  # by a killed run
+                left.unlink()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
+        if batch_idx % trainer.accumulate_grad_batches == 0 and (number := self._stop.agreed(trainer)):
+            self._save(trainer)
+            raise Interrupted(number)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
@@ -77,7 +109,9 @@ class StepCheckpoint(Checkpoint):
             link.symlink_to(file.name)
             link.replace(folder / "last.ckpt")
             if self.keep > 0:
-                for old in sorted(folder.glob("step-*.ckpt"))[: -self.keep]:
+                # By age, not by step: a run that goes on from an earlier checkpoint comes to the same steps again.
+                others = sorted(set(folder.glob("step-*.ckpt")) - {file}, key=lambda old: old.stat().st_mtime_ns)
+                for old in others[: max(0, len(others) - (self.keep - 1))]:
                     old.unlink()
 
 
@@ -115,18 +149,24 @@ class ExactResume(Callback):
     """
 
     def __init__(self) -> None:
-        self._random_states: dict[str, Any] | None = None
+        self._random_states: list[dict[str, Any]] | None = None  # of each process
 
     def state_dict(self) -> dict[str, Any]:
         states: dict[str, Any] = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
-            states["cuda"] = torch.cuda.get_rng_state_all()
-        return states
+            states["cuda"] = torch.cuda.get_rng_state()
+        if not torch.distributed.is_initialized():
+            return {"processes": [states]}
+        processes: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(processes, states)
+        return {"processes": processes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._random_states = state_dict
+        self._random_states = state_dict["processes"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size > 1:
+            torch.manual_seed(torch.initial_seed() + trainer.global_rank)  # else all would drop out the same neurons
         if self._random_states is not None:
             # A batch that had begun when the checkpoint was written comes again; counted twice, it would shift every
             # later validation.
@@ -137,9 +177,11 @@ class ExactResume(Callback):
         # Lightning's count, by which it decides when to log, may be one off after a resume.
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         if self._random_states is not None:
-            torch.set_rng_state(self._random_states["cpu"].cpu())
-            if "cuda" in self._random_states and torch.cuda.is_available():
-                torch.cuda.set_rng_state_all([state.cpu() for state in self._random_states["cuda"]])
+            if len(self._random_states) == trainer.world_size:  # with other processes it is another run anyway
+                states = self._random_states[trainer.global_rank]
+                torch.set_rng_state(states["cpu"].cpu())
+                if "cuda" in states and torch.cuda.is_available():
+                    torch.cuda.set_rng_state(states["cuda"].cpu())
             self._random_states = None
 
     def on_train_batch_end(

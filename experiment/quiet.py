@@ -18,6 +18,8 @@ IGNORED: tuple[tuple[str, type[Warning]], ...] = (
     (r".*The number of training batches .* is smaller than the logging interval.*", UserWarning),
     # The batch size is only needed to average metrics; ours are torchmetrics that carry their own weights.
     (r".*Trying to infer the `batch_size` from an ambiguous collection.*", UserWarning),
+    # Metrics are summed over all processes by torchmetrics before they are logged.
+    (r".*It is recommended to use `self.log\(.*sync_dist=True\)`.*", UserWarning),
     # Predictions are written as they come; nothing needs to know their places in the data set.
     (r".*Couldn't infer the batch indices fetched from your dataloader.*", UserWarning),
 )

@@ -1,6 +1,6 @@
 """The folder of a run: where it lies, and what of a checkpoint may be loaded from it.
 
-runs/lm/demo/            config.yaml  metrics.csv  samples.md  predictions.jsonl
+runs/lm/demo/            config.yaml  metrics.csv  samples.jsonl  predictions.jsonl
 runs/lm/demo/checkpoints last.ckpt  best.ckpt  step-000500.ckpt …
 """
 
@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from experiment.errors import InputError
+from experiment.launch import agreed
 
 CONFIG = "config.yaml"
 RUN_DIR_VARIABLE = "TINYLAB_RUN_DIR"  # tells the folder to the processes that Lightning starts beside the first
@@ -57,8 +58,20 @@ def resolve_run_dir(
     Raises:
         InputError: A new training would write into the folder of another.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0" and RUN_DIR_VARIABLE in os.environ:
-        return Path(os.environ[RUN_DIR_VARIABLE])
+
+    def decide() -> str:
+        if os.environ.get("LOCAL_RANK", "0") != "0" and RUN_DIR_VARIABLE in os.environ:
+            return os.environ[RUN_DIR_VARIABLE]
+        return str(_choose_run_dir(package, subcommand, run_dir, configs, ckpt_path))
+
+    folder = Path(agreed(decide))
+    os.environ[RUN_DIR_VARIABLE] = str(folder)
+    return folder
+
+
+def _choose_run_dir(
+    package: str, subcommand: str, run_dir: str | None, configs: list[Path], ckpt_path: str | None
+) -> Path:
     own_checkpoint = ckpt_path in ("last", "best")
     if run_dir is not None:
         folder = Path(run_dir).expanduser()
@@ -75,7 +88,6 @@ def resolve_run_dir(
             folder = _run_of(ckpt_path)
         else:
             folder = newest or free
-    os.environ[RUN_DIR_VARIABLE] = str(folder)
     return folder
 
 
@@ -115,20 +127,28 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         InputError: The file is truncated, is no checkpoint, or would have to run code to be loaded.
     """
     try:
+        with zipfile.ZipFile(file) as archive:
+            if damaged := archive.testzip():  # torch does not look at the checksums it writes
+                raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"ckpt_path {file} is refused: it is no checkpoint, or holds objects that would run code when loaded; "
             "expected a file that fit has written"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # what a damaged file makes the readers of zip and pickle raise has no bounds
+        others = sorted(other.name for other in file.parent.glob("*.ckpt") if other.resolve() != file.resolve())
         raise InputError(
-            f"ckpt_path {file} cannot be read: it is truncated or no checkpoint; take another one of that run"
+            f"ckpt_path {file} cannot be read: it is truncated or no checkpoint; take another one"
+            + (f" ({', '.join(others)})" if others else " of that run")
         ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+    weights = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
         raise InputError(
             f"ckpt_path {file} is no Lightning checkpoint (no state_dict): expected a file that fit has written"
         )
+    if not isinstance(checkpoint.get("global_step", 0), int):
+        raise InputError(f"ckpt_path {file} is no Lightning checkpoint: its global_step is no number of steps")
     return checkpoint
 
 
@@ -140,7 +160,7 @@ def check_fits(module: LightningModule, file: Path) -> None:
     """
     stored = read_checkpoint(file)["state_dict"]
     expected = module.state_dict()
-    cure = "use the configuration it was trained with (config.yaml in its run's folder)"
+    cure = "use the configuration and the tokenizer it was trained with (config.yaml in its run's folder)"
     for name, weight in expected.items():
         if name not in stored:
             raise InputError(f"ckpt_path {file} is of another architecture: it has no {name}; {cure}")

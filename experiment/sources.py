@@ -4,7 +4,7 @@ Both experiments read through ``load_texts``, so that ``--data.path`` means the 
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -119,6 +119,7 @@ def _datasets() -> ModuleType:
 
     if not console.is_terminal:
         datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong comes as an exception too
     return datasets
 
 
@@ -132,19 +133,23 @@ def _from_file(file: Path) -> "Dataset":
         options["encoding_errors"] = "replace"
         with file.open("rb") as stream:
             if STORY_SEPARATOR.encode() in stream.read(1 << 20):
+                # The library caches by the arguments: without the file's time, a file that has changed gives old texts.
+                identity = (file.stat().st_size, file.stat().st_mtime_ns)
                 return datasets.Dataset.from_generator(
-                    _separated_stories, gen_kwargs={"file": file}, split="train", keep_in_memory=False
+                    _separated_stories, gen_kwargs={"file": file, "identity": identity}, split="train"
                 )
     try:
-        return datasets.load_dataset(READERS[file.suffix], data_files={"train": str(file)}, split="train", **options)
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+        dataset = datasets.load_dataset(READERS[file.suffix], data_files={"train": str(file)}, split="train", **options)
+        dataset.data.validate(full=True)  # a damaged parquet file may hold strings that are no UTF-8
+        return dataset
+    except Exception as error:  # what a damaged file makes its readers raise has no bounds
         cause = " ".join(str(error.__cause__ or error).split())[:200]
         raise InputError(
             f"{file} cannot be read as {READERS[file.suffix]} ({cause}): expected a whole file of that format"
         ) from error
 
 
-def _separated_stories(file: Path):
+def _separated_stories(file: Path, identity: tuple[int, int]) -> Iterator[dict[str, str]]:
     """The stories of an official TinyStories text file, one dictionary each, whatever its size."""
     story: list[str] = []
     with file.open(encoding="utf-8", errors="replace") as lines:

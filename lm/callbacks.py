@@ -10,10 +10,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from rich.padding import Padding
+from rich.text import Text
 
 from experiment.errors import InputError
 from experiment.progress import console
 from lm.generation import GenerationConfig, generate
+from lm.tokenizer import StoryTokenizer
 
 PROMPTS = ("Once upon a time", "One day, a little girl named", "Tom had a red ball.")
 
@@ -58,7 +61,7 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._seconds += time.perf_counter() - self._start
-        tokens = int(batch["weights"].sum()) * trainer.world_size
+        tokens = int(trainer.strategy.reduce(batch["weights"].sum(), reduce_op="sum"))
         self._tokens += tokens
         self.tokens_seen += tokens
         if not trainer.fit_loop._should_accumulate():
@@ -93,6 +96,19 @@ class Samples(Callback):
         self.prompts = list(prompts)
         self.config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
+    def check(self, tokenizer: StoryTokenizer, context: int) -> None:
+        """See that the prompts fit a model's context, in tokens.
+
+        Raises:
+            InputError: One does not.
+        """
+        for prompt in self.prompts if self.every_n_steps else ():
+            if (length := 1 + len(tokenizer.encode(prompt))) > context:
+                raise InputError(
+                    f"samples.prompts {prompt[:40]!r} has {length} tokens, expected at most the model's context of "
+                    f"{context}: shorten it"
+                )
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._rewind(Path(trainer.default_root_dir) / "samples.jsonl", trainer.global_step)
         self._last_step = trainer.global_step
@@ -101,8 +117,10 @@ class Samples(Callback):
     def _rewind(self, file: Path, step: int) -> None:
         """Drop what a killed run wrote after the checkpoint that this one goes on from."""
         if file.exists():
-            lines = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
-            file.write_text("".join(f"{line}\n" for line in lines))
+            lines = [line for line in file.read_text(errors="replace").split("\n") if _step_of(line) <= step]
+            partial = file.with_suffix(".partial")
+            partial.write_text("".join(f"{line}\n" for line in lines))
+            partial.replace(file)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -121,15 +139,25 @@ class Samples(Callback):
         stories = [tokenizer.decode(prompt + result.token_ids) for prompt, result in zip(prompts, results, strict=True)]
         step = trainer.global_step
         console.print(f"[dim]samples at step {step:,}[/dim]")
-        with (Path(trainer.default_root_dir) / "samples.jsonl").open("a") as file:
+        samples = Path(trainer.default_root_dir) / "samples.jsonl"
+        with samples.open("a") as file:
             for prompt, story in zip(self.prompts, stories, strict=True):
-                console.print(f"  {story}", markup=False)
+                console.print(Padding(Text(story), (0, 0, 0, 2)), soft_wrap=False)
                 record = {"step": step, "prompt": prompt, "story": story}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                rows = [[step, *pair] for pair in zip(self.prompts, stories, strict=True)]
-                logger.log_text(key="samples", columns=["step", "prompt", "story"], data=rows)
+                # All rounds so far: the table grows, also over a resume.
+                rows = [json.loads(line) for line in samples.read_text().split("\n") if line]
+                columns = ["step", "prompt", "story"]
+                logger.log_table("samples", columns, [[row[name] for name in columns] for row in rows])
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # cut short by a kill
+        return float("inf")
 
 
 class Predictions(BasePredictionWriter):
@@ -180,6 +208,8 @@ class Predictions(BasePredictionWriter):
         with self._partial.open("a") as file:
             file.writelines(json.dumps(story, ensure_ascii=False) + "\n" for story in prediction)
         streamed = pl_module.on_token is not None
+        if streamed:
+            pl_module.on_token.finish()
         for story in prediction[1 if streamed else 0 :]:
             console.print(story["text"] + "\n", markup=False)
         if streamed:
@@ -202,5 +232,12 @@ class _Streamer:
         self.ids.append(token_id)
         text = self.decode(self.ids)
         if not text.endswith("\ufffd"):
-            console.print(text[self.shown :], end="", markup=False)
-            self.shown = len(text)
+            self._show(text)
+
+    def finish(self) -> None:
+        """Show what was held back, and end the line."""
+        self._show(self.decode(self.ids) + "\n\n")
+
+    def _show(self, text: str) -> None:
+        console.print(text[self.shown :], end="", markup=False)
+        self.shown = len(text)

@@ -8,7 +8,7 @@ one numpy indexing operation, so that the loader is never what the model waits f
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -17,12 +17,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
-from experiment.batches import BatchSchedule, ResumableDataModule
+from experiment.batches import BatchSchedule, ResumableDataModule, rank_and_processes
 from experiment.cache import cached_folder
 from experiment.errors import InputError
 from experiment.progress import console, progress
 from experiment.sources import load_texts, source_fingerprint
+from experiment.streams import blocks, stream_texts
 from lm.stories import demo_stories
+from lm.streaming import StoryStream, StreamProgress
 from lm.tokenizer import StoryTokenizer, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
@@ -194,6 +196,8 @@ class TinyStories(ResumableDataModule):
             lines file of strings or of objects with a ``prompt``.
         seed: Of the order of the training sequences.
         num_workers: Processes that prepare batches; 0 prepares them in the training process, which is fast enough.
+        streaming: Read the training stories while training, from the hub or from files, rather than tokenise them all
+            first; for corpora larger than the disk. They are shuffled within blocks only, and max_steps ends the run.
 
     Raises:
         InputError: A value that is out of range.
@@ -212,6 +216,7 @@ class TinyStories(ResumableDataModule):
         prompts: list[str] | str | None = None,
         seed: int = 1234,
         num_workers: int = 0,
+        streaming: bool = False,
     ) -> None:
         super().__init__()
         least = {"sequence_length": (sequence_length, 2), "num_workers": (num_workers, 0)}
@@ -232,6 +237,8 @@ class TinyStories(ResumableDataModule):
         self.prompts = prompts
         self.seed = seed
         self.num_workers = num_workers
+        self.streaming = streaming
+        self.stream_progress = StreamProgress()
         self._corpora: dict[str, Corpus] = {}
 
     @cached_property
@@ -240,6 +247,8 @@ class TinyStories(ResumableDataModule):
         if self.tokenizer_name != "train":
             return load_tokenizer(self.tokenizer_name)
         key = {"source": source_fingerprint(self.path), "vocab_size": self.vocab_size, "format": FORMAT}
+        if self.streaming:
+            key["trained on"] = "the first stories"
         return load_tokenizer(cached_folder("tokenizers", key, self._train_tokenizer))
 
     @property
@@ -248,6 +257,11 @@ class TinyStories(ResumableDataModule):
         return self.tokenizer.vocab_size
 
     def _train_tokenizer(self, folder: Path) -> None:
+        if self.streaming:
+            stream = stream_texts(self.path, "train", demo=demo_stories)
+            texts = (text for block, _ in blocks(stream, CHUNK, self.path) for text in block)
+            train_tokenizer((text for text in islice(texts, TRAINING_STORIES) if text), self.vocab_size).save(folder)
+            return
         texts, _ = self._texts("train")
         texts = texts.select(range(0, len(texts), -(-len(texts) // TRAINING_STORIES)))
         stories = (story for begin in range(0, len(texts), CHUNK) for story in texts[begin : begin + CHUNK]["text"])
@@ -255,13 +269,15 @@ class TinyStories(ResumableDataModule):
 
     def _texts(self, split: str) -> tuple["Texts", str]:
         """The texts of a split, and what the user should know about where they are from."""
-        texts = load_texts(self.path, split, ["text"], demo_stories)
+        texts = self._streamed(split) if self.streaming else load_texts(self.path, split, ["text"], demo_stories)
         if split == "test":
             if texts is None:
                 return self._texts("validation")[0], "the source has no test split: validation is used for test"
             return texts, ""
         if split == "validation" and texts is not None:
             return texts, ""
+        if self.streaming:
+            raise InputError(f"data.path {self.path!r} has no validation split, which data.streaming needs: add one")
         if split == "train" and load_texts(self.path, "validation", ["text"], demo_stories) is not None:
             return texts, ""
         # Which stories are held out must not depend on the run's seed: a model would be validated on what it
@@ -274,6 +290,15 @@ class TinyStories(ResumableDataModule):
         if split == "train":
             return whole.select(np.sort(kept)), ""
         return whole.select(np.sort(held)), f"no validation split: {len(held):,} of the training stories held out"
+
+    def _streamed(self, split: str) -> "Texts | None":
+        """A split that is small enough for memory, without fetching the others."""
+        from datasets import Dataset as Texts
+
+        stream = stream_texts(self.path, split, demo=demo_stories)
+        if stream is None:
+            return None
+        return Texts.from_dict({"text": [text for block, _ in blocks(stream, CHUNK, self.path) for text in block]})
 
     def corpus(self, split: str) -> Corpus:
         """The tokenised split (train, validation or test), from the cache, or made and cached now."""
@@ -293,9 +318,12 @@ class TinyStories(ResumableDataModule):
     def setup(self, stage: str) -> None:
         splits = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
         for split in splits.get(stage, ()):
-            self.corpus(split)
+            if not (self.streaming and split == "train"):
+                self.corpus(split)
 
     def train_dataloader(self) -> DataLoader:
+        if self.streaming:
+            return self._stream()
         corpus = self.corpus("train")
         if self.packing:
             windows = packed_windows(len(corpus.tokens), self.sequence_length)
@@ -309,6 +337,47 @@ class TinyStories(ResumableDataModule):
             return _in_batches(order, self.batch_size)
 
         return self._loader(data, self.resumable(BatchSchedule(shuffled, drop_uneven=True)))
+
+    def _stream(self) -> DataLoader:
+        stream = StoryStream(
+            self.path,
+            self.tokenizer,
+            self.sequence_length,
+            self.batch_size,
+            self.packing,
+            self.seed,
+            *rank_and_processes(),
+            self.stream_progress,
+        )
+        return DataLoader(stream, batch_size=None, num_workers=self.num_workers, collate_fn=_as_it_is)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self.stream_progress.begin(batch) if "position" in batch else batch
+
+    def state_dict(self) -> dict[str, Any]:
+        if not self.streaming:
+            return super().state_dict()
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        state = self.stream_progress.state(processed=batches.processed == batches.ready)
+        processes = [state]
+        if self.trainer.world_size > 1:
+            processes *= self.trainer.world_size
+            torch.distributed.all_gather_object(processes, state)
+        return {"processes": processes, "num_workers": self.num_workers}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not self.streaming:
+            super().load_state_dict(state_dict)
+            return
+        if "processes" not in state_dict:
+            raise InputError("this run has not streamed its data: resume it with --data.streaming false")
+        found = len(state_dict["processes"]), state_dict["num_workers"]
+        if found != (self.trainer.world_size, self.num_workers):
+            raise InputError(
+                f"this run has streamed with {found[0]} processes and data.num_workers {found[1]}: resume it with as "
+                "many, since each has its own share of the stories"
+            )
+        self.stream_progress.load(state_dict["processes"][self.trainer.global_rank])
 
     def val_dataloader(self) -> DataLoader:
         return self._eval_loader("validation")
@@ -326,13 +395,25 @@ class TinyStories(ResumableDataModule):
         make = sliding_windows if self.evaluation == "full" else first_windows
         windows = make(corpus.offsets, self.sequence_length)
         data = WindowBatches(corpus, windows, self.tokenizer, width=None, with_bytes=True)
+        # Every process must have a batch: one that has none would skip the validation that the others do together.
+        processes = rank_and_processes()[1]
+        if len(data) < processes:
+            raise InputError(
+                f"the {split} split of data.path {self.path!r} has {len(data)} sequences, fewer than the {processes} "
+                "processes: take fewer, or more stories"
+            )
         # Rows of like length together, so that little is padded; the longest first, so that memory fails at once.
-        batches = _in_batches(np.argsort(-windows.length, kind="stable"), self.eval_batch_size)
+        size = min(self.eval_batch_size, len(data) // processes)
+        batches = _in_batches(np.argsort(-windows.length, kind="stable"), size)
         return self._loader(data, BatchSchedule(lambda epoch: batches))
 
     def _loader(self, data: Dataset, schedule: BatchSchedule) -> DataLoader:
         workers = self.num_workers
         return DataLoader(data, sampler=schedule, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _in_batches(order: np.ndarray, size: int) -> list[np.ndarray]:
@@ -372,7 +453,7 @@ def read_prompts(prompts: list[str] | str | None) -> list[str]:
 
 
 def _prompts_in_json(path: Path, text: str) -> Iterator[Any]:
-    lines = (line for line in text.splitlines() if line.strip())
+    lines = (line for line in text.split("\n") if line.strip())  # U+2028 may stand within a string
     rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
     for row in rows:
         yield row["prompt"] if isinstance(row, dict) else row

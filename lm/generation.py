@@ -108,10 +108,10 @@ def generate(
         One `Generation` a prompt, in order.
 
     Raises:
-        ValueError: If a prompt is empty, holds an unknown id or is longer than the context, or `config.stop` is
-            given without `decode`; and if the decoder's logits are not finite.
+        ValueError: If a prompt is empty, holds an unknown id or is longer than the context without a sliding
+            window, or `config.stop` is given without `decode`; and if the decoder's logits are not finite.
     """
-    _check_prompts(decoder, prompts)
+    _check_prompts(decoder, prompts, config.sliding_window)
     if config.stop and decode is None:
         raise ValueError(f"stop={config.stop}: strings can only be found in text; pass decode as well")
     seen: Counter[tuple[int, ...]] = Counter()
@@ -119,6 +119,8 @@ def generate(
     for index, prompt in enumerate(prompts):
         rows.append(_Row(index, prompt, config.seed, repeat=seen[tuple(prompt)]))
         seen[tuple(prompt)] += 1
+    for row in rows:
+        row.slide(decoder.config.max_sequence_length)
     next_logits = _Cached(decoder, rows, config) if config.use_cache else _Recomputed(decoder)
     training = decoder.training
     decoder.eval()
@@ -296,14 +298,15 @@ def _choose(logits: Tensor, rows: list[_Row], config: GenerationConfig) -> list[
     return torch.searchsorted(cumulative, reached, right=True).squeeze(1).tolist()
 
 
-def _check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> None:
+def _check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], sliding_window: bool) -> None:
     context, vocab_size = decoder.config.max_sequence_length, decoder.config.vocab_size
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {index} is empty; begin it with a token, such as bos")
-        if len(prompt) > context:
+        if len(prompt) > context and not sliding_window:
             raise ValueError(
-                f"prompt {index} has {len(prompt)} tokens, but the model's context is {context}; shorten the prompt"
+                f"prompt {index} has {len(prompt)} tokens, but the model's context is {context}; shorten the prompt, "
+                "or set sliding_window"
             )
         for token in prompt:
             if not 0 <= token < vocab_size:

@@ -1,5 +1,6 @@
 """The language model under Lightning: training, evaluation by perplexity, and writing stories."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -7,14 +8,18 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torchmetrics import Metric
 
+from experiment.clipping import clip_gradients
+from experiment.errors import InputError
 from lm.generation import GenerationConfig, generate
 from lm.loss import linear_cross_entropy, token_losses
 from lm.model import Decoder, DecoderConfig
 from lm.optim import OptimizerConfig, learning_rate_factor, make_optimizer
 
 Batch = dict[str, Tensor]
+UNIT = 4096.0  # tokens; of the order of a batch, so that losses and gradients suit half precision
 
 
 class TokenSums(Metric):
@@ -29,7 +34,7 @@ class TokenSums(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("loss", "tokens", "text_loss", "bytes"):
+        for name in ("loss", "tokens", "text_loss", "bytes", "not_finite"):
             self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, losses: Tensor, weights: Tensor, text_weights: Tensor, num_bytes: Tensor) -> None:
@@ -41,21 +46,25 @@ class TokenSums(Metric):
             text_weights: (N,) 1 for targets that are text, 0 for bos, eos and padding.
             num_bytes: (N,) int64, UTF-8 bytes of each target that is text.
         """
-        units = (losses.float() / self.UNIT).round().to(torch.int64)
+        finite = torch.isfinite(losses)
+        self.not_finite += (~finite & (weights > 0)).sum()
+        units = (torch.where(finite, losses.float(), 0.0) / self.UNIT).round().to(torch.int64)
         self.loss += (units * weights.to(torch.int64)).sum()
         self.tokens += weights.to(torch.int64).sum()
         self.text_loss += (units * text_weights.to(torch.int64)).sum()
         self.bytes += (num_bytes * text_weights.to(torch.int64)).sum()
 
     def compute(self) -> dict[str, float]:
-        """``loss`` in nats per token, ``perplexity`` = exp(loss), ``bits_per_byte`` of the text."""
+        """``loss`` in nats per token, ``perplexity`` = exp(loss), ``bits_per_byte`` of the text.
+
+        All are nan where a token's loss was infinite or none, which no integer can say.
+        """
+        if self.not_finite:
+            return dict.fromkeys(("loss", "perplexity", "bits_per_byte"), math.nan)
         loss = self.UNIT * self.loss.item() / max(self.tokens.item(), 1)
-        bits = self.UNIT * self.text_loss.item() / torch.log(torch.tensor(2.0, dtype=torch.float64)).item()
-        return {
-            "loss": loss,
-            "perplexity": torch.tensor(loss, dtype=torch.float64).exp().item(),
-            "bits_per_byte": bits / max(self.bytes.item(), 1),
-        }
+        bits = self.UNIT * self.text_loss.item() / math.log(2)
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits / max(self.bytes.item(), 1)}
 
 
 class LanguageModel(LightningModule):
@@ -92,25 +101,32 @@ class LanguageModel(LightningModule):
         """Logits (B, T, V) of token ids (B, T)."""
         return self.decoder(input_ids)
 
+    def configure_model(self) -> None:
+        """Divide the weights among the processes where the strategy asks for it, as configs/fsdp.yaml does."""
+        if self.device_mesh is None or isinstance(self.decoder, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for module in (*self.decoder.blocks, self.decoder):
+            fully_shard(module, mesh=mesh)
+        register_fsdp_forward_method(self.decoder, "hidden_states")
+
     # training
 
     def _new_window(self) -> None:
         """Begin a window: the micro-batches of one optimizer step."""
         self._loss_sum: Tensor | float = 0.0
         self._tokens: Tensor | float = 0.0
-        self._unit = 0.0
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of a micro-batch, summed over its tokens and divided by a number that is the same for the whole
-        window; ``on_before_optimizer_step`` puts the true number of tokens in its place."""
+        """The loss of a micro-batch, summed over its tokens and divided by a number that is the same for all batches
+        and processes; ``on_before_optimizer_step`` puts the true number of tokens in its place."""
         hidden = self.decoder.hidden_states(batch["input_ids"])
         loss = linear_cross_entropy(
             hidden.flatten(0, 1), self.decoder.head_weight, batch["targets"].flatten(), batch["weights"].flatten()
         )
-        self._unit = self._unit or float(batch["weights"].numel())
         self._loss_sum = self._loss_sum + loss.detach()
         self._tokens = self._tokens + batch["weights"].sum()
-        return loss / self._unit
+        return loss / UNIT
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Make the gradient that of the mean loss over all tokens of the window, on all devices.
@@ -118,20 +134,36 @@ class LanguageModel(LightningModule):
         Lightning has divided by the number of micro-batches, which weighs a nearly empty one as much as a full one.
         """
         mean_tokens = self.trainer.strategy.reduce(self._tokens.detach().clone(), reduce_op="mean")
-        factor = self._unit * self.trainer.accumulate_grad_batches / mean_tokens.clamp(min=1)
+        factor = UNIT * self.trainer.accumulate_grad_batches / mean_tokens.clamp(min=1)
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         torch._foreach_mul_(gradients, factor)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        clip_gradients(self, gradient_clip_val, gradient_clip_algorithm)
+
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if self.trainer.fit_loop._should_accumulate():
             return
-        self.log("train/loss", self._loss_sum / self._tokens.clamp(min=1), prog_bar=True)
+        sums = torch.stack([self._loss_sum, self._tokens])
+        loss_sum, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum")  # over the processes
+        self.log("train/loss", loss_sum / tokens.clamp(min=1), prog_bar=True)
         self._new_window()
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = make_optimizer(self, self.optimizer_config)
         total_steps = self.trainer.estimated_stepping_batches
+        if total_steps == float("inf") and self.optimizer_config.schedule != "constant":
+            raise InputError(
+                f"model.optimizer.schedule {self.optimizer_config.schedule} needs an end to go down to: give "
+                "--trainer.max_steps, or take the schedule constant"
+            )
+        # Under 16-mixed the gradients must be unscaled before they are clipped, which a fused optimizer does too late.
+        optimizer = make_optimizer(self, self.optimizer_config, fused=self.trainer.precision != "16-mixed")
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, total_steps, self.optimizer_config)
         )
@@ -167,14 +199,16 @@ class LanguageModel(LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Continue each prompt of the batch: a list of ``prompt``, ``text``, ``tokens`` and ``finish_reason``."""
         tokenizer = self.trainer.datamodule.tokenizer
-        results = generate(
-            self.decoder,
-            batch["input_ids"],
-            self.generation,
-            eos_id=tokenizer.eos_id,
-            decode=tokenizer.decode,
-            on_token=self.on_token,
-        )
+        # In the weights' own precision: rounded to bfloat16, a story would depend on the batch that it is in.
+        with torch.autocast(self.device.type, enabled=False):
+            results = generate(
+                self.decoder,
+                batch["input_ids"],
+                self.generation,
+                eos_id=tokenizer.eos_id,
+                decode=tokenizer.decode,
+                on_token=self.on_token,
+            )
         return [
             {
                 "prompt": prompt,

@@ -60,14 +60,14 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over the module's parameters, all of them updated in one kernel."""
+def make_optimizer(module: nn.Module, config: OptimizerConfig, fused: bool = True) -> torch.optim.Optimizer:
+    """AdamW over the module's parameters; ``fused`` updates all of them in one kernel."""
     return torch.optim.AdamW(
         parameter_groups(module, config.weight_decay),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        fused=True,
+        fused=fused,
     )
 
 

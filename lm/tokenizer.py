@@ -188,7 +188,7 @@ class StoryTokenizer:
         }
         if "<unk>" in backend.get_vocab():
             config["unk_token"] = "<unk>"
-        backend.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -385,13 +385,14 @@ def _read_sentencepiece(path: Path, name: str) -> StoryTokenizer:
 
     try:
         model = SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError):
+        ids = range(model.vocab_size())
+        pieces = [model.id_to_piece(i) for i in ids]
+    except (OSError, RuntimeError, UnicodeDecodeError):
         raise InputError(f"tokenizer {name!r} is no SentencePiece model; expected {_KINDS}") from None
     if model.eos_id() < 0:
         raise InputError(f"tokenizer {name!r} has no end-of-text token; take one that has, or 'train'")
-    ids = range(model.vocab_size())
     tokenizer = from_pieces(
-        [model.id_to_piece(i) for i in ids],
+        pieces,
         [model.get_score(i) for i in ids],
         model.eos_id() if model.bos_id() < 0 else model.bos_id(),
         model.eos_id(),

@@ -1,17 +1,35 @@
 """What all tests share: no network, caches of their own, and the real data where it is at hand."""
 
+import atexit
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="tinylab-datasets-")  # read once, when datasets is imported
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
+os.environ["TINYLAB_FIT__REPORT"] = "false"  # of the hundred runs of the suite, nobody looks at the pages
 
 import pytest
 
 from experiment.quiet import IGNORED, quiet_libraries
+from tests.processes import Commands
 
 ROOT = Path(__file__).parent.parent
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--repeats", type=int, default=1, help="how often the tests that draw moments at random are run")
+    parser.addoption("--fuzz", type=int, default=None, help="damaged files that each reader is given")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "repeat" in metafunc.fixturenames:
+        metafunc.parametrize("repeat", range(metafunc.config.getoption("repeats")))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,7 +44,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of tokens and tokenizers for this session alone."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["TINYLAB_CACHE"] = str(folder)
-    os.environ["HF_DATASETS_CACHE"] = str(folder / "datasets")
     return folder
 
 
@@ -44,3 +61,11 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory, so that runs/ of the repository stays as it is."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[Commands]:
+    """Commands as processes of their own."""
+    commands = Commands()
+    yield commands
+    commands.close()

@@ -39,6 +39,13 @@ def test_text_file_without_separators_is_one_text_a_line(tmp_path: Path) -> None
     assert list(load_texts(str(tmp_path / "train.txt"), "train")["text"]) == ["one", "two"]
 
 
+def test_file_that_has_changed_is_read_again(tmp_path: Path) -> None:
+    file = write(tmp_path, ".txt")
+    load_texts(str(file), "train")
+    file.write_text("new\n<|endoftext|>\nstories")
+    assert list(load_texts(str(file), "train")["text"]) == ["new", "stories"]
+
+
 def test_split_that_a_folder_lacks_is_none(tmp_path: Path) -> None:
     write(tmp_path, ".jsonl")
     assert load_texts(str(tmp_path), "validation") is None

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from lm.__main__ import main
+from lm.tokenizer import train_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STORIES = [
@@ -157,6 +158,41 @@ def test_resumed_run_equals_the_uninterrupted_one(stories: Path) -> None:
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+def test_flag_wins_wherever_it_stands_and_over_the_environment(
+    stories: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("TINYLAB_FIT__MODEL__OPTIMIZER__LEARNING_RATE", "0.25")
+    monkeypatch.setenv("TINYLAB_FIT__DATA__BATCH_SIZE", "7")
+    config = CONFIGS / "lm/demo.yaml"
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.optimizer.learning_rate=0.5", f"--config={config}", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["optimizer"]["learning_rate"] == 0.5
+    with pytest.raises(SystemExit):
+        main(["fit", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["batch_size"] == 7
+
+
+def test_bfloat16_trains_with_clipped_gradients(stories: Path) -> None:
+    precision = ["--trainer.precision=bf16-mixed", "--trainer.gradient_clip_val=0.1"]
+    main(["fit", f"--data.path={stories}", "--run_dir=run", *SMALL, *precision])
+    losses = [float(row["train/loss"]) for row in rows(Path("run"))]
+    assert len(losses) == 4 and all(math.isfinite(loss) for loss in losses)
+
+
+def test_prompt_past_the_context_is_continued_with_a_sliding_window(trained: Path) -> None:
+    prompt = "Once upon a time, Tom had a red ball. " * 5
+    main(["predict", "--config=run/config.yaml", "--ckpt_path=last", f'--data.prompts=["{prompt}"]',
+          "--model.generation.sliding_window=true"])  # fmt: skip
+    assert json.loads((trained / "predictions.jsonl").read_text())["tokens"] == 8
+
+
+def test_predictions_of_a_run_on_two_processes_are_written_by_one(trained: Path) -> None:
+    main(["predict", "--config=run/config.yaml", "--ckpt_path=last", "--data.prompts=[Tom, Ben]",
+          "--trainer.devices=2", "--trainer.strategy=ddp"])  # fmt: skip
+    assert len((trained / "predictions.jsonl").read_text().splitlines()) == 2
+
+
 def test_text_may_hold_markup_and_special_token_strings(trained: Path) -> None:
     Path("prompts.txt").write_text("[bold]Tom[/nothing] </s> <unk>\n")
     main(["predict", "--config=run/config.yaml", "--ckpt_path=last", "--data.prompts=prompts.txt",
@@ -174,6 +210,11 @@ def test_text_may_hold_markup_and_special_token_strings(trained: Path) -> None:
         (["--data.path=column.jsonl"], ["column.jsonl", "no column 'text'", "story"]),
         (["--data.tokenizer=stories/train.jsonl"], ["train.jsonl", "tokenizer"]),
         (["--data.tokenizer=no/such/tokenizer"], ["no/such/tokenizer", "does not exist"]),
+        (["--data.path=./nowhere", "--data.tokenizer=ready"], ["nowhere", "does not exist"]),
+        (["--data.path=column.jsonl", "--data.tokenizer=ready"], ["column.jsonl", "no column 'text'"]),
+        (["--data.path=blank.jsonl", "--data.tokenizer=ready"], ["blank.jsonl", "empty"]),
+        (["--trainer.accelerator=gpu", "--trainer.devices=1"], ["trainer", "gpu"]),
+        (["--samples.prompts=[" + "Once upon a time " * 9 + "]"], ["samples.prompts", "context of 32"]),
         (["--data.vocab_size=30000"], ["vocab_size 30000", "too large"]),
         (["--data.sequence_length=64"], ["sequence_length 64", "max_sequence_length 32"]),
         (["--data.batch_size=0"], ["batch_size", "0"]),
@@ -193,6 +234,8 @@ def test_bad_input_of_fit_is_refused_and_writes_nothing(
 ) -> None:
     Path("empty.jsonl").write_text("")
     Path("column.jsonl").write_text('{"story": "x"}\n')
+    Path("blank.jsonl").write_text('{"text": " "}\n' * 3)
+    train_tokenizer(STORIES, 345).save("ready")
     error = refused(capsys, "fit", f"--data.path={stories}", "--run_dir=run", *SMALL, *flags)
     assert all(word in error for word in words), error
     assert not Path("run").exists()
@@ -223,6 +266,10 @@ def test_bad_input_of_predict_is_refused_and_writes_nothing(
     error = refused(capsys, "predict", "--config=run/config.yaml", "--ckpt_path=last", *flags)
     assert all(word in error for word in words), error
     assert not list(trained.glob("predictions*"))
+
+
+def test_predict_without_a_checkpoint_is_refused(trained: Path, capsys: pytest.CaptureFixture) -> None:
+    assert "--ckpt_path" in refused(capsys, "predict", "--config=run/config.yaml", "--data.prompts=[Tom]")
 
 
 def test_second_fit_into_the_same_folder_is_refused_and_harms_nothing(

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lm.callbacks import Perplexity
 from lm.data import TinyStories
 from lm.model import DecoderConfig
-from lm.module import LanguageModel
+from lm.module import LanguageModel, TokenSums
 from lm.optim import OptimizerConfig, learning_rate_factor, parameter_groups
 
 TEXTS = [
@@ -84,6 +84,32 @@ def test_full_perplexity_equals_a_direct_sum_where_no_story_needs_a_window(tmp_p
     expected = direct_figures(model, data)
     assert figures["val/loss"] == pytest.approx(expected["val/loss"], abs=1e-6)
     assert figures["val/bits_per_byte"] == pytest.approx(expected["val/bits_per_byte"], abs=1e-6)
+
+
+def test_full_perplexity_over_windows_equals_a_direct_sum(tmp_path: Path) -> None:
+    """Story by story: 16 targets from the start, then 8 more at a time, each window seeing the 8 tokens before them."""
+    data = stories(tmp_path)
+    model, tokenizer, nats = language_model(data), data.tokenizer, []
+    for text in TEXTS:
+        ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+        for start in range(0, max(1, len(ids) - 1 - 8), 8):
+            window = ids[start : start + 17]
+            with torch.no_grad():
+                logits = model(torch.tensor([window[:-1]]))[0]
+            losses = F.cross_entropy(logits, torch.tensor(window[1:]), reduction="none")
+            nats += losses[8 if start else 0 :].tolist()
+    figures = trainer().validate(model, data, verbose=False)[0]
+    assert len(nats) == int(model.sums.tokens)
+    assert figures["val/loss"] == pytest.approx(sum(nats) / len(nats), abs=1e-6)
+
+
+def test_loss_that_is_no_number_is_not_hidden_by_the_sums() -> None:
+    sums, ones = TokenSums(), torch.ones(4)
+    sums.update(torch.tensor([1.0, 2.0, math.nan, math.inf]), ones, ones, ones.long())
+    assert all(math.isnan(value) for value in sums.compute().values())
+    sums.reset()
+    sums.update(torch.tensor([1.0, 3.0, math.nan, 2.0]), torch.tensor([1.0, 1, 0, 0]), ones, ones.long())
+    assert sums.compute()["loss"] == 2.0
 
 
 def test_full_perplexity_over_windows_does_not_depend_on_the_batch_size(tmp_path: Path) -> None:

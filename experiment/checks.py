@@ -1,0 +1,45 @@
+"""What in a configuration cannot be right, told all at once before a training starts."""
+
+from collections.abc import Iterator
+
+from lightning.pytorch import Trainer
+
+from experiment.batches import ResumableDataModule
+from experiment.errors import InputError
+
+
+def check_training(trainer: Trainer, data: ResumableDataModule) -> None:
+    """See that epochs, processes, accumulation and validation go together; the data is set up.
+
+    Raises:
+        InputError: They do not; the message lists everything that was found.
+    """
+    if problems := list(_problems(trainer, data)):
+        raise InputError("; ".join(problems))
+
+
+def _problems(trainer: Trainer, data: ResumableDataModule) -> Iterator[str]:
+    data.train_dataloader()
+    if data.train_schedule is None:  # a stream, which has no epochs
+        if trainer.max_steps < 0:
+            yield "trainer.max_steps is not given: data.streaming has no last story, so it must end the run"
+        return
+    total, processes = len(data.train_schedule.plan(0)), trainer.world_size
+    batches = total // processes
+    if batches == 0:
+        yield (
+            f"the training split makes {total} batches for {processes} processes: lower data.batch_size, or take fewer "
+            "processes"
+        )
+    accumulated = trainer.accumulate_grad_batches
+    if 0 < batches < accumulated:
+        yield (
+            f"trainer.accumulate_grad_batches {accumulated} is more than the {batches} batches of an epoch: lower it, "
+            "or lower data.batch_size"
+        )
+    interval = trainer.val_check_interval
+    if trainer.check_val_every_n_epoch is not None and isinstance(interval, int) and 0 < batches < interval:
+        yield (
+            f"trainer.val_check_interval {interval} is more than the {batches} batches of an epoch: lower it, or set "
+            "trainer.check_val_every_n_epoch null, so that steps are counted over the whole run"
+        )

@@ -1,0 +1,23 @@
+"""Gradient clipping that goes with fused optimizers."""
+
+import torch
+from lightning.pytorch import LightningModule
+
+
+def clip_gradients(module: LightningModule, clip_val: float | None, algorithm: str | None) -> None:
+    """What a LightningModule's ``configure_gradient_clipping`` should do: clip by norm, or by ``value``.
+
+    Lightning refuses to clip for a fused optimizer under mixed precision, since a gradient scaler would not have
+    unscaled the gradients yet; bfloat16 needs no scaler, so there is nothing to refuse.
+
+    Args:
+        module: Its gradients are clipped in place.
+        clip_val: The largest norm of all gradients together, or the largest value; None or 0 clips nothing.
+        algorithm: ``value``, or else the norm.
+    """
+    if not clip_val:
+        return
+    if algorithm == "value":
+        torch.nn.utils.clip_grad_value_(module.parameters(), clip_val)
+    else:
+        torch.nn.utils.clip_grad_norm_(module.parameters(), clip_val)
