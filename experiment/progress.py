@@ -6,13 +6,12 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-# Everything is printed through this console, since text printed past a live bar would tear it. It writes to
-# standard output, and draws no bars where that is a pipe or a file.
-console = Console(highlight=False, soft_wrap=True)
+from experiment.console import console
+
+__all__ = ["RunProgressBar", "console", "format_metrics", "progress", "validation_results"]
 
 
 @contextmanager

@@ -2,13 +2,14 @@
 
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 
 from rich.table import Table
 
+from experiment.console import console
 from experiment.errors import InputError
-from experiment.progress import console
 
 # What is shown of a run, where it has it: the better direction decides which value is its best.
 FIGURES = {"val/loss": min, "val/perplexity": min, "val/bits_per_byte": min, "val/accuracy": max, "val/f1": max}
@@ -17,6 +18,8 @@ FIGURES = {"val/loss": min, "val/perplexity": min, "val/bits_per_byte": min, "va
 def read_metrics(run: Path) -> list[dict[str, float]]:
     """The rows of a run's metrics.csv, each with the values that were logged at its step.
 
+    A last row that is still being written, or that a kill has cut off, is left out.
+
     Raises:
         InputError: The folder holds no metrics.csv.
     """
@@ -24,12 +27,13 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     if not file.is_file():
         raise InputError(f"{run} holds no metrics.csv: expected the folder of a run that fit has written")
     with file.open(newline="") as stream:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(stream)]
+        rows = [row for row in csv.DictReader(stream) if None not in row.values() and None not in row]
+    return [{name: float(value) for name, value in row.items() if value} for row in rows]
 
 
 def best(rows: list[dict[str, float]], name: str) -> float | None:
     """The best value of a validation metric over a run; None where it was never logged."""
-    values = [row[name] for row in rows if name in row]
+    values = [row[name] for row in rows if math.isfinite(row.get(name, math.nan))]
     return FIGURES[name](values) if values else None
 
 
@@ -46,7 +50,7 @@ def summarize(runs: list[Path]) -> None:
     for run in runs:
         predictions = run / "predictions.jsonl"
         if predictions.is_file():
-            first = json.loads(predictions.read_text().splitlines()[0])
+            first = json.loads(predictions.read_text().split("\n")[0])
             label = f" → {first['label']}" if "label" in first else ""
             console.print(f"\n[dim]{run.name} says:[/dim]")
             console.print(first["text"] + label, markup=False)

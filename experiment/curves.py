@@ -1,0 +1,181 @@
+"""The curves of a run or of several over each other: as Plotly figures for the report, as PNGs for papers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+Rows = list[dict[str, float]]
+
+# Readable on white and on near-black, and told apart by people with colour blindness.
+COLORS = ("#2f7fe0", "#e0700c", "#14996b", "#c2459b", "#8a63d2", "#a88400", "#d64545", "#0e95a7")
+MOST_POINTS = 2_000  # of one curve; more cannot be seen, and make the page heavy
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One plot: which metrics it shows, where a run has them."""
+
+    key: str  # names the PNG
+    title: str
+    metrics: tuple[str, ...]
+    form: str  # of a value, as d3 and Python both understand it
+    log: bool = False  # where the values span enough
+    paper: bool = False  # drawn as a PNG too
+
+
+CHARTS = (
+    Chart("loss", "Loss", ("train/loss", "val/loss"), ".4f", paper=True),
+    Chart("perplexity", "Validation perplexity", ("val/perplexity",), ".4g", log=True, paper=True),
+    Chart("bits_per_byte", "Validation bits per byte", ("val/bits_per_byte",), ".4f"),
+    Chart("accuracy", "Accuracy", ("train/accuracy", "val/accuracy"), ".4f", paper=True),
+    Chart("learning_rate", "Learning rate", ("train/learning_rate",), ".2e"),
+    Chart("tokens_per_second", "Training tokens per second", ("train/tokens_per_second",), ",.0f"),
+)
+
+
+@dataclass
+class Series:
+    """One metric of one run."""
+
+    run: str
+    metric: str
+    color: str
+    steps: np.ndarray
+    values: np.ndarray
+    tokens: np.ndarray | None  # seen at these steps, where the run counted them
+
+    @property
+    def validation(self) -> bool:
+        return self.metric.startswith("val/")
+
+
+def find_series(runs: dict[str, Rows], chart: Chart) -> list[Series]:
+    """The curves of a chart. Colours tell runs apart, or the metrics of a single run."""
+    found = []
+    for place, (run, rows) in enumerate(runs.items()):
+        counted = [(row["step"], row["train/tokens"]) for row in rows if "train/tokens" in row]
+        for metric in chart.metrics:
+            points = np.array([(row["step"], row[metric]) for row in rows if metric in row])
+            if len(points) == 0:
+                continue
+            points = points[:: -(-len(points) // MOST_POINTS)]
+            steps, values = points.T
+            tokens = np.interp(steps, *np.array([(0, 0), *counted]).T) if counted else None
+            color = COLORS[(place if len(runs) > 1 else chart.metrics.index(metric)) % len(COLORS)]
+            found.append(Series(run, metric, color, steps, values, tokens))
+    return found
+
+
+def smoothing_width(values: np.ndarray) -> int:
+    """Over how many points a training curve is averaged: batches differ, which would hide its course."""
+    return max(1, len(values) // 40)
+
+
+def smooth(values: np.ndarray, width: int) -> np.ndarray:
+    """The mean over a centred window, which is cut off at the ends."""
+    ones, known = np.ones(width), np.isfinite(values)
+    sums = np.convolve(np.where(known, values, 0.0), ones, "same")
+    counts = np.convolve(known, ones, "same")
+    return np.divide(sums, counts, out=np.full_like(values, np.nan), where=counts > 0.5)
+
+
+def is_noisy(series: Series) -> bool:
+    return series.metric in ("train/loss", "train/accuracy") and smoothing_width(series.values) > 1
+
+
+def draw_interactive(series: Sequence[Series], chart: Chart) -> "go.Figure":
+    """The chart for a page. Each trace carries the tokens seen as ``customdata``, for the other axis."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for one in series:
+        name = legend(one, series, chart)
+        options = {"x": one.steps, "customdata": one.tokens, "legendgroup": name}
+        values, width = one.values, 2.4 if one.validation or len(chart.metrics) == 1 else 1.6
+        if is_noisy(one):
+            faint = {"color": one.color, "width": 1}
+            figure.add_scatter(
+                **options, y=values, mode="lines", line=faint, opacity=0.28, hoverinfo="skip", showlegend=False
+            )
+            values = smooth(values, smoothing_width(values))
+        if is_background(one, series):
+            options["opacity"] = 0.6
+        figure.add_scatter(
+            **options,
+            y=values,
+            name=name,
+            mode="lines+markers" if len(values) < 60 and one.validation else "lines",
+            line={"color": one.color, "width": width},
+            marker={"size": 6},
+            hovertemplate=f"%{{y:{chart.form}}}",
+        )
+    figure.update_layout(
+        hovermode="x unified",
+        showlegend=len({(one.run, one.metric) for one in series}) > 1,
+        xaxis={"title": {"text": "step"}, "rangemode": "tozero", "unifiedhovertitle": {"text": "step %{x:,.0f}"}},
+        yaxis={"type": "log", "dtick": "D2", "tickformat": "~g"} if is_log(series, chart) else {},
+    )
+    if chart.key == "tokens_per_second":
+        figure.update_yaxes(rangemode="tozero")
+    return figure
+
+
+def legend(one: Series, series: Sequence[Series], chart: Chart) -> str:
+    """What a curve is called: by its metric, and by its run where there are several."""
+    if len({other.run for other in series}) == 1:
+        return one.metric
+    return one.run if len(chart.metrics) == 1 else f"{one.run} {one.metric}"
+
+
+def is_background(one: Series, series: Sequence[Series]) -> bool:
+    """Whether the curve stands behind the validation curve of the same colour."""
+    several = len({other.run for other in series}) > 1
+    return several and not one.validation and any(other.validation for other in series)
+
+
+def is_log(series: Sequence[Series], chart: Chart) -> bool:
+    """Whether the values span so much that a linear axis would show their beginning only."""
+    values = np.concatenate([one.values[np.isfinite(one.values) & (one.values > 0)] for one in series])
+    return chart.log and len(values) > 0 and values.max() > 5 * values.min()
+
+
+def draw_png(series: Sequence[Series], chart: Chart, file: Path) -> None:
+    """The same chart on white, 1,500 pixels wide."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for one in series:
+        values = one.values
+        if is_noisy(one):
+            axes.plot(one.steps, values, color=one.color, alpha=0.25, linewidth=0.8)
+            values = smooth(values, smoothing_width(values))
+        axes.plot(
+            one.steps,
+            values,
+            color=one.color,
+            linewidth=1.8 if one.validation else 1.2,
+            marker="o" if one.validation and len(values) < 60 else None,
+            markersize=3.5,
+            alpha=0.6 if is_background(one, series) else 1,
+            label=legend(one, series, chart),
+        )
+    axes.set(title=chart.title, xlabel="step", yscale="log" if is_log(series, chart) else "linear")
+    if is_log(series, chart):
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    if chart.key == "tokens_per_second":
+        axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(series) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(file, dpi=250)
