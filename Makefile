@@ -47,7 +47,7 @@ demo: $(READY) ## train both experiments on embedded data, without a network, an
 	$(PY) -m classify fit --config configs/classify/demo.yaml --run_dir $(DEMO)/custom
 	$(PY) -m classify fit --config configs/classify/demo.yaml --run_dir $(DEMO)/peft --model.adapter peft
 	$(PY) -m classify predict --config $(DEMO)/custom/config.yaml --ckpt_path best --data.texts \
-	  '["A clever, warm film. I loved it.", "Not funny, and far too long."]'
+	  '["The plot was anything but dull. I expected something weak and got something brilliant.", "The acting was far from convincing. My friends found it charming; I found it tedious."]'
 	@echo "== 3 of 3: what happened"
 	$(PY) -m experiment.summary $(DEMO)/lm $(DEMO)/custom $(DEMO)/peft
 

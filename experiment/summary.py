@@ -41,7 +41,8 @@ def summarize(runs: list[Path]) -> None:
     """Print a row for each run, a prediction of each, and the files."""
     results = {run: read_metrics(run) for run in runs}
     shown = [name for name in FIGURES if any(best(rows, name) is not None for rows in results.values())]
-    table = Table("run", "steps", *(f"best {name}" for name in shown), title="What was trained", title_justify="left")
+    title = "What was trained, and its best validation"
+    table = Table("run", "steps", *(name.removeprefix("val/") for name in shown), title=title, title_justify="left")
     for run, rows in results.items():
         values = [best(rows, name) for name in shown]
         steps = int(rows[-1]["step"]) if rows else 0
