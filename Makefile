@@ -74,7 +74,7 @@ classify-test: ## test a checkpoint: ARGS='--ckpt_path best'
 classify-predict: ## judge texts: ARGS='--ckpt_path best --data.texts reviews.txt'
 
 # RUN= names the folder of a run, or of several.
-NEWEST = $(shell ls -dt runs/demo-*/lm runs/lm/* 2>/dev/null | head -n 1)
+NEWEST = $(patsubst %/metrics.csv,%,$(shell ls -t runs/demo-*/lm/metrics.csv runs/lm/*/metrics.csv 2>/dev/null | head -n 1))
 
 report: $(READY) ## draw the page of a run, or of several over each other: RUN="runs/lm/demo runs/lm/demo-2"
 	$(PY) -m experiment.report $(or $(RUN),$(NEWEST))

@@ -12,6 +12,8 @@ from experiment.run import read_checkpoint
 
 
 class ClassifyCLI(ExperimentCLI):
+    example = """--data.texts '["I loved it."]'"""
+
     def __init__(self, args: Sequence[str] | None = None) -> None:
         super().__init__("classify", ReviewClassifier, IMDB, [AdapterExport()], args)
 

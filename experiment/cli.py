@@ -47,6 +47,8 @@ class ExperimentCLI(LightningCLI):
         args: Command line arguments, by default those of the process.
     """
 
+    example = ""  # what ``predict`` can be given, for the hint at the end of fit
+
     # Key, class, and what is only known later, of those parts that can be checked each by itself.
     parts: Sequence[tuple[str, type, dict[str, Any]]] = ()
 
@@ -62,7 +64,7 @@ class ExperimentCLI(LightningCLI):
         self.command = command_line(package, sys.argv[1:] if args is None else args)
         self.callbacks = callbacks
         # Errors are printed by ``run``, on one line.
-        options = {"exit_on_error": False, "default_env": True}
+        options = {"exit_on_error": False, "default_env": True, "allow_abbrev": False}
         super().__init__(
             module,
             data,
@@ -206,7 +208,8 @@ class ExperimentCLI(LightningCLI):
                 page = write_report([self.run_dir])
             console.print(f"report: {page}")
         kept = "best" if (self.run_dir / "checkpoints" / "best.ckpt").exists() else "last"
-        console.print(f"next: python -m {self.package} predict --config {self.run_dir / CONFIG} --ckpt_path {kept}")
+        command = f"python -m {self.package} predict --config {self.run_dir / CONFIG} --ckpt_path {kept}"
+        console.print(f"next: {command} {self.example}", markup=False)
 
     def _wandb_loggers(self) -> list[WandbLogger]:
         return [logger for logger in self.trainer.loggers if isinstance(logger, WandbLogger)]

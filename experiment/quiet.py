@@ -33,6 +33,9 @@ def quiet_libraries(debug: bool = False) -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     if debug:
         return
+    # A hub that cannot be reached is told by our own line, not by one for each try.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     for message, category in IGNORED:
         warnings.filterwarnings("ignore", message=message, category=category)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):

@@ -124,8 +124,10 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     """A Lightning checkpoint, mapped into memory; nothing but tensors and plain values is ever unpickled.
 
     Raises:
-        InputError: The file is truncated, is no checkpoint, or would have to run code to be loaded.
+        InputError: The file is missing or truncated, is no checkpoint, or would have to run code to be loaded.
     """
+    if not file.is_file():
+        raise InputError(f"there is no checkpoint {file}: expected a file that fit has written")
     try:
         with zipfile.ZipFile(file) as archive:
             if damaged := archive.testzip():  # torch does not look at the checksums it writes

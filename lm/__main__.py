@@ -18,6 +18,7 @@ from lm.optim import OptimizerConfig
 class LanguageCLI(ExperimentCLI):
     """The language model's command line: its data's vocabulary becomes the decoder's."""
 
+    example = """--data.prompts '["Once upon a time"]'"""
     parts = (
         ("data", TinyStories, {}),
         ("model.decoder", DecoderConfig, {"vocab_size": 1}),
