@@ -122,7 +122,7 @@ class Comparison:
         arguments = self.arguments(self.contenders[name], seed)
         configs = [read_config(a.removeprefix("--config=")) for a in arguments if a.startswith("--config=")]
         digest = hashlib.sha256(json.dumps([arguments, configs]).encode()).hexdigest()
-        return f"{name}-seed{seed}-{digest[:8]}"
+        return f"{self.contenders[name].config or name}-seed{seed}-{digest[:8]}"  # equal runs are made once
 
     def lines(self) -> dict[str, dict[str, Any]]:
         """Finished runs by key."""
@@ -185,6 +185,7 @@ def fit_and_test(arguments: list[str], run_dir: Path) -> dict[str, float | None]
         "test_accuracy": tested,
         "trainable": trainable,
         "seconds": None if resumed else seconds,
+        "cpu_seconds": None if resumed else usage.ru_utime + usage.ru_stime,  # comparable on a busy machine too
         "memory_mib": usage.ru_maxrss / 1024 if sys.platform != "darwin" else usage.ru_maxrss / 2**20,
     }
 
