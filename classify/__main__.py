@@ -1,42 +1,41 @@
-"""`python -m classify fit | validate | test | predict`: train and use the sentiment classifier."""
+"""
+usage: python -m classify COMMAND [--config FILE ...] [--OPTION VALUE ...]
 
+The classifier: BERT with LoRA, by hand or by PEFT, that learns to judge reviews.
+
+commands:
+  fit        train; a run's folder takes the checkpoints, metrics, the adapter and the report
+  validate   loss, accuracy and F1 of a checkpoint on the validation split
+  test       the same on the test split
+  predict    let a checkpoint judge texts
+
+`python -m classify COMMAND --help` lists all options of a command. Each may stand in a YAML file, of which several may
+be given, or be an environment variable; a flag wins. --print_config shows what would be used.
+
+examples:
+  python -m classify fit      --config configs/classify/custom.yaml
+  python -m classify validate --config configs/classify/custom.yaml --ckpt_path best
+  python -m classify predict  --config configs/classify/custom.yaml --ckpt_path best --data.texts '["I loved it."]'
+
+Beside it: `python -m classify.compare` makes the tables that lay many such runs side by side.
+"""
+
+import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from lightning.pytorch.cli import LightningArgumentParser
+from experiment.overview import answer
 
-from classify.callbacks import AdapterExport, PredictionWriter
-from classify.data import IMDB
-from classify.module import ReviewClassifier
-from experiment.cli import ExperimentCLI, run
-from experiment.run import read_checkpoint
+if TYPE_CHECKING:
+    from classify.cli import ClassifyCLI
 
 
-class ClassifyCLI(ExperimentCLI):
-    example = """--data.texts '["I loved it."]'"""
-
-    def __init__(self, args: Sequence[str] | None = None) -> None:
-        super().__init__("classify", ReviewClassifier, IMDB, [AdapterExport()], args)
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_arguments_to_parser(parser)
-        parser.add_lightning_class_args(PredictionWriter, "predictions")
-        parser.link_arguments("data.label_names", "model.label_names", apply_on="instantiate")
-
-    def before_instantiate_classes(self) -> None:
-        super().before_instantiate_classes()
-        config = self.config[self.subcommand]
-        if config.data.tokenizer is None:
-            config.data.tokenizer = config.model.name
-        if config.data.order_seed is None and isinstance(config.seed_everything, int):
-            config.data.order_seed = int(config.seed_everything)
-        if self.subcommand == "predict" and config.data.texts is not None and config.data.label_names is None:
-            # The checkpoint knows the classes: no training data is needed to classify texts.
-            hyperparameters = read_checkpoint(self.checkpoint).get("hyper_parameters", {}) if self.checkpoint else {}
-            config.data.label_names = hyperparameters.get("label_names")
-
-
-def main(args: Sequence[str] | None = None) -> ClassifyCLI:
+def main(args: Sequence[str] | None = None) -> "ClassifyCLI":
     """Run the command line; `args` stands in for that of the process."""
+    answer(__doc__, sys.argv[1:] if args is None else args)
+    from classify.cli import ClassifyCLI
+    from experiment.cli import run  # brings Lightning, which --help need not wait for
+
     return run(ClassifyCLI, args)
 
 

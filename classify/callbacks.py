@@ -1,4 +1,4 @@
-"""What a run leaves for people and for other programs: predictions.jsonl, and the best adapter in PEFT's format."""
+"""What a run leaves for people and programs: how reviews were judged, and the best adapter in PEFT's format."""
 
 import json
 from collections.abc import Sequence
@@ -8,11 +8,45 @@ from typing import Any
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.table import Table
 
+from experiment.checkpoints import BestCheckpoint
 from experiment.errors import InputError
 from experiment.progress import console
 from experiment.run import read_checkpoint
+
+
+class _Verdicts:
+    """How reviews were judged, batch by batch, and in the end as lines in the order of their texts."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[int, int, list[float]]] = []  # position, label (-1: unknown), probabilities
+
+    def add(self, outputs: dict[str, torch.Tensor]) -> None:
+        """Keep what the module's `predict_step` gives."""
+        values = (outputs[name].tolist() for name in ("index", "labels", "probabilities"))
+        self._rows += zip(*values, strict=True)
+
+    def gather(self, trainer: Trainer) -> None:
+        """Bring together what the processes hold; to be called in each of them."""
+        if trainer.world_size > 1:
+            gathered: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(gathered, self._rows)
+            self._rows = [row for part in gathered for row in part]
+
+    def write(self, file: Path, texts: Sequence[str], names: Sequence[str]) -> list[dict[str, Any]]:
+        """Write a line for each review, with label and probabilities by name; returns the lines."""
+        lines = []
+        for index, label, probabilities in sorted(self._rows):
+            best = max(range(len(names)), key=probabilities.__getitem__)
+            line = {"text": texts[index], "label": names[best]}
+            line["probabilities"] = {name: round(p, 6) for name, p in zip(names, probabilities, strict=True)}
+            if label >= 0:
+                line["true_label"] = names[label]
+            lines.append(line)
+        write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        return lines
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -25,39 +59,22 @@ class PredictionWriter(BasePredictionWriter):
         """
         super().__init__(write_interval="batch")
         self.show = show
-        self._rows: list[tuple[int, int, list[float]]] = []  # position, label (-1: unknown), probabilities
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._rows = []
+        self._verdicts = _Verdicts()
 
     def write_on_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, prediction: dict[str, torch.Tensor],
         batch_indices: Sequence[int] | None, batch: Any, batch_idx: int, dataloader_idx: int,
     ) -> None:  # fmt: skip
-        values = (prediction[name].tolist() for name in ("index", "labels", "probabilities"))
-        self._rows += zip(*values, strict=True)
+        self._verdicts.add(prediction)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        rows = self._rows
-        if trainer.world_size > 1:
-            gathered: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, rows)
-            rows = [row for part in gathered for row in part]
-        if not trainer.is_global_zero:
-            return
-        names = pl_module.hparams.label_names
-        texts = trainer.datamodule.predict_reviews.texts
-        lines = []
-        for index, label, probabilities in sorted(rows):
-            best = max(range(len(names)), key=probabilities.__getitem__)
-            line = {"text": texts[index], "label": names[best]}
-            line["probabilities"] = {name: round(p, 6) for name, p in zip(names, probabilities, strict=True)}
-            if label >= 0:
-                line["true_label"] = names[label]
-            lines.append(line)
-        file = Path(trainer.default_root_dir) / "predictions.jsonl"
-        write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        self._print(lines, file)
+        self._verdicts.gather(trainer)
+        if trainer.is_global_zero:
+            file = Path(trainer.default_root_dir) / "predictions.jsonl"
+            texts = trainer.datamodule.predict_reviews.texts
+            self._print(self._verdicts.write(file, texts, pl_module.hparams.label_names), file)
 
     def _print(self, lines: list[dict[str, Any]], file: Path) -> None:
         table = Table("label", "probability", "text")
@@ -70,6 +87,35 @@ class PredictionWriter(BasePredictionWriter):
         if self.show:
             console.print(table)
         console.print(f"{len(lines):,} predictions written to {file}")
+
+
+class Evaluation(Callback):
+    """Keeps how the best validation so far judged its reviews as evaluation.jsonl, for the report and for W&B.
+
+    The probabilities are those that the validation has computed anyway, so that the file costs no further evaluation,
+    and is there, with best.ckpt, whenever a run is killed.
+    """
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._verdicts = _Verdicts()
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: dict[str, torch.Tensor], batch: Any,
+        batch_idx: int, dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        self._verdicts.add(outputs)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or trainer.fast_dev_run:
+            return
+        # Lightning calls checkpoints last, so that BestCheckpoint will find the same answer and save right after.
+        best = next(callback for callback in trainer.checkpoint_callbacks if isinstance(callback, BestCheckpoint))
+        if best.check_monitor_top_k(trainer, trainer.callback_metrics.get(best.monitor)):
+            self._verdicts.gather(trainer)
+            if trainer.is_global_zero:
+                file = Path(trainer.default_root_dir) / "evaluation.jsonl"
+                texts = trainer.datamodule.reviews("validation").texts
+                self._verdicts.write(file, texts, pl_module.hparams.label_names)
 
 
 class AdapterExport(Callback):

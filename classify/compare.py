@@ -120,7 +120,8 @@ class Comparison:
 
     def key(self, name: str, seed: int) -> str:
         arguments = self.arguments(self.contenders[name], seed)
-        configs = [read_config(a.removeprefix("--config=")) for a in arguments if a.startswith("--config=")]
+        texts = [read_config(a.removeprefix("--config=")) for a in arguments if a.startswith("--config=")]
+        configs = [yaml.safe_load(text) for text in texts]  # without comments, which change no result
         digest = hashlib.sha256(json.dumps([arguments, configs]).encode()).hexdigest()
         return f"{self.contenders[name].config or name}-seed{seed}-{digest[:8]}"  # equal runs are made once
 

@@ -10,16 +10,9 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
+from classify.adapter_files import load_adapter, save_adapter
 from classify.dropout import use_fast_dropout
-from classify.lora import (
-    LoRAConfig,
-    count_parameters,
-    inject_lora,
-    load_adapter,
-    save_adapter,
-    target_names,
-    train_only,
-)
+from classify.lora import LoRAConfig, count_parameters, inject_lora, target_names, train_only
 from classify.pretrained import fingerprint, load_classifier
 from experiment.clipping import clip_gradients
 from experiment.errors import InputError
@@ -174,24 +167,28 @@ class ReviewClassifier(LightningModule):
     ) -> None:
         clip_gradients(self, gradient_clip_val, gradient_clip_algorithm)
 
-    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
-        self._evaluate(batch, "val")
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Tensor]:
+        """What `predict_step` gives, for those who show how the reviews were judged."""
+        return _verdicts(batch, self._evaluate(batch, "val"))
 
     def test_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         self._evaluate(batch, "test")
 
-    def _evaluate(self, batch: dict[str, Tensor], split: str) -> None:
-        """Count each review once, whatever the batches: the means are over the whole split."""
+    def _evaluate(self, batch: dict[str, Tensor], split: str) -> Tensor:
+        """Logits (B, classes). Each review counts once, whatever the batches: the means are over the whole split."""
         logits = self(batch["input_ids"], batch["attention_mask"])
         self.losses[split].update(F.cross_entropy(logits, batch["labels"], reduction="none"))
         self.metrics[split].update(logits, batch["labels"])
         self.log(f"{split}/loss", self.losses[split], on_epoch=True, prog_bar=True)
         self.log_dict(self.metrics[split], on_epoch=True, prog_bar=True)
+        return logits
 
     def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Tensor]:
         """Class probabilities (B, classes), with the texts' positions and labels (B,)."""
-        logits = self(batch["input_ids"], batch["attention_mask"])
-        return {"probabilities": logits.softmax(dim=1), "index": batch["index"], "labels": batch["labels"]}
+        return _verdicts(batch, self(batch["input_ids"], batch["attention_mask"]))
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW; biases, norms and DoRA's magnitudes do not decay; the rate rises, then falls, linearly."""
@@ -260,6 +257,10 @@ class ReviewClassifier(LightningModule):
     def parameter_counts(self) -> tuple[int, int]:
         """(trainable, all) parameters."""
         return count_parameters(self.model)
+
+
+def _verdicts(batch: dict[str, Tensor], logits: Tensor) -> dict[str, Tensor]:
+    return {"probabilities": logits.softmax(dim=1), "index": batch["index"], "labels": batch["labels"]}
 
 
 def peft_model(model: nn.Module, config: LoRAConfig) -> nn.Module:

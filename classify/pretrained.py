@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from experiment.errors import InputError
+from experiment.hub import look_for_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,6 +45,8 @@ def resolve(name: str) -> str:
         if not path.is_dir():
             raise InputError(f"model {name!r}: no such folder; expected one with config.json, or a hub name")
         return str(path)
+    if not Path(name).is_dir():
+        look_for_hub()
     return name
 
 

@@ -14,6 +14,8 @@ Rows = list[dict[str, float]]
 
 # Readable on white and on near-black, and told apart by people with colour blindness.
 COLORS = ("#2f7fe0", "#e0700c", "#14996b", "#c2459b", "#8a63d2", "#a88400", "#d64545", "#0e95a7")
+# Runs that are equal would hide each other, but for these.
+DASHES = (("solid", "-"), ("dash", "--"), ("dot", ":"), ("dashdot", "-."))  # of Plotly, of matplotlib
 MOST_POINTS = 2_000  # of one curve; more cannot be seen, and make the page heavy
 
 
@@ -46,6 +48,7 @@ class Series:
     run: str
     metric: str
     color: str
+    dash: tuple[str, str]
     steps: np.ndarray
     values: np.ndarray
     tokens: np.ndarray | None  # seen at these steps, where the run counted them
@@ -68,7 +71,8 @@ def find_series(runs: dict[str, Rows], chart: Chart) -> list[Series]:
             steps, values = points.T
             tokens = np.interp(steps, *np.array([(0, 0), *counted]).T) if counted else None
             color = COLORS[(place if len(runs) > 1 else chart.metrics.index(metric)) % len(COLORS)]
-            found.append(Series(run, metric, color, steps, values, tokens))
+            dash = DASHES[place % len(DASHES)]
+            found.append(Series(run, metric, color, dash, steps, values, tokens))
     return found
 
 
@@ -93,10 +97,11 @@ def draw_interactive(series: Sequence[Series], chart: Chart) -> "go.Figure":
     """The chart for a page. Each trace carries the tokens seen as ``customdata``, for the other axis."""
     import plotly.graph_objects as go
 
-    figure = go.Figure()
+    figure, several = go.Figure(), len({one.run for one in series}) > 1
     for one in series:
         name = legend(one, series, chart)
-        options = {"x": one.steps, "customdata": one.tokens, "legendgroup": name}
+        group = one.run if several else name
+        options = {"x": one.steps, "customdata": one.tokens, "legendgroup": group}
         values, width = one.values, 2.4 if one.validation or len(chart.metrics) == 1 else 1.6
         if is_noisy(one):
             faint = {"color": one.color, "width": 1}
@@ -104,14 +109,16 @@ def draw_interactive(series: Sequence[Series], chart: Chart) -> "go.Figure":
                 **options, y=values, mode="lines", line=faint, opacity=0.28, hoverinfo="skip", showlegend=False
             )
             values = smooth(values, smoothing_width(values))
-        if is_background(one, series):
-            options["opacity"] = 0.6
+        line = {"color": one.color, "width": width, "dash": one.dash[0]}
+        if is_background(one, series):  # the legend of the validation curve switches it as well
+            options |= {"opacity": 0.5, "showlegend": False}
+            line["dash"] = "solid"
         figure.add_scatter(
             **options,
             y=values,
             name=name,
             mode="lines+markers" if len(values) < 60 and one.validation else "lines",
-            line={"color": one.color, "width": width},
+            line=line,
             marker={"size": 6},
             hovertemplate=f"%{{y:{chart.form}}}",
         )
@@ -162,6 +169,7 @@ def draw_png(series: Sequence[Series], chart: Chart, file: Path) -> None:
             values,
             color=one.color,
             linewidth=1.8 if one.validation else 1.2,
+            linestyle="-" if is_background(one, series) else one.dash[1],
             marker="o" if one.validation and len(values) < 60 else None,
             markersize=3.5,
             alpha=0.6 if is_background(one, series) else 1,

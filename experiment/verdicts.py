@@ -13,7 +13,7 @@ from experiment.curves import COLORS
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-# The first that a run has: the validation split judged by its best checkpoint, else what predict was asked.
+# The first that a run has: how its best validation judged the reviews, else what predict was asked.
 SOURCES = ("evaluation.jsonl", "predictions.jsonl")
 BINS = 10
 
@@ -129,9 +129,10 @@ def draw_confusion(verdicts: Verdicts) -> "go.Figure":
             ygap=3,
         )
     )
+    plain = {"showgrid": False, "zeroline": False, "fixedrange": True}  # there is nothing to zoom into
     figure.update_layout(
-        xaxis={"title": {"text": "predicted"}, "showgrid": False, "zeroline": False},
-        yaxis={"title": {"text": "true"}, "showgrid": False, "zeroline": False, "autorange": "reversed"},
+        xaxis={"title": {"text": "predicted"}, **plain},
+        yaxis={"title": {"text": "true"}, "autorange": "reversed", **plain},
     )
     return figure
 

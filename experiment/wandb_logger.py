@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from experiment.console import console
-from experiment.summary import FIGURES
+from experiment.summary import FIGURES, best, read_metrics
 from experiment.verdicts import SOURCES, read_verdicts
 
 STEP, TOKENS = "trainer/global_step", "tokens"
@@ -130,6 +130,12 @@ class WandbLogger(LightningWandbLogger):
                     artifact = wandb.Artifact(f"{kind}-{self._id}", type=kind)
                     artifact.add_dir(str(path)) if path.is_dir() else artifact.add_file(str(path))
                     self.experiment.log_artifact(artifact)
+        # Of a resumed run W&B has summed up the last part alone. The row in progress would be summed up after this.
+        self.experiment.log({}, commit=True)
+        rows = read_metrics(run)
+        for metric, better in FIGURES.items():
+            if (value := best(rows, metric)) is not None:
+                self.experiment.summary[metric] = {better.__name__: value}
         offline = self.experiment.offline
         self.experiment.finish()
         if offline:

@@ -43,7 +43,7 @@ def make_bert(tmp_path: Path) -> Callable[..., Path]:
     return lambda **options: save_tiny_bert(tmp_path / "other-bert", **options)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small_run(tiny_bert: Path) -> list[str]:
     """Flags that shrink any run to seconds: the tiny model, the synthetic reviews, few of them."""
     return [

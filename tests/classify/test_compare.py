@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from classify import compare
+from classify.__main__ import main
+from tests.offline_wandb import read_offline
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -23,10 +25,22 @@ def line(accuracy: float, seed: int = 1, **figures: float | None) -> dict:
 
 
 def test_table1_runs_each_contender_once_and_goes_on_where_it_stopped(tmp_path, small_run, monkeypatch):
-    arguments = ["table1", "--only", "custom", "words", "--seeds", "1", "--out", str(tmp_path), *small_run]
+    flags = [f"--config={ROOT / 'configs' / 'wandb.yaml'}", *small_run]
+    comparison = compare.Comparison(compare.TABLE1, [1], tmp_path, flags)
+    run = tmp_path / "runs" / comparison.key("custom", 1)
+    # Killed while it wrote the line of a run that had finished: the run goes on from its end.
+    plain = compare.Comparison(compare.TABLE1, [1], tmp_path, small_run).arguments(compare.TABLE1["custom"], 1)
+    fit = main(["fit", *plain, f"--run_dir={run}"])
+    (tmp_path / "results.jsonl").write_text(f'{{"key": "{run.name}", "val_lo')
+
+    arguments = ["table1", "--only", "custom", "words", "--seeds", "1", "--out", str(tmp_path), *flags]
     compare.main(arguments)
     results = (tmp_path / "results.jsonl").read_text()
-    custom, words = map(json.loads, results.strip().split("\n"))
+    custom, words = map(json.loads, results.strip().split("\n")[1:])
+    ended = {name: float(value) for name, value in fit.trainer.callback_metrics.items()}
+    assert custom["val_loss"] == pytest.approx(ended["val/loss"])
+    assert custom["val_accuracy"] == pytest.approx(ended["val/accuracy"])
+    assert custom["seconds"] is None and words["seconds"] > 0
     assert custom["memory_mib"] > 100
     assert custom["trainable"] == 2 * 3 * (8 * 32 + 32 * 8) + 2 * 32 + 2
     assert 0 <= custom["test_accuracy"] <= 1
@@ -36,19 +50,12 @@ def test_table1_runs_each_contender_once_and_goes_on_where_it_stopped(tmp_path, 
     assert [row["approach"] for row in rows[:2]] == ["LoRA by hand", "bag of words, logistic regression"]
     assert (tmp_path / "table1.md").read_text().count("\n") == 2 + len(rows)
     assert (tmp_path / "table1.png").stat().st_size > 5000
+    (part,) = read_offline(run)  # where W&B is on, the runs of a table are one group
+    assert {record.run.run_group for record in part if record.HasField("run")} == {tmp_path.name}
 
-    with monkeypatch.context() as patch:
-        patch.setattr(compare.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("ran again"))
-        compare.main(arguments)
-    assert (tmp_path / "results.jsonl").read_text() == results
-
-    # Killed while it wrote the line of a run that had finished: the run goes on from its end.
-    (tmp_path / "results.jsonl").write_text(json.dumps(words) + "\n" + json.dumps(custom)[:40])
+    monkeypatch.setattr(compare.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("ran again"))
     compare.main(arguments)
-    again = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])
-    assert again["seconds"] is None
-    same = ("key", "train_loss", "val_loss", "val_accuracy", "test_accuracy")
-    assert {name: again[name] for name in same} == {name: custom[name] for name in same}
+    assert (tmp_path / "results.jsonl").read_text() == results
 
 
 def test_a_change_of_flags_is_another_run():

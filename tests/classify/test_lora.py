@@ -1,13 +1,8 @@
-"""The hand-written LoRA against PEFT: one function, one gradient, one course of training, one file format."""
+"""The hand-written LoRA against PEFT: one function, one gradient, one course of training."""
 
-import json
-
-import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification, BertConfig
 
 from classify.lora import (
     LoRAConfig,
@@ -15,104 +10,26 @@ from classify.lora import (
     adapter_disabled,
     count_parameters,
     inject_lora,
-    load_adapter,
     lora_layers,
     merge,
-    read_adapter_config,
-    save_adapter,
     train_only,
     unmerge,
+)
+from tests.classify.adapted import (
+    batch,
+    custom_model,
+    lora_config,
+    peft_model,
+    tiny_bert,
+    train,
+    trained_weights,
+    variants,
 )
 
 # transformers 5.23 deprecates a property that peft 0.21 asks for.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
-VARIANTS = {
-    "lora": {},
-    "rslora": {"use_rslora": True},
-    "dora": {"use_dora": True},
-    "rsdora": {"use_rslora": True, "use_dora": True},
-    "random_B": {"init_lora_weights": False},
-}
-variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 dropouts = pytest.mark.parametrize("dropout", [0.0, 0.2])
-
-SIZES = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-}
-
-
-def tiny_bert(dropout: float = 0.0, **sizes) -> nn.Module:
-    torch.manual_seed(0)
-    config = BertConfig(
-        **(SIZES | sizes), num_labels=2, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
-    )
-    return AutoModelForSequenceClassification.from_config(config).eval()
-
-
-def lora_config(variant: dict, dropout: float = 0.0, **values) -> LoRAConfig:
-    return LoRAConfig(**({"r": 4, "lora_alpha": 8, "lora_dropout": dropout} | variant | values))
-
-
-def custom_model(variant: dict, dropout: float = 0.0) -> nn.Module:
-    model = tiny_bert(dropout)
-    torch.manual_seed(1)
-    inject_lora(model, lora_config(variant, dropout, modules_to_save=["classifier", "pooler"]))
-    return model
-
-
-def peft_model(variant: dict, dropout: float = 0.0) -> nn.Module:
-    model = tiny_bert(dropout)
-    torch.manual_seed(1)
-    config = peft.LoraConfig(
-        task_type="SEQ_CLS",
-        r=4,
-        lora_alpha=8,
-        lora_dropout=dropout,
-        target_modules=["query", "key", "value"],
-        modules_to_save=["pooler"],
-        **variant,
-    )
-    return peft.get_peft_model(model, config)
-
-
-def batch(step: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    input_ids = torch.randint(1, 60, (4, 12), generator=generator)
-    attention_mask = torch.ones_like(input_ids)
-    attention_mask[:2, 8:] = 0
-    labels = torch.randint(0, 2, (4,), generator=generator)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-
-
-def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> parameter, with PEFT's names brought to ours."""
-    names = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            name = name.removeprefix("base_model.model.").replace("modules_to_save.default.", "")
-            name = name.replace("magnitude_vector.default.weight", "magnitude_vector").replace(".default", "")
-            names[name] = parameter
-    return names
-
-
-def train(model: nn.Module, steps: int) -> list[float]:
-    model.train()
-    optimizer = torch.optim.AdamW(trained_weights(model).values(), lr=1e-3)
-    losses = []
-    for step in range(steps):
-        torch.manual_seed(100 + step)  # the dropout masks
-        loss = model(**batch(step)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    model.eval()
-    return losses
 
 
 def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], atol: float) -> None:
@@ -224,33 +141,6 @@ def peft_counts(model) -> tuple[int, int]:
     return trainable, total - (32 * 2 + 2) - (32 * 32 + 32)
 
 
-@variants
-def test_peft_loads_what_we_save(variant, tmp_path):
-    model = custom_model(variant)
-    train(model, 5)
-    save_adapter(model, lora_config(variant, modules_to_save=["classifier", "pooler"]), tmp_path, "tiny")
-    loaded = peft.PeftModel.from_pretrained(tiny_bert(), tmp_path).eval()
-    torch.testing.assert_close(loaded(**batch()).logits, model(**batch()).logits, atol=1e-6, rtol=0)
-
-
-@variants
-def test_we_load_what_peft_saves(variant, tmp_path):
-    model = peft_model(variant)
-    train(model, 5)
-    model.save_pretrained(tmp_path)
-    loaded = tiny_bert()
-    load_adapter(loaded, tmp_path)
-    torch.testing.assert_close(loaded.eval()(**batch()).logits, model(**batch()).logits, atol=1e-6, rtol=0)
-    assert read_adapter_config(tmp_path).use_dora == bool(variant.get("use_dora"))
-
-
-def test_an_adapter_is_a_few_kilobytes_with_its_metadata(tmp_path):
-    model = custom_model({})
-    save_adapter(model, lora_config({}), tmp_path, metadata={"base": "abc"})
-    assert (tmp_path / "adapter_model.safetensors").stat().st_size < 20_000
-    assert load_adapter(model, tmp_path)["base"] == "abc"
-
-
 def test_targets_are_suffixes_of_names_or_one_pattern():
     assert inject_lora(tiny_bert(), lora_config({}, target_modules=["self.query"])) == [
         f"bert.encoder.layer.{i}.attention.self.query" for i in range(2)
@@ -285,51 +175,3 @@ def test_a_second_injection_and_an_unknown_module_to_save_are_refused():
         inject_lora(custom_model({}), lora_config({}))
     with pytest.raises(ValueError, match="classifier"):
         train_only(tiny_bert(), ["score"])
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (lambda: tiny_bert(hidden_size=48), "shape"),
-        (lambda: tiny_bert(num_hidden_layers=3), "lacks"),
-        (lambda: tiny_bert(num_hidden_layers=1), "another base model"),
-        (lambda: injected(tiny_bert(), r=2), "rank"),
-        (lambda: injected(tiny_bert(), lora_alpha=4), "scale"),
-        (lambda: injected(tiny_bert(), use_dora=True), "lacks"),
-    ],
-    ids=["wider", "deeper", "shallower", "rank", "scale", "dora"],
-)
-def test_an_adapter_that_does_not_fit_is_refused(model, message, tmp_path):
-    save_adapter(custom_model({}), lora_config({}, modules_to_save=["classifier", "pooler"]), tmp_path)
-    with pytest.raises(ValueError, match=message):
-        load_adapter(model(), tmp_path)
-
-
-def injected(model: nn.Module, **values) -> nn.Module:
-    inject_lora(model, lora_config({}, modules_to_save=["classifier", "pooler"], **values))
-    return model
-
-
-def test_damaged_and_foreign_adapter_files_are_refused(tmp_path):
-    save_adapter(custom_model({}), lora_config({}), tmp_path)
-    config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
-    content = json.loads(config.read_text())
-    changes = [{"peft_type": "IA3"}, {"bias": "all"}, {"rank_pattern": {"query": 2}}]
-    for change in [*changes, {"r": 10**9}, {"r": "4"}, {"r": 0}]:
-        config.write_text(json.dumps(content | change))
-        with pytest.raises(ValueError, match=next(iter(change)) if "r" not in change else "rank|type"):
-            load_adapter(tiny_bert(), tmp_path)
-    config.write_text("{")
-    with pytest.raises(ValueError, match="adapter_config"):
-        load_adapter(tiny_bert(), tmp_path)
-    config.write_text(json.dumps(content))
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="safetensors"):
-        load_adapter(tiny_bert(), tmp_path)
-    weights.write_bytes(whole)
-    tensors = load_file(weights)
-    tensors.pop(next(iter(tensors)))
-    save_file(tensors, weights)
-    with pytest.raises(ValueError, match="lacks"):
-        load_adapter(tiny_bert(), tmp_path)

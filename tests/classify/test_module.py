@@ -239,6 +239,13 @@ def test_a_checkpoint_of_another_rank_adapter_or_base_model_is_refused(tmp_path,
     assert "rank" in refused(capsys, "validate", config, adapter, "--model.r=4")
 
 
+def test_data_that_cannot_be_had_brings_up_the_data_that_the_run_was_trained_on(tmp_path, small_run, capsys):
+    fit(tmp_path / "run", small_run, "--trainer.max_steps=1")
+    config = tmp_path / "run" / "config.yaml"
+    message = refused(capsys, "predict", f"--config={config}", "--ckpt_path=best", "--data.path=no/such")
+    assert f"trained on demo: for that take --config {config}, or name texts with --data.texts" in message
+
+
 def test_a_single_text_is_classified_without_any_training_data(tmp_path, small_run):
     fit(tmp_path / "run", small_run)
     config = f"--config={tmp_path / 'run' / 'config.yaml'}"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from experiment.verdicts import read_verdicts
 from tests.processes import Commands
 from tests.runs import assert_same_run, kill_and_resume, rows, torchrun
 
@@ -41,3 +42,6 @@ def test_two_processes_give_the_losses_of_one_with_the_same_global_batch(
         if left["val/loss"]:
             assert float(left["val/loss"]) == pytest.approx(float(right["val/loss"]), abs=1e-6)
             assert left["val/accuracy"] == right["val/accuracy"]
+    one, two = read_verdicts(Path("one")), read_verdicts(Path("two"))
+    assert one.texts == two.texts and len(set(two.texts)) == 7
+    assert two.probabilities == pytest.approx(one.probabilities, abs=1e-5)

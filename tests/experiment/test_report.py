@@ -97,7 +97,7 @@ def test_text_of_a_run_never_becomes_markup(language_run: Path, classifier_run: 
 
 def test_classifier_report_shows_confusion_calibration_and_most_confident_mistakes(classifier_run: Path) -> None:
     text = text_of(write_report([classifier_run]))
-    assert "4 texts of evaluation.jsonl: accuracy\n  0.5000" in text
+    assert "4 texts of evaluation.jsonl, which is the best validation: accuracy\n  0.5000" in text
     assert text.index("positive 99.0 %") < text.index("positive 80.0 %")
     drawn = {path.name for path in (classifier_run / "figures").iterdir()}
     assert {"accuracy.png", "confusion.png", "calibration.png"} <= drawn
@@ -116,6 +116,8 @@ def test_compared_runs_share_each_chart_and_show_what_differs(language_run: Path
     runs = (f"{tmp_path.name}/tiny", "elsewhere/tiny")
     names = {trace["name"] for trace in loss["data"] if trace.get("name")}
     assert names == {f"{run} {split}/loss" for run in runs for split in ("train", "val")}
+    shown = [trace["line"]["dash"] for trace in loss["data"] if trace.get("showlegend", True)]
+    assert len(set(shown)) == len(shown) == 2  # equal curves do not hide each other
     assert not list(language_run.glob("report*"))
 
 
@@ -140,21 +142,20 @@ def test_folder_that_is_no_run_is_refused_in_one_line(
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs a chromium to open the page in")
 def test_page_draws_every_chart_without_errors_or_network(language_run: Path, classifier_run: Path) -> None:
-    for run in (language_run, classifier_run):
-        page = write_report([run])
-        browser = subprocess.run(
-            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-             "--enable-logging=stderr", f"--user-data-dir={run / 'profile'}",
-             "--virtual-time-budget=4000", "--dump-dom", page.as_uri()],
-            capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-        # The page's policy allows no address at all: a request that is tried is an error on the console.
-        assert "CONSOLE" not in browser.stderr, browser.stderr
-        assert "Content-Security-Policy" in browser.stdout and "default-src 'none'" in browser.stdout
-        plots = re.findall(r'<div class="plot[^"]*" id="([^"]+)"', browser.stdout)
-        drawn = browser.stdout.count('class="js-line"') + browser.stdout.count("heatmap-label")
-        assert len(plots) >= 4 and browser.stdout.count('class="main-svg"') >= len(plots)
-        assert drawn >= len(plots)
+    page = write_report([language_run, classifier_run])  # every kind of chart on one page
+    browser = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+         "--enable-logging=stderr", f"--user-data-dir={language_run / 'profile'}",
+         "--virtual-time-budget=4000", "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    # The page's policy allows no address at all: a request that is tried is an error on the console.
+    assert "CONSOLE" not in browser.stderr, browser.stderr
+    assert "Content-Security-Policy" in browser.stdout and "default-src 'none'" in browser.stdout
+    plots = re.findall(r'<div class="plot[^"]*" id="([^"]+)"', browser.stdout)
+    assert {chart.key for chart in CHARTS} | {"confusion-1", "calibration-1"} == set(plots)
+    drawn = browser.stdout.count('class="js-line"') + browser.stdout.count("heatmap-label")
+    assert browser.stdout.count('class="main-svg"') >= len(plots) and drawn >= len(plots)
 
 
 def test_mistakes_come_with_the_most_confident_first(classifier_run: Path) -> None:

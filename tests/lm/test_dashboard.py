@@ -1,9 +1,7 @@
 """What a run leaves for people: its report and record, the W&B run it keeps offline, and the comparison of decoding."""
 
 import json
-import struct
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from lm.__main__ import main
 from lm.decoding import STRATEGIES, distinct_share, output_perplexity, repeated_share
 from lm.decoding import main as compare
 from lm.model import Decoder, DecoderConfig
+from tests.offline_wandb import config_of, history_of, metrics_of, read_offline, run_ids
 
 WANDB = Path(__file__).parents[2] / "configs" / "wandb.yaml"
 OPTIONS = {
@@ -45,9 +44,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["fit", "--config", str(WANDB), f"--data.path={folder}", f"--run_dir={folder / 'tiny'}"]
     arguments += [f"--{group}.{name}={value}" for group, values in OPTIONS.items() for name, value in values.items()]
     main([*arguments, "--trainer.max_steps=4"])
-    # As a classifier's run would have it.
-    verdict = {"text": "Good.", "probabilities": {"negative": 0.25, "positive": 0.75}, "true_label": "positive"}
-    (folder / "tiny" / "evaluation.jsonl").write_text(json.dumps(verdict) + "\n")
     keep_model = "--trainer.logger.init_args.log_model=true"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_DATA_DIR", str(folder / "artifacts"))
@@ -55,44 +51,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tiny"
 
 
-def read_offline(folder: Path) -> list[Record]:
-    """The records of an offline W&B run: protocol buffers in the log format of LevelDB."""
-    (file,) = folder.glob("*.wandb")
-    data, place, whole, records = file.read_bytes(), 7, b"", []  # after a header of seven bytes
-    while place + 7 <= len(data):
-        if (left := 32768 - place % 32768) < 7:
-            place += left
-            continue
-        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
-        if kind == 0:
-            break
-        whole += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # the record is complete
-            records.append(Record.FromString(whole))
-            whole = b""
-    return records
-
-
-def values(items: Any) -> dict[str, Any]:
-    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
-
-
 @pytest.fixture(scope="module")
 def parts(run: Path) -> list[list[Record]]:
-    return [read_offline(folder) for folder in sorted((run / "wandb").glob("offline-run-*"))]
+    return read_offline(run)
 
 
 def test_resumed_training_continues_the_same_wandb_run_at_its_step(run: Path, parts: list[list[Record]]) -> None:
-    ids = [next(r.run.run_id for r in part if r.HasField("run")) for part in parts]
-    assert ids == [(run / "wandb/run-id.txt").read_text().strip()] * 2
-    history = [values(r.history.item) for part in parts for r in part if r.HasField("history")]
+    assert run_ids(parts) == [(run / "wandb/run-id.txt").read_text().strip()] * 2
+    history = history_of(parts)
     assert [row["trainer/global_step"] for row in history] == [1, 2, 3, 4, 5, 6]
     assert [row["_step"] for row in history] == [1, 2, 3, 4, 5, 6]
 
 
 def test_wandb_row_holds_training_and_validation_of_its_step_and_the_tokens(parts: list[list[Record]]) -> None:
-    history = [values(r.history.item) for part in parts for r in part if r.HasField("history")]
+    history = history_of(parts)
     training = {"train/loss", "train/learning_rate", "train/tokens_per_second"}
     assert training | {"val/loss", "val/perplexity"} <= set(history[1])
     assert "val/loss" not in history[0]
@@ -101,10 +73,7 @@ def test_wandb_row_holds_training_and_validation_of_its_step_and_the_tokens(part
 
 
 def test_wandb_knows_whole_configuration_parameters_machine_and_command(run: Path, parts: list[list[Record]]) -> None:
-    config: dict[str, Any] = {}
-    for record in parts[0]:
-        if record.HasField("config") or record.HasField("run"):
-            config |= values((record.config if record.HasField("config") else record.run.config).update)
+    config = config_of(parts[0])
     first = yaml.safe_load((run / "config.yaml").read_text())
     assert config["model"] == first["model"] and config["data"] == first["data"]
     assert config["parameters"]["total"] == config["parameters"]["trainable"] > 1000
@@ -112,10 +81,9 @@ def test_wandb_knows_whole_configuration_parameters_machine_and_command(run: Pat
     assert config["command"].startswith("python -m lm fit --config")
 
 
-def test_wandb_summary_is_the_least_loss_and_the_highest_accuracy(parts: list[list[Record]]) -> None:
-    defined = {r.metric.name: r.metric for part in parts for r in part if r.HasField("metric") and r.metric.name}
+def test_wandb_summary_is_the_least_loss_and_perplexity(parts: list[list[Record]]) -> None:
+    defined = metrics_of(parts)
     assert defined["val/loss"].summary.min and defined["val/perplexity"].summary.min
-    assert defined["val/accuracy"].summary.max and not defined["val/accuracy"].summary.min
     assert defined["val/loss"].step_metric == "trainer/global_step" and "tokens" in defined
 
 
@@ -128,11 +96,7 @@ def test_wandb_table_of_samples_grows_over_a_resume(run: Path) -> None:
     assert sizes == {2: 1, 4: 2, 6: 3}
 
 
-def test_wandb_has_verdicts_as_a_table_and_the_best_model_by_option(run: Path, parts: list[list[Record]]) -> None:
-    tables = [json.loads(file.read_text()) for file in (run / "wandb").rglob("predictions_*.table.json")]
-    assert [table["columns"] for table in tables] == [["text", "label", "true_label", "negative", "positive"]]
-    assert tables[0]["data"] == [["Good.", "positive", "positive", 0.25, 0.75]]
-    assert list((run / "wandb").rglob("confusion*.table.json"))
+def test_wandb_keeps_the_best_model_by_option(parts: list[list[Record]]) -> None:
     kept = [r.artifact for part in parts for r in part if r.HasField("artifact")]
     kept += [r.request.log_artifact.artifact for part in parts for r in part if r.request.HasField("log_artifact")]
     assert {artifact.type for artifact in kept} >= {"model"}

@@ -1,0 +1,53 @@
+"""The classifier's command line: what `python -m classify` runs."""
+
+from collections.abc import Sequence
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from classify.callbacks import AdapterExport, Evaluation, PredictionWriter
+from classify.data import IMDB
+from classify.module import ReviewClassifier
+from experiment.cli import ExperimentCLI
+from experiment.errors import InputError
+from experiment.run import CONFIG, read_checkpoint
+
+
+class ClassifyCLI(ExperimentCLI):
+    """The classifier's command line: the tokenizer is the model's, the classes are those of the data."""
+
+    example = """--data.texts '["I loved it."]'"""
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        super().__init__("classify", ReviewClassifier, IMDB, [Evaluation(), AdapterExport()], args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.link_arguments("data.label_names", "model.label_names", apply_on="instantiate")
+
+    def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
+        config = self.config[self.subcommand]
+        if config.data.tokenizer is None:
+            config.data.tokenizer = config.model.name
+        if config.data.order_seed is None and isinstance(config.seed_everything, int):
+            config.data.order_seed = int(config.seed_everything)
+        if self.subcommand == "predict" and config.data.texts is not None and config.data.label_names is None:
+            # The checkpoint knows the classes: no training data is needed to classify texts.
+            hyperparameters = read_checkpoint(self.checkpoint).get("hyper_parameters", {}) if self.checkpoint else {}
+            config.data.label_names = hyperparameters.get("label_names")
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except InputError as error:
+            # A run may have been trained on data that its flags named, which the configuration given now does not.
+            own = self.run_dir / CONFIG
+            if self.subcommand == "fit" or not own.is_file():
+                raise
+            path = yaml.safe_load(own.read_text(encoding="utf-8"))["data"]["path"]
+            if path == self.config[self.subcommand].data.path:
+                raise
+            other = ", or name texts with --data.texts" if self.subcommand == "predict" else ""
+            raise InputError(f"{error}; this run was trained on {path}: for that take --config {own}{other}") from error
