@@ -7,13 +7,17 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
+# glibc keeps what is freed for the next step: given back, it would be faulted in anew, 5 % of a training's time.
+export MALLOC_MMAP_MAX_ ?= 0
+export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
+
 # CONFIG= names the configuration of the lm-* and classify-* targets, ARGS= adds any further flags.
 CONFIG ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint clean lm-fit lm-validate lm-test lm-predict \
-  classify-fit classify-validate classify-test classify-predict table1 ablation report decoding sweep
+  classify-fit classify-validate classify-test classify-predict table1 ablation report decoding play sweep bench scaling
 
 help: ## list the targets
 	@echo "usage: make TARGET [CONFIG=configs/lm/demo.yaml] [ARGS='--trainer.max_steps 100']"
@@ -54,8 +58,9 @@ demo: $(READY) ## train both experiments on embedded data, without a network, an
 test: $(READY) ## run the whole test suite (no network needed)
 	$(PY) -m pytest $(ARGS)
 
-lint: $(READY) ## check style with ruff
+lint: $(READY) ## check style and formatting with ruff
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 lm-fit lm-validate lm-test lm-predict: $(READY)
 	$(PY) -m lm $(@:lm-%=%) $(if $(CONFIG),--config $(CONFIG),--config configs/lm/demo.yaml) $(ARGS)
@@ -82,6 +87,11 @@ report: $(READY) ## draw the page of a run, or of several over each other: RUN="
 decoding: $(READY) ## compare greedy decoding with sampling on a language model: RUN=runs/lm/demo
 	$(PY) -m lm.decoding $(or $(RUN),$(NEWEST)) $(ARGS)
 
+play: $(READY) ## a page to try models, on this machine alone: RUN="runs/lm/demo runs/classify/custom" (default: the demo)
+	@$(PY) -c 'import gradio' 2>/dev/null || { echo "installing the extra 'play' (once)"; \
+	  $(PY) -m pip install --quiet --disable-pip-version-check --editable '.[play]'; }
+	@$(PY) -m experiment.play $(RUN) $(ARGS)
+
 table1: $(READY) ## the two LoRAs, the head alone, full fine-tuning and bag of words, side by side (hours on a CPU)
 	$(PY) -m classify.compare table1 $(ARGS)
 
@@ -90,6 +100,12 @@ ablation: $(READY) ## the source report's gap taken apart, one switch at a time 
 
 sweep: $(READY) ## run a grid of configurations and print a table: SWEEP=configs/sweeps/lm_learning_rate.yaml
 	$(PY) -m experiment.sweep $(or $(SWEEP),configs/sweeps/lm_learning_rate.yaml) $(ARGS)
+
+bench: $(READY) ## speed and memory against transformers, PEFT and Lightning (a quarter of an hour): ARGS='--only help_time'
+	$(PY) tests/benchmarks/bench.py $(ARGS)
+
+scaling: $(READY) ## how the cost grows with batch, length, layers, vocabulary and corpus; plots in runs/bench
+	$(PY) tests/benchmarks/scaling.py
 
 clean: ## remove caches and build leftovers; runs/ and .venv stay
 	rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info

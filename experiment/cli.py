@@ -30,7 +30,23 @@ from experiment.report import write_report
 from experiment.run import CONFIG, check_fits, resolve_checkpoint, resolve_run_dir
 from experiment.wandb_logger import WandbLogger
 
+DESCRIPTIONS = {
+    "fit": "Train a model. What it learns and shows lies in the run's folder.",
+    "validate": "Evaluate a checkpoint on the validation split.",
+    "test": "Evaluate a checkpoint on the test split.",
+    "predict": "Use a checkpoint on texts of your own; the results are shown and written to predictions.jsonl.",
+}
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class ExperimentParser(LightningArgumentParser):
+    """Lightning's parser, whose help shows the Trainer's many options after those of the experiment."""
+
+    def format_help(self) -> str:
+        if trainer := self.groups.get("trainer"):
+            trainer.title = "Lightning's Trainer"
+            self._action_groups.sort(key=lambda group: group is trainer)  # stable: the others keep their order
+        return super().format_help()
 
 
 class ExperimentCLI(LightningCLI):
@@ -48,6 +64,7 @@ class ExperimentCLI(LightningCLI):
     """
 
     example = ""  # what ``predict`` can be given, for the hint at the end of fit
+    shown_as_written = False  # whether ``predict`` shows its results token by token
 
     # Key, class, and what is only known later, of those parts that can be checked each by itself.
     parts: Sequence[tuple[str, type, dict[str, Any]]] = ()
@@ -70,7 +87,7 @@ class ExperimentCLI(LightningCLI):
             data,
             args=None if args is None else list(args),
             save_config_callback=None,
-            seed_everything_default=42,
+            parser_class=ExperimentParser,
             trainer_defaults={
                 "enable_model_summary": False,
                 # Our batch schedules share the data among processes, without counting a sample twice.
@@ -79,23 +96,60 @@ class ExperimentCLI(LightningCLI):
             parser_kwargs={
                 **options,
                 "env_prefix": "TINYLAB",
-                **{name: {**options, "env_prefix": f"TINYLAB_{name.upper()}"} for name in self.subcommands()},
+                "prog": f"python -m {package}",
+                **{
+                    name: {
+                        **options,
+                        "env_prefix": f"TINYLAB_{name.upper()}",
+                        "usage": f"python -m {package} {name} [--config FILE ...] [--OPTION VALUE ...]",
+                        "description": description,
+                    }
+                    for name, description in DESCRIPTIONS.items()
+                },
             },
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands, and the arguments of the Trainer's methods that are not its to ask for."""
+        skipped = {"ckpt_path", "weights_only", "return_predictions"}
+        return {name: methods | skipped for name, methods in LightningCLI.subcommands().items()}
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        arguments["ckpt_path"] = self.checkpoint and str(self.checkpoint)
+        if subcommand == "predict":
+            arguments["return_predictions"] = False  # they are written as they come, and else all kept in memory
+        return arguments
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--run_dir",
             type=str | None,
             default=None,
-            help="Folder of this run. By default runs/<package>/<name of the config>, with -2, -3 … where taken.",
+            help=f"Folder of this run. By default runs/{self.package}/NAME, NAME being that of the first config, with "
+            "-2, -3 … where taken.",
+        )
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="The checkpoint to use: last or best of the run, or a file. With fit, training goes on from it.",
+        )
+        parser.add_argument(
+            "--seed_everything",
+            type=bool | int,
+            default=42,
+            help="Seed of all random numbers, so that a run can be repeated; true draws one.",
         )
         parser.add_argument(
             "--report", type=bool, default=True, help="Write report.html into the run's folder at the end of fit."
         )
         parser.add_argument("--debug", action="store_true", help="Show tracebacks and the libraries' own messages.")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
         parser.add_lightning_class_args(BestCheckpoint, "best")
 
@@ -125,7 +179,6 @@ class ExperimentCLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:  # a configuration that a dataclass or a constructor refuses
             raise InputError("; ".join(dict.fromkeys([str(error), *self.mistakes()]))) from error
-        self.config_init[self.subcommand].ckpt_path = self.checkpoint and str(self.checkpoint)
         if self.checkpoint is not None:
             check_fits(self.model, self.checkpoint)
         elif self.subcommand != "fit":
@@ -146,7 +199,7 @@ class ExperimentCLI(LightningCLI):
         training = self.subcommand == "fit"
         callbacks = [*_as_list(config.callbacks), FiniteLoss(), *self.callbacks, ExactResume()]
         if config.enable_progress_bar is not False:
-            callbacks.append(RunProgressBar())
+            callbacks.append(RunProgressBar(self.shown_as_written))
         if self.subcommand == "predict":  # one process writes the one file, whatever the training was configured for
             kwargs |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}
         metrics = MetricsFile(self.run_dir)
@@ -183,7 +236,7 @@ class ExperimentCLI(LightningCLI):
             (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             text = self._parser("fit").dump(self.config["fit"], skip_none=False)
             config = yaml.safe_load(text)
-            for name in ("config", "run_dir", "ckpt_path", "weights_only", "debug"):
+            for name in ("config", "run_dir", "ckpt_path", "debug"):
                 config.pop(name, None)
             config["trainer"]["default_root_dir"] = None
             partial = self.run_dir / f"{CONFIG}.partial"

@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from experiment.console import console
@@ -16,18 +17,32 @@ __all__ = ["RunProgressBar", "console", "format_metrics", "progress", "validatio
 
 @contextmanager
 def progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar with the time left; yields the function that advances it by a number of items."""
+    """A bar with the time left; yields the function that advances it by a number of items.
+
+    Work that goes on after the last item is of unknown length, and the bar then says so.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda items: bar.advance(task, items)
+
+        def advance(items: int) -> None:
+            bar.advance(task, items)
+            if bar.finished:
+                bar.update(task, total=None)
+
+        yield advance
 
 
 class _Metrics(ProgressColumn):
-    """The newest value of each metric that is logged with ``prog_bar=True``."""
+    """The newest value of each metric that is logged with ``prog_bar=True``, as many as the line has room for."""
+
+    def __init__(self) -> None:
+        super().__init__(table_column=Column(no_wrap=True, overflow="ellipsis"))
 
     def render(self, task: Task) -> Text:
-        return Text(format_metrics(task.fields.get("metrics", {})))
+        metrics = task.fields.get("metrics", {})
+        short = {name.removeprefix("train/").replace("_per_second", "/s"): value for name, value in metrics.items()}
+        return Text(format_metrics(dict(sorted(short.items(), key=lambda item: item[0] != "loss"))))
 
 
 def format_metrics(metrics: dict[str, Any]) -> str:
@@ -50,10 +65,14 @@ class RunProgressBar(ProgressBar):
 
     Lightning's own bar starts anew with each epoch, which says little about a run of so many steps. On a pipe no
     bar is drawn; the results of each validation are printed as a line in both cases.
+
+    Args:
+        shown_as_written: The predictions are shown token by token, which leaves no place for a bar.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shown_as_written: bool = False) -> None:
         super().__init__()
+        self.shown_as_written = shown_as_written
         self._enabled = True
         self._bar: Progress | None = None
 
@@ -103,6 +122,8 @@ class RunProgressBar(ProgressBar):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self.print(f"step {trainer.global_step:,}: {format_metrics(validation_results(trainer))}")
+        if self._bar is not None:
+            self._bar.update(self._task, description="training")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()
@@ -119,12 +140,24 @@ class RunProgressBar(ProgressBar):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start("testing", sum(trainer.num_test_batches))
 
-    def _advance(self, *args: Any, **kwargs: Any) -> None:
-        if self._bar is not None and args[0].state.fn != "fit":
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        if self._bar is not None and trainer.state.fn == "fit":  # the bar is the training's
+            self._bar.update(self._task, description=f"validating {batch_idx + 1}/{sum(trainer.num_val_batches)}")
+        else:
+            self._advance()
+
+    def _advance(self, *args: Any) -> None:
+        if self._bar is not None:
             self._bar.advance(self._task)
 
-    on_validation_batch_end = _advance
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.shown_as_written:
+            self._start("predicting", sum(trainer.num_predict_batches))
+
     on_test_batch_end = _advance
+    on_predict_batch_end = _advance
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stop()

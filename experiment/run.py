@@ -120,6 +120,20 @@ def resolve_checkpoint(subcommand: str, run_dir: Path, ckpt_path: str | None) ->
     )
 
 
+def find_checkpoint(run: Path) -> Path:
+    """The best checkpoint of a run's folder, or the last; a file is itself.
+
+    Raises:
+        InputError: There is none.
+    """
+    if run.is_file():
+        return run
+    for name in ("best.ckpt", "last.ckpt"):
+        if (run / "checkpoints" / name).is_file():
+            return run / "checkpoints" / name
+    raise InputError(f"run {run} holds no checkpoint: expected the folder of a run that fit has written, or a file")
+
+
 def read_checkpoint(file: Path) -> dict[str, Any]:
     """A Lightning checkpoint, mapped into memory; nothing but tensors and plain values is ever unpickled.
 

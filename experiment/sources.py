@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from experiment.errors import InputError
+from experiment.hub import look_for_hub
 from experiment.progress import console
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ def _from_hub(name: str, split: str) -> "Dataset | None":
     datasets = _datasets()
     from huggingface_hub.errors import HfHubHTTPError
 
+    look_for_hub()
     try:
         return datasets.load_dataset(name, split=split)
     except (ConnectionError, OSError, HfHubHTTPError, datasets.exceptions.DatasetNotFoundError) as error:

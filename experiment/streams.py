@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiment.errors import InputError
+from experiment.hub import look_for_hub
 from experiment.sources import READERS, STORY_SEPARATOR, _datasets, _separated_stories, local_files
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def stream_texts(
         raise InputError(f"{files[split]} is empty: expected at least one text")
     try:
         if files is None:
+            look_for_hub()
             stream = datasets.load_dataset(path, split=split, streaming=True)
         elif _holds_separators(file := files[split]):
             kwargs = {"file": file, "identity": (0, 0)}  # nothing is cached here

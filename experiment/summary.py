@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -61,9 +62,14 @@ def summarize(runs: list[Path]) -> None:
         console.print(f"  {run}/  [dim]{files}[/dim]")
 
 
-if __name__ == "__main__":
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; bad input ends with one line on stderr and exit code 2."""
     try:
-        summarize([Path(argument) for argument in sys.argv[1:]])
+        summarize([Path(argument) for argument in (sys.argv[1:] if args is None else args)])
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

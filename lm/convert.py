@@ -4,6 +4,7 @@
 such files into the folder of a run, from which validate, predict and further training go on.
 """
 
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +12,14 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentError, auto_cli
 
+from experiment.console import console
 from experiment.errors import InputError
 from experiment.quiet import quiet_libraries
 from lm.hugging_face import from_hugging_face, to_hugging_face
 from lm.llama2c import from_llama2c, llama2c_tokenizer_path, to_llama2c
 from lm.model import Decoder, DecoderConfig
-from lm.tokenizer import StoryTokenizer, load_tokenizer
+from lm.tokenizer import StoryTokenizer
+from lm.tokenizer_files import load_tokenizer
 
 __all__ = [
     "from_hugging_face",
@@ -37,7 +40,8 @@ def hugging_face(checkpoint: str, folder: str, tokenizer: str | None = None) -> 
         folder: Where to write; must be new or empty.
         tokenizer: The model's tokenizer; by default the one that the run's config.yaml names.
     """
-    to_hugging_face(*load_checkpoint(checkpoint, tokenizer), folder)
+    with console.status("converting"):
+        to_hugging_face(*load_checkpoint(checkpoint, tokenizer), folder)
     print(f"written to {folder}: config.json, model.safetensors, tokenizer.json")
 
 
@@ -49,7 +53,8 @@ def llama2c(checkpoint: str, file: str, tokenizer: str | None = None) -> None:
         file: Where to write the weights, such as model.bin; the tokenizer becomes model.tokenizer.bin.
         tokenizer: The model's tokenizer; by default the one that the run's config.yaml names.
     """
-    to_llama2c(*load_checkpoint(checkpoint, tokenizer), file)
+    with console.status("converting"):
+        to_llama2c(*load_checkpoint(checkpoint, tokenizer), file)
     print(f"written; try: ./run {file} -z {llama2c_tokenizer_path(file)} -i 'Once upon a time'")
 
 
@@ -69,23 +74,29 @@ def import_weights(
     run = Path(run_dir)
     if holds_run(run):
         raise InputError(f"run_dir {run} already holds a run: name another folder")
-    if Path(source).is_dir():
-        if tokenizer is not None:
-            raise InputError(f"tokenizer {tokenizer}: the one in the folder {source} is taken; leave the option out")
-        decoder, story_tokenizer = from_hugging_face(source)
-    else:
-        decoder, story_tokenizer = from_llama2c(source, tokenizer or _tokenizer_beside(Path(source)))
-    if decoder.config.vocab_size != story_tokenizer.vocab_size:
-        raise InputError(
-            f"{source} has {decoder.config.vocab_size} embeddings, but its tokenizer {story_tokenizer.vocab_size} "
-            "tokens; cut the embeddings with transformers' resize_token_embeddings and save it again"
-        )
-    write_run(decoder, story_tokenizer, run, path)
-    print(f"written to {run}; next: python -m lm predict --config {run / CONFIG} --ckpt_path last")
+    with console.status("converting"):
+        if Path(source).is_dir():
+            if tokenizer is not None:
+                raise InputError(
+                    f"tokenizer {tokenizer}: the one in the folder {source} is taken; leave the option out"
+                )
+            decoder, story_tokenizer = from_hugging_face(source)
+        else:
+            decoder, story_tokenizer = from_llama2c(source, tokenizer or _tokenizer_beside(Path(source)))
+        if decoder.config.vocab_size != story_tokenizer.vocab_size:
+            raise InputError(
+                f"{source} has {decoder.config.vocab_size} embeddings, but its tokenizer {story_tokenizer.vocab_size} "
+                "tokens; cut the embeddings with transformers' resize_token_embeddings and save it again"
+            )
+        write_run(decoder, story_tokenizer, run, path)
+    print(
+        f"written to {run}; next: python -m lm predict --config {run / CONFIG} --ckpt_path last "
+        """--data.prompts '["Once upon a time"]'"""
+    )
 
 
 def write_run(decoder: Decoder, tokenizer: StoryTokenizer, run: Path, path: str) -> None:
-    """Write config.yaml, checkpoints/last.ckpt (at step 0) and tokenizer/ as if `fit` had made them."""
+    """Write config.yaml, checkpoints/last.ckpt and best.ckpt (at step 0) and tokenizer/ as if `fit` had made them."""
     from lightning.pytorch import Trainer
 
     from experiment.run import CONFIG
@@ -104,6 +115,7 @@ def write_run(decoder: Decoder, tokenizer: StoryTokenizer, run: Path, path: str)
     )
     trainer.strategy.connect(module)
     trainer.save_checkpoint(run / "checkpoints" / "last.ckpt")
+    shutil.copy(run / "checkpoints" / "last.ckpt", run / "checkpoints" / "best.ckpt")  # it is the only one
     shape = dict(module.hparams["decoder"])
     del shape["vocab_size"]  # the tokenizer's
     config = {

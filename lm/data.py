@@ -1,16 +1,14 @@
 """TinyStories, or any other stories, as batches of token ids.
 
-Each split is tokenised once, on all cores, into a file of token ids (``bos story eos bos story eos ...``) beside the
-offsets of its stories. From then on it is memory-mapped: a sample is a window of that file, and a batch is gathered in
-one numpy indexing operation, so that the loader is never what the model waits for.
+Each split is tokenised once, on all cores, into the memory-mapped file of a `Corpus`, which is cached; or it is read
+while training, by a `StoryStream`.
 """
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -23,161 +21,24 @@ from experiment.errors import InputError
 from experiment.progress import console, progress
 from experiment.sources import load_texts, source_fingerprint
 from experiment.streams import blocks, stream_texts
+from lm.corpus import CHUNK, Corpus, WindowBatches, first_windows, packed_windows, sliding_windows, write_corpus
+from lm.prompts import PromptBatches, read_prompts
 from lm.stories import demo_stories
 from lm.streaming import StoryStream, StreamProgress
-from lm.tokenizer import StoryTokenizer, load_tokenizer, train_tokenizer
+from lm.tokenizer import StoryTokenizer, train_tokenizer
+from lm.tokenizer_files import load_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset as Texts
 
 Evaluation = Literal["full", "report"]
 FORMAT = 1  # of the cached folders; raise it when what is written, or what decides it, changes
-CHUNK = 2_000  # stories tokenised at a time, which bounds the memory
 TRAINING_STORIES = 200_000  # that a tokenizer is trained on, at most
 HELD_OUT = 100  # one story in so many becomes validation where the source has none
 
 
-class Corpus:
-    """The token ids of a split, memory-mapped; story i is ``tokens[offsets[i] : offsets[i + 1]]``, from bos to eos."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.about = json.loads((folder / "about.json").read_text())
-        self.offsets: np.ndarray = np.load(folder / "offsets.npy")  # (stories + 1,) int64
-
-    @cached_property
-    def tokens(self) -> np.memmap:
-        return np.memmap(self.folder / "tokens.bin", dtype=self.about["dtype"], mode="r")
-
-    def __getstate__(self) -> dict[str, Any]:  # for workers that are spawned: they map the file, not copy it
-        return {name: value for name, value in self.__dict__.items() if name != "tokens"}
-
-
-def write_corpus(texts: "Texts", tokenizer: StoryTokenizer, folder: Path, name: str, note: str = "") -> None:
-    """Tokenises the column ``text`` into a folder that `Corpus` reads, in bounded memory. Empty stories are left out.
-
-    Raises:
-        InputError: all stories are empty, or the column holds something that is not text.
-    """
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    bos, eos = (tokenizer.bos_id,), (tokenizer.eos_id,)
-    lengths, empty = [np.zeros(1, dtype=np.int64)], 0
-    with open(folder / "tokens.bin", "wb") as file, progress(f"tokenising {name}", len(texts)) as advance:
-        for begin in range(0, len(texts), CHUNK):
-            column = texts[begin : begin + CHUNK]["text"]
-            stories = [story for story in column if story is not None and str(story).strip()]
-            if odd := next((story for story in stories if not isinstance(story, str)), None):
-                raise InputError(f"column 'text' of {name} holds {odd!r}: expected text; choose another column or file")
-            rows = tokenizer.encode_batch(stories)
-            sizes = np.fromiter(map(len, rows), np.int64, len(rows)) + 2
-            flat = chain.from_iterable(chain(bos, row, eos) for row in rows)
-            np.fromiter(flat, dtype, sizes.sum()).tofile(file)
-            lengths.append(sizes)
-            empty += len(column) - len(stories)
-            advance(len(column))
-    offsets = np.cumsum(np.concatenate(lengths))
-    if len(offsets) == 1:
-        raise InputError(f"all stories of {name} are empty: expected at least one with text")
-    notes = [note] if note else []
-    if empty:
-        notes.append(f"{name}: {empty:,} empty {'story' if empty == 1 else 'stories'} left out")
-    np.save(folder / "offsets.npy", offsets)
-    (folder / "about.json").write_text(json.dumps({"dtype": dtype.name, "notes": notes}))
-
-
-class Windows(NamedTuple):
-    """Samples as pieces of the token file. Window i holds ``length[i] - 1`` inputs, and as many targets, one later."""
-
-    start: np.ndarray  # (n,) int64, place in the token file
-    length: np.ndarray  # (n,) int64, tokens, at most sequence_length + 1
-    skip: np.ndarray  # (n,) int64, first targets that do not count, since an earlier window has counted them
-    story: np.ndarray | None = None  # (n,) int64, which story it is from
-
-
-def first_windows(offsets: np.ndarray, sequence_length: int) -> Windows:
-    """One window a story: its first ``sequence_length + 1`` tokens, bos included."""
-    length = np.minimum(np.diff(offsets), sequence_length + 1)
-    return Windows(offsets[:-1], length, np.zeros_like(length), np.arange(len(length)))
-
-
-def packed_windows(total: int, sequence_length: int) -> Windows:
-    """The whole file in blocks: each of its tokens but the first is the target of exactly one window."""
-    start = np.arange(0, total - 1, sequence_length)
-    return Windows(start, np.minimum(total - start, sequence_length + 1), np.zeros_like(start))
-
-
-def sliding_windows(offsets: np.ndarray, sequence_length: int) -> Windows:
-    """Every target of every story exactly once. Over stories that are longer than one window it slides by half of
-    it, so that all later targets have at least half of a window before them."""
-    stride = sequence_length // 2
-    targets = np.diff(offsets) - 1
-    count = 1 + np.maximum(0, -(-(targets - sequence_length) // stride))
-    story = np.repeat(np.arange(len(count)), count)
-    order = np.arange(len(story)) - np.repeat(np.cumsum(count) - count, count)  # 0, 1, ... within each story
-    start = offsets[story] + order * stride
-    length = np.minimum(offsets[story + 1] - start, sequence_length + 1)
-    return Windows(start, length, np.where(order > 0, sequence_length - stride, 0), story)
-
-
-class WindowBatches(Dataset):
-    """``self[indices]`` is the batch of these windows, padded on the right; pads are told by position, never by id.
-
-    Args:
-        corpus: where the tokens are.
-        windows: what the samples are.
-        tokenizer: for the id of pads and the bytes of tokens.
-        width: inputs of every row; None for as many as the longest row of the batch has.
-        with_bytes: add text_weights and bytes, which bits per byte need; the windows must know their stories.
-    """
-
-    def __init__(
-        self, corpus: Corpus, windows: Windows, tokenizer: StoryTokenizer, width: int | None, with_bytes: bool = False
-    ) -> None:
-        self.corpus, self.windows, self.width, self.with_bytes = corpus, windows, width, with_bytes
-        self.pad_id = tokenizer.pad_id
-        self.bytes_per_token, self.prefix_bytes = tokenizer.bytes_per_token, tokenizer.prefix_bytes
-
-    def __len__(self) -> int:
-        return len(self.windows.start)
-
-    def __getitem__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """input_ids and targets (B, T) int64, weights (B, T) float32: 1 for a target that counts, else 0. With bytes
-        also text_weights (B, T) float32, which are 0 for eos too, and bytes (B, T) int64 of each target they count."""
-        indices = np.asarray(indices, dtype=np.int64)
-        start, length = self.windows.start[indices, None], self.windows.length[indices, None]
-        width = int(length.max()) - 1 if self.width is None else self.width
-        column = np.arange(width + 1)
-        place = start + np.minimum(column, length - 1)  # (B, T + 1), in the file
-        ids = self.corpus.tokens[place].astype(np.int64)
-        ids[column >= length] = self.pad_id
-        place, targets = place[:, 1:], ids[:, 1:]
-        counted = (column[1:] < length) & (column[:-1] >= self.windows.skip[indices, None])
-        batch = {"input_ids": ids[:, :-1], "targets": targets, "weights": counted.astype(np.float32)}
-        if self.with_bytes:
-            story = self.windows.story[indices]
-            text = counted & (place != self.corpus.offsets[story + 1, None] - 1)  # the last token is eos
-            first = place == self.corpus.offsets[story, None] + 1
-            batch["text_weights"] = text.astype(np.float32)
-            batch["bytes"] = (self.bytes_per_token[targets] - self.prefix_bytes * first) * text
-        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
-
-
-class PromptBatches(Dataset):
-    """``self[indices]`` is {"prompts": list of str, "input_ids": list of list of int (bos, then tokens)}."""
-
-    def __init__(self, prompts: Sequence[str], tokenizer: StoryTokenizer) -> None:
-        self.prompts = list(prompts)
-        self.input_ids = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(self.prompts)]
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __getitem__(self, indices: Sequence[int]) -> dict[str, list]:
-        return {"prompts": [self.prompts[i] for i in indices], "input_ids": [self.input_ids[i] for i in indices]}
-
-
 class TinyStories(ResumableDataModule):
-    """Stories as sequences of token ids: targets are the inputs shifted by one.
+    """The stories, and how they become sequences of tokens.
 
     Args:
         path: Where the stories are: a hub name, a local folder with train.* and validation.* files (parquet, JSON
@@ -258,14 +119,16 @@ class TinyStories(ResumableDataModule):
 
     def _train_tokenizer(self, folder: Path) -> None:
         if self.streaming:
-            stream = stream_texts(self.path, "train", demo=demo_stories)
-            texts = (text for block, _ in blocks(stream, CHUNK, self.path) for text in block)
-            train_tokenizer((text for text in islice(texts, TRAINING_STORIES) if text), self.vocab_size).save(folder)
-            return
-        texts, _ = self._texts("train")
-        texts = texts.select(range(0, len(texts), -(-len(texts) // TRAINING_STORIES)))
-        stories = (story for begin in range(0, len(texts), CHUNK) for story in texts[begin : begin + CHUNK]["text"])
-        train_tokenizer((story for story in stories if story), self.vocab_size).save(folder)
+            stream, total = stream_texts(self.path, "train", demo=demo_stories), None
+            chunks = (texts for texts, _ in blocks(stream, CHUNK, self.path))
+            chunks = islice(chunks, TRAINING_STORIES // CHUNK)
+        else:
+            texts, _ = self._texts("train")
+            texts = texts.select(range(0, len(texts), -(-len(texts) // TRAINING_STORIES)))
+            total = len(texts)
+            chunks = (texts[begin : begin + CHUNK]["text"] for begin in range(0, total, CHUNK))
+        with progress("training the tokenizer", total) as advance:
+            train_tokenizer(_stories_in(chunks, advance), self.vocab_size).save(folder)
 
     def _texts(self, split: str) -> tuple["Texts", str]:
         """The texts of a split, and what the user should know about where they are from."""
@@ -412,48 +275,16 @@ class TinyStories(ResumableDataModule):
         return DataLoader(data, sampler=schedule, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
 
 
+def _stories_in(chunks: Iterable[Sequence[str | None]], advance: Callable[[int], None]) -> Iterator[str]:
+    """The stories that are not empty; ``advance`` learns how many were passed."""
+    for chunk in chunks:
+        yield from filter(None, chunk)
+        advance(len(chunk))
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
 
 
 def _in_batches(order: np.ndarray, size: int) -> list[np.ndarray]:
     return [order[begin : begin + size] for begin in range(0, len(order), size)]
-
-
-def read_prompts(prompts: list[str] | str | None) -> list[str]:
-    """The prompts of a list, or of a file (.txt, one a line; .json or .jsonl, strings or objects with a ``prompt``).
-
-    Raises:
-        InputError: there are none, or the file is missing or holds something else.
-    """
-    if prompts is None:
-        raise InputError("data.prompts is not given: expected a list of beginnings, or a file with one a line")
-    if not isinstance(prompts, str):
-        found, where = list(prompts), "data.prompts"
-    else:
-        path, where = Path(prompts).expanduser(), f"data.prompts {prompts!r}"
-        if not path.is_file():
-            as_list = json.dumps([prompts])
-            raise InputError(f"{where} is no file: to give the prompt itself, write it as a list, '{as_list}'")
-        try:
-            text = path.read_text(encoding="utf-8")
-            found = list(_prompts_in_json(path, text)) if path.suffix in (".json", ".jsonl") else text.splitlines()
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise InputError(
-                f"{where} cannot be read ({error}): expected text with one prompt a line, or .json or .jsonl "
-                "with strings or with objects that have a 'prompt'"
-            ) from None
-        if path.suffix not in (".json", ".jsonl"):
-            found = [line for line in found if line.strip()]
-    if odd := [prompt for prompt in found if not isinstance(prompt, str)]:
-        raise InputError(f"{where} holds {odd[0]!r}: expected text, or an object with a 'prompt' that is text")
-    if not found:
-        raise InputError(f"{where} is empty: expected at least one beginning of a story")
-    return found
-
-
-def _prompts_in_json(path: Path, text: str) -> Iterator[Any]:
-    lines = (line for line in text.split("\n") if line.strip())  # U+2028 may stand within a string
-    rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
-    for row in rows:
-        yield row["prompt"] if isinstance(row, dict) else row

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from experiment.errors import InputError
 from lm.model import Decoder, DecoderConfig
-from lm.tokenizer import StoryTokenizer, load_tokenizer
+from lm.tokenizer import StoryTokenizer
+from lm.tokenizer_files import load_tokenizer
 
 # Ours: theirs, from the first row of our matrix to the last.
 _BLOCK = {

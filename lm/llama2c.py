@@ -19,7 +19,8 @@ from torch import Tensor
 from experiment.errors import InputError
 from lm.hugging_face import check_vocabulary, join_weights, parameter_shape, split_weights
 from lm.model import Decoder, DecoderConfig, rotary_tables
-from lm.tokenizer import StoryTokenizer, read_llama2c_tokenizer, write_llama2c_tokenizer
+from lm.tokenizer import StoryTokenizer
+from lm.tokenizer_files import read_llama2c_tokenizer, write_llama2c_tokenizer
 
 _HEADER = struct.Struct("<7i")
 _ROPE_THETA, _RMS_NORM_EPS = 10000.0, 1e-5

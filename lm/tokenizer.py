@@ -1,7 +1,7 @@
-"""Tokenizers of the LLaMA kind: load one, train one, and know how many bytes each token stands for.
+"""Tokenizers of the LLaMA kind: make one of pieces, train one, and know how many bytes each token stands for.
 
-Everything is one `tokenizers.Tokenizer` (Rust) behind `StoryTokenizer`, wherever it came from: tokenizer.json,
-SentencePiece .model, llama2.c .bin, or `train_tokenizer`. A trained one is laid out as LLaMA's: <unk> 0, <s> 1,
+Everything is one `tokenizers.Tokenizer` (Rust) behind `StoryTokenizer`, wherever it came from: one of the files that
+lm/tokenizer_files.py reads, or `train_tokenizer`. A trained one is laid out as LLaMA's: <unk> 0, <s> 1,
 </s> 2, the 256 bytes <0x00> ... <0xFF> at 3 to 258, then the pieces, in the order in which they were found.
 Text is encoded whole, with a space put before it, and what no piece covers falls back to its UTF-8 bytes, so that
 any text comes back unchanged.
@@ -15,8 +15,6 @@ neighbouring characters only (`_WORDS`), so no piece spans such a border, and no
 import hashlib
 import json
 import os
-import struct
-import sys
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -44,8 +42,7 @@ SPECIALS = ["<unk>", "<s>", "</s>"]  # ids 0, 1, 2
 # Letters with a space before them, other marks with a space before them, single digits, single spaces. Controls,
 # newlines and other white space become bytes.
 _WORDS = rf"{SPACE}?[\p{{L}}\p{{M}}]+|{SPACE}?[^\p{{L}}\p{{M}}\p{{N}}\s\p{{C}}{SPACE}]+|\p{{N}}|{SPACE}"
-_PROBE = 'Once upon a time, there was a little girl.\n"Wow!"  she said <s> 123 naïve 🎉'
-_KINDS = "a hub name, a folder with tokenizer.json, or a file: tokenizer.json, SentencePiece .model, llama2.c .bin"
+PROBE = 'Once upon a time, there was a little girl.\n"Wow!"  she said <s> 123 naïve 🎉'
 
 
 class StoryTokenizer:
@@ -72,8 +69,8 @@ class StoryTokenizer:
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.pad_id = eos_id if pad_id is None else pad_id
-        probe = self.encode(_PROBE)
-        if self.decode(probe) != _PROBE or self.text_bytes(probe).sum() != len(_PROBE.encode()):
+        probe = self.encode(PROBE)
+        if self.decode(probe) != PROBE or self.text_bytes(probe).sum() != len(PROBE.encode()):
             raise InputError(
                 f"tokenizer {name!r} does not give text back unchanged; take one of the LLaMA or GPT kind, or 'train'"
             )
@@ -95,7 +92,8 @@ class StoryTokenizer:
         return hashlib.sha256(state.encode()).hexdigest()[:16]
 
     @cached_property
-    def _byte_ids(self) -> list[int] | None:
+    def byte_ids(self) -> list[int] | None:
+        """The ids of the 256 bytes of a byte-fallback tokenizer; None for a byte-level one."""
         ids = [self.backend.token_to_id(piece) for piece in BYTES]
         return None if None in ids else ids
 
@@ -105,7 +103,7 @@ class StoryTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, on all cores."""
-        if self._byte_ids is None:  # a byte-level tokenizer: the visible space is a character like any other
+        if self.byte_ids is None:  # a byte-level tokenizer: the visible space is a character like any other
             return [item.ids for item in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
         # The normalizer turns spaces into U+2581, so a real U+2581 would come back as a space. It goes in as a
         # character that no vocabulary holds, and that character's three bytes are put right in the ids.
@@ -118,12 +116,12 @@ class StoryTokenizer:
         return rows
 
     def _ids_of_bytes(self, text: str) -> list[int]:
-        return [self._byte_ids[value] for value in text.encode()]
+        return [self.byte_ids[value] for value in text.encode()]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a whole sequence: special tokens are skipped, and the space that `encode` put first is taken
         off. The text of a continuation is `decode(prompt + new)` after `decode(prompt)`."""
-        if self._byte_ids is None:
+        if self.byte_ids is None:
             return self.backend.decode(list(ids), skip_special_tokens=True)
         # The backend gives up a whole run of byte tokens where one of them is no UTF-8, so that a model's slip would
         # eat the characters of the prompt before it.
@@ -137,7 +135,7 @@ class StoryTokenizer:
         for piece, i in self.backend.get_vocab(with_added_tokens=True).items():
             if i not in self.special_ids:
                 result[i] = piece.replace(SPACE, " ").encode()
-        for value, i in enumerate(self._byte_ids):
+        for value, i in enumerate(self.byte_ids):
             result[i] = bytes([value])
         return result
 
@@ -203,9 +201,6 @@ def _replace(ids: list[int], old: list[int], new: list[int]) -> list[int]:
         here = len(result)
         result += new if ids[here : here + len(old)] == old else ids[here : here + 1]
     return result
-
-
-# ---------------------------------------------------------------------------------------------------- making one
 
 
 def from_pieces(
@@ -296,7 +291,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> StoryTokenizer:
         vocab_size=vocab_size,
         special_tokens=fixed,
         limit_alphabet=(vocab_size - len(fixed)) // 2,
-        show_progress=sys.stderr.isatty(),
+        show_progress=False,  # who gives the texts shows how far they are
     )
     trainee.train_from_iterator(texts, trainer)
     if (found := trainee.get_vocab_size()) < vocab_size:
@@ -307,155 +302,3 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> StoryTokenizer:
     vocab = trainee.get_vocab()
     pieces = sorted(vocab, key=vocab.__getitem__)
     return from_pieces(pieces, [min(0.0, len(fixed) - i) for i in range(len(pieces))], name="train")
-
-
-# ------------------------------------------------------------------------------------------------- reading, writing
-
-
-def load_tokenizer(name: str | Path) -> StoryTokenizer:
-    """A tokenizer by its hub name, folder or file (tokenizer.json, SentencePiece .model, llama2.c .bin).
-
-    Raises:
-        InputError: nothing there, no tokenizer, or one without an end-of-text token.
-    """
-    name = str(name)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        files = [path / file for file in ("tokenizer.json", "tokenizer.model", "tokenizer.bin")]
-        path = next((file for file in files if file.is_file()), None)
-        if path is None:
-            raise InputError(f"tokenizer {name!r}: the folder holds no tokenizer.json; expected {_KINDS}")
-    elif not path.exists():
-        looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in _READERS
-        if looks_local:
-            raise InputError(f"tokenizer {name!r} does not exist; expected {_KINDS}, or 'train'")
-        path = _from_hub(name)
-    if path.suffix not in _READERS:
-        raise InputError(f"tokenizer {name!r} is none; expected {_KINDS}")
-    return _READERS[path.suffix](path, name)
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    def fetch(file: str) -> Path | None:
-        try:
-            return Path(hf_hub_download(name, file))
-        except (OSError, ValueError):  # no such file, name or network: all of the hub's errors are one of these
-            return None
-
-    path = fetch("tokenizer.json") or fetch("tokenizer.model")
-    if path is None:
-        raise InputError(
-            f"tokenizer {name!r} is no local path and cannot be fetched from the hub; check the name and the network, "
-            "or pass a local folder, or 'train'"
-        )
-    fetch("tokenizer_config.json")  # where there is one, it lies beside the tokenizer, and is read there
-    return path
-
-
-def _read_json(path: Path, name: str) -> StoryTokenizer:
-    try:
-        backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the Rust reader raises plain Exception
-        raise InputError(f"tokenizer {name!r}: {path.name} is no tokenizer ({error}); expected {_KINDS}") from None
-    config = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (beside := path.with_name(file)).is_file():
-            try:
-                config |= json.loads(beside.read_text(encoding="utf-8"))
-            except (ValueError, TypeError):
-                raise InputError(f"tokenizer {name!r}: {file} is no JSON object; repair or remove it") from None
-
-    def special(role: str, *usual: str) -> int | None:
-        named = config.get(f"{role}_token")
-        named = named.get("content") if isinstance(named, dict) else named
-        candidates = [named] if isinstance(named, str) else usual
-        return next((i for token in candidates if (i := backend.token_to_id(token)) is not None), None)
-
-    eos_id = special("eos", "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
-    if eos_id is None:
-        raise InputError(f"tokenizer {name!r} has no end-of-text token; set eos_token in its tokenizer_config.json")
-    bos_id = special("bos", "<s>", "<|begin_of_text|>", "<bos>")
-    return StoryTokenizer(backend, eos_id if bos_id is None else bos_id, eos_id, special("pad", "<pad>"), name)
-
-
-def _read_sentencepiece(path: Path, name: str) -> StoryTokenizer:
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        model = SentencePieceProcessor(model_file=str(path))
-        ids = range(model.vocab_size())
-        pieces = [model.id_to_piece(i) for i in ids]
-    except (OSError, RuntimeError, UnicodeDecodeError):
-        raise InputError(f"tokenizer {name!r} is no SentencePiece model; expected {_KINDS}") from None
-    if model.eos_id() < 0:
-        raise InputError(f"tokenizer {name!r} has no end-of-text token; take one that has, or 'train'")
-    tokenizer = from_pieces(
-        pieces,
-        [model.get_score(i) for i in ids],
-        model.eos_id() if model.bos_id() < 0 else model.bos_id(),
-        model.eos_id(),
-        [i for i in ids if model.is_control(i) or model.is_unknown(i)],
-        name,
-    )
-    # Unigram models and models that normalise the text show here.
-    if model.encode(_PROBE) != tokenizer.encode(_PROBE):
-        raise InputError(f"tokenizer {name!r} is no SentencePiece model of LLaMA's kind (BPE, text left as it is)")
-    return tokenizer
-
-
-def read_llama2c_tokenizer(path: str | Path, name: str | None = None) -> StoryTokenizer:
-    """Reads a tokenizer.bin of llama2.c: the longest piece's length (int32), then for each token its score (float32),
-    length (int32) and bytes, little-endian, to the end of the file.
-
-    Raises:
-        InputError: a file that is not one.
-    """
-    path, name = Path(path), name or str(path)
-    pieces, scores, offset = [], [], 4
-    try:
-        data = path.read_bytes()
-        (longest,) = struct.unpack_from("<i", data, 0)
-        while offset < len(data):
-            score, length = struct.unpack_from("<fi", data, offset)
-            if not (0 <= length <= longest and offset + 8 + length <= len(data) and score == score):
-                raise struct.error
-            pieces.append(data[offset + 8 : offset + 8 + length])
-            scores.append(score)
-            offset += 8 + length
-    except OSError as error:
-        raise InputError(f"tokenizer {name!r} cannot be read ({error.strerror}); expected {_KINDS}") from None
-    except struct.error:
-        raise InputError(f"tokenizer {name!r} is no llama2.c tokenizer (or cut short); expected {_KINDS}") from None
-    pieces[:3] = SPECIALS[: len(pieces)]  # llama2.c writes "\n<s>\n", or for unk whatever it prints
-    return from_pieces(pieces, scores, name=name)
-
-
-def write_llama2c_tokenizer(tokenizer: StoryTokenizer, path: str | Path) -> None:
-    """Writes the tokenizer.bin that llama2.c reads.
-
-    Its C program has bos 1, eos 2 and the bytes at 3 to 258 built in. Where the bytes lie elsewhere, as Mistral's do,
-    it decodes rightly, but takes newlines and rare characters of a prompt for other tokens.
-
-    Raises:
-        InputError: a tokenizer with another bos or eos, or one that is not a byte-fallback BPE.
-    """
-    backend = tokenizer.backend
-    if tokenizer._byte_ids is None or (tokenizer.bos_id, tokenizer.eos_id) != (1, 2):
-        raise InputError("llama2.c needs a byte-fallback tokenizer with bos 1 and eos 2; train with tokenizer 'train'")
-    merges = json.loads(backend.to_str())["model"]["merges"]
-    scores: dict[str, float] = {}
-    for left, right in merges:
-        scores.setdefault(left + right, -float(len(scores)))
-    pieces = [backend.id_to_token(i) or "" for i in range(tokenizer.vocab_size)]
-    marked = {1: b"\n<s>\n", 2: b"\n</s>\n"}
-    texts = [marked.get(i, piece.replace(SPACE, " ").encode()) for i, piece in enumerate(pieces)]
-    with open(path, "wb") as file:
-        file.write(struct.pack("<i", max(map(len, texts))))
-        for piece, text in zip(pieces, texts, strict=True):
-            score = scores.get(piece, -float(len(scores)))  # characters, bytes, specials: never the result of a merge
-            file.write(struct.pack("<fi", score, len(text)) + text)
-
-
-_READERS = {".json": _read_json, ".model": _read_sentencepiece, ".bin": read_llama2c_tokenizer}

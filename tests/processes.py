@@ -21,8 +21,7 @@ known = set()
 def know(package):
     if package not in known:
         known.add(package)
-        importlib.import_module(package + ".__main__")
-        del sys.modules[package + ".__main__"]  # it is run, not imported
+        importlib.import_module(package + ".cli")
 
 def run(request):
     os.setpgid(0, 0)

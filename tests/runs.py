@@ -53,11 +53,11 @@ def checkpoint(run: Path) -> dict:
 
 
 def assert_same_run(run: Path, expected: Path, steps: int = STEPS) -> None:
-    """Every logged figure, every sample, all weights and the optimizer's state are equal to the bit."""
+    """Every logged figure, every sample and verdict, all weights and the optimizer's state are equal to the bit."""
     assert [row["step"] for row in rows(run)] == [str(step) for step in range(1, steps + 1)]
     assert rows(run) == rows(expected)
-    if (expected / "samples.jsonl").exists():
-        assert (run / "samples.jsonl").read_text() == (expected / "samples.jsonl").read_text()
+    for file in expected.glob("*.jsonl"):
+        assert (run / file.name).read_text() == file.read_text()
     left, right = checkpoint(run), checkpoint(expected)
     assert left["state_dict"].keys() == right["state_dict"].keys()
     assert all(torch.equal(left["state_dict"][name], right["state_dict"][name]) for name in left["state_dict"])

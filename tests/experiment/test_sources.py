@@ -1,13 +1,18 @@
 """Every source of texts reads the same, and what cannot be read is answered with one clear line."""
 
 import json
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import datasets
 import pytest
+from huggingface_hub import constants
 
 from experiment.errors import InputError
+from experiment.hub import look_for_hub
 from experiment.sources import load_texts, source_fingerprint
+from tests.runs import free_port
 
 TEXTS = ["One day, a cat sat.", "Two dogs ran, and\nran.", 'She said "hi".']
 
@@ -70,6 +75,19 @@ def test_source_that_cannot_be_had_is_refused(path: str, message: str) -> None:
         load_texts(path, "train")
     assert path in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_hub_without_a_connection_is_not_tried_again_and_one_that_answers_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # says that it can't, which is an answer
+        Thread(target=server.handle_request).start()
+        for port, offline in ((server.server_port, False), (free_port(), True)):
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+            monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+            monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+            look_for_hub.cache_clear()
+            look_for_hub()
+            assert constants.HF_HUB_OFFLINE == datasets.config.HF_HUB_OFFLINE == offline
+    look_for_hub.cache_clear()
 
 
 @pytest.mark.parametrize(

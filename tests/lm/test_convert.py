@@ -339,7 +339,7 @@ def test_an_imported_model_validates_predicts_trains_and_is_exported_again(token
     assert torch.equal(logits(stored, random_ids()), logits(decoder, random_ids()))
 
     common = ["--config", str(run / "config.yaml"), "--ckpt_path", "last", "--trainer.enable_progress_bar=false"]
-    validated = lm(["validate", *common, "--trainer.limit_val_batches=1"])
+    validated = lm(["validate", *common, "--ckpt_path=best", "--trainer.limit_val_batches=1"])
     assert validated.trainer.callback_metrics["val/loss"] > 0
     lm(["predict", *common, '--data.prompts=["Once upon a time"]', "--model.generation.temperature=0"])
     prompt = [tokenizer.bos_id, *tokenizer.encode("Once upon a time")]
@@ -350,6 +350,7 @@ def test_an_imported_model_validates_predicts_trains_and_is_exported_again(token
     quick = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--data.batch_size=2"]
     fitted = lm(["fit", *common, *quick])
     assert fitted.trainer.global_step == 2
+    assert {file.name for file in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "step-000002.ckpt"}
     trained = fitted.model.decoder.eval()
     assert not torch.equal(logits(trained, random_ids()), logits(decoder, random_ids()))
     # The tokenizer is found through the run's config.yaml.

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiment.errors import InputError
-from lm.data import Corpus, TinyStories, WindowBatches, first_windows, packed_windows, sliding_windows, write_corpus
+from lm.corpus import Corpus, WindowBatches, first_windows, packed_windows, sliding_windows, write_corpus
+from lm.data import TinyStories
 from lm.stories import demo_texts
 from lm.tokenizer import train_tokenizer
 
@@ -122,7 +123,7 @@ def test_full_evaluation_predicts_each_token_exactly_once(stories, length):
             assert batch["targets"][0, j] == corpus.tokens[place]
             story = np.searchsorted(corpus.offsets, place, side="right") - 1
             before = batch["input_ids"][0, : j + 1].tolist()  # what it is predicted from: this story alone
-            assert before == corpus.tokens[begin : place].tolist()
+            assert before == corpus.tokens[begin:place].tolist()
             assert begin >= corpus.offsets[story]
             since_bos = place - corpus.offsets[story]
             assert len(before) == since_bos if begin == corpus.offsets[story] else len(before) > length - length // 2
@@ -303,7 +304,7 @@ def test_killed_tokenising_leaves_nothing_behind(module, source, monkeypatch):
 def test_corpus_is_the_same_whatever_the_chunks(tmp_path, monkeypatch):
     texts = datasets.Dataset.from_dict({"text": STORIES})
     for chunk in (7, 1000):
-        monkeypatch.setattr("lm.data.CHUNK", chunk)
+        monkeypatch.setattr("lm.corpus.CHUNK", chunk)
         (tmp_path / str(chunk)).mkdir()
         write_corpus(texts, TOKENIZER, tmp_path / str(chunk), "test")
     one, other = Corpus(tmp_path / "7"), Corpus(tmp_path / "1000")

@@ -17,11 +17,13 @@ import torch
 from experiment.errors import InputError
 from experiment.run import check_fits, read_checkpoint
 from lm.convert import from_hugging_face, from_llama2c, to_hugging_face, to_llama2c
-from lm.data import TinyStories, read_prompts
+from lm.data import TinyStories
 from lm.model import Decoder, DecoderConfig
 from lm.module import LanguageModel
+from lm.prompts import read_prompts
 from lm.stories import demo_texts
-from lm.tokenizer import load_tokenizer, train_tokenizer
+from lm.tokenizer import train_tokenizer
+from lm.tokenizer_files import load_tokenizer
 
 TEXTS = demo_texts("validation")[:12]
 SHAPE = DecoderConfig(345, 8, 12, 1, 2, max_sequence_length=8)

@@ -193,6 +193,12 @@ def test_predictions_of_a_run_on_two_processes_are_written_by_one(trained: Path)
     assert len((trained / "predictions.jsonl").read_text().splitlines()) == 2
 
 
+def test_empty_prompt_gives_a_story_from_its_beginning(trained: Path) -> None:
+    main(["predict", "--config=run/config.yaml", "--ckpt_path=last", '--data.prompts=[""]'])
+    story = json.loads((trained / "predictions.jsonl").read_text())
+    assert story["prompt"] == "" and story["tokens"] > 0
+
+
 def test_text_may_hold_markup_and_special_token_strings(trained: Path) -> None:
     Path("prompts.txt").write_text("[bold]Tom[/nothing] </s> <unk>\n")
     main(["predict", "--config=run/config.yaml", "--ckpt_path=last", "--data.prompts=prompts.txt",
@@ -247,12 +253,13 @@ def test_bad_input_of_fit_is_refused_and_writes_nothing(
         (["--data.prompts=[" + "Once upon a time " * 20 + "]"], ["prompt", "tokens", "context"]),
         (["--data.prompts=nowhere.txt"], ["nowhere.txt"]),
         (["--data.prompts=[]"], ["prompts"]),
+        (["--data.prompts=blank.txt"], ["blank.txt", "is empty"]),
         (["--model.generation.temperature=-0.5", "--data.prompts=[Tom]"], ["temperature=-0.5"]),
         (["--ckpt_path=cut.ckpt", "--data.prompts=[Tom]"], ["cut.ckpt", "truncated"]),
         (["--ckpt_path=other.ckpt", "--data.prompts=[Tom]"], ["other.ckpt", "another architecture"]),
         (["--ckpt_path=text.ckpt", "--data.prompts=[Tom]"], ["text.ckpt"]),
     ],
-    ids=["long-prompt", "no-file", "no-prompt", "temperature", "truncated", "architecture", "text"],
+    ids=["long-prompt", "no-file", "no-prompt", "blank-file", "temperature", "truncated", "architecture", "text"],
 )
 def test_bad_input_of_predict_is_refused_and_writes_nothing(
     flags: list[str], words: list[str], trained: Path, capsys: pytest.CaptureFixture
@@ -260,6 +267,7 @@ def test_bad_input_of_predict_is_refused_and_writes_nothing(
     whole = (trained / "checkpoints/last.ckpt").read_bytes()
     Path("cut.ckpt").write_bytes(whole[: len(whole) // 2])
     Path("text.ckpt").write_text("hello")
+    Path("blank.txt").write_text(" \n\n")
     checkpoint = torch.load(trained / "checkpoints/last.ckpt", weights_only=True)
     checkpoint["state_dict"]["decoder.norm.weight"] = torch.ones(7)
     torch.save(checkpoint, "other.ckpt")

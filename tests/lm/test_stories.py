@@ -5,7 +5,8 @@ from random import Random
 
 import pytest
 
-from lm.stories import PLOTS, SIZES, _plot, demo_stories, demo_texts, write_story
+from lm.plots import PLOTS
+from lm.stories import SIZES, _plot, demo_stories, demo_texts, write_story
 
 TRAIN, VALIDATION = demo_texts("train"), demo_texts("validation")
 EVERY = TRAIN + VALIDATION

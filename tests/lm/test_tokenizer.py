@@ -13,16 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from experiment.errors import InputError
 from lm.stories import demo_texts
-from lm.tokenizer import (
-    BYTES,
-    SPACE,
-    StoryTokenizer,
-    from_pieces,
-    load_tokenizer,
-    read_llama2c_tokenizer,
-    train_tokenizer,
-    write_llama2c_tokenizer,
-)
+from lm.tokenizer import BYTES, SPACE, StoryTokenizer, from_pieces, train_tokenizer
+from lm.tokenizer_files import load_tokenizer, read_llama2c_tokenizer, write_llama2c_tokenizer
 
 STORIES = demo_texts("validation")[:200]
 SPECIAL_LOOKS = "He wrote </s> and <s>, <unk>, [INST], <0x41> on the wall."

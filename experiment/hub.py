@@ -1,0 +1,25 @@
+"""The Hugging Face hub: whether it can be reached is found out once, and soon."""
+
+from functools import cache
+
+
+@cache
+def look_for_hub() -> None:
+    """Ask the hub's address once; where no connection comes about, the hub's libraries are set offline.
+
+    They then take what they have cached, or fail at once, rather than try again for half a minute each. A slow answer
+    is none of this: it is left to their patience.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception as error:  # of the HTTP library, which is another in each version of the hub's
+        if "Timeout" in type(error).__name__:
+            return
+        import datasets
+
+        constants.HF_HUB_OFFLINE = True  # where the environment variable of that name ends up
+        datasets.config.HF_HUB_OFFLINE = True

@@ -1,0 +1,20 @@
+"""What ``python -m lm --help`` says, and the answer to a command that does not exist.
+
+The command line itself brings Lightning along, which takes seconds; these need not wait for it.
+"""
+
+import sys
+from collections.abc import Sequence
+
+COMMANDS = ("fit", "validate", "test", "predict")
+
+
+def answer(overview: str, args: Sequence[str]) -> None:
+    """End here where the arguments ask for the overview (exit code 0), or name no command or none that there is (2)."""
+    if args and args[0] in ("-h", "--help"):
+        print(overview.strip())
+        sys.exit(0)
+    if not args or (not args[0].startswith("-") and args[0] not in COMMANDS):
+        found = f"there is no command {args[0]!r}" if args else "no command is given"
+        print(f"error: {found}: expected {', '.join(COMMANDS)}; --help explains them", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,148 @@
+"""Every command that README.md gives is run, shrunk to a second or two, in its order and in one working directory."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from classify import compare
+from experiment.sweep import combinations, command_of, read_sweep
+from tests.classify.conftest import save_tiny_bert
+from tests.runs import TINY, write_stories
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LM = [*TINY, "--data.path=stories", "--model.decoder.max_sequence_length=64", "--trainer.max_steps=2",
+      "--trainer.val_check_interval=2", "--samples.every_n_steps=0"]  # fmt: skip
+CLASSIFY = ["--model.name=bert", "--data.path=demo", "--data.train_size=16", "--data.validation_size=8",
+            "--data.test_size=8", "--data.max_length=32", "--data.batch_size=8", "--trainer.accelerator=cpu",
+            "--trainer.max_epochs=1"]  # fmt: skip
+SHRUNK = {"lm": LM, "classify": CLASSIFY}
+TRAINED = [["configs/lm/demo.yaml"], ["configs/classify/custom.yaml"], ["configs/classify/demo.yaml"]]
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+def commands_of(readme: str) -> list[str]:
+    """The lines of the fenced blocks and what else looks like a command, each once and in order."""
+    found: list[str] = []
+    for block, code in re.findall(r"```\n(.*?)```|`([^`]+)`", readme.replace("\\\n", " "), re.DOTALL):
+        code = " ".join(code.split())
+        found += block.splitlines() if block else [code] if re.match("(make|python|wandb) ", code) else []
+    for row in re.findall(r"^\|(.*)\|$", readme, re.MULTILINE):  # a result's configuration and the flags beside it
+        config, *flags = re.findall("`([^`]+)`", row.split("|")[1]) or [""]
+        if config.startswith("configs/") and flags:
+            found.append(f"python -m {Path(config).parts[1]} fit --config {' '.join([config, *flags])}")
+    return [one for one in dict.fromkeys(found) if not any(other.startswith(f"{one} ") for other in found)]
+
+
+def recipe(target: list[str]) -> Iterator[list[str]]:
+    """The commands that a make target would run, as their words."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    make = ["make", "--dry-run", "--assume-old=.venv/.ready", *target]
+    printed = subprocess.run(make, cwd=ROOT, env=ours, check=True, capture_output=True, text=True).stdout
+    for line in printed.replace("\\\n", " ").splitlines():
+        if not line.startswith(("echo ", "awk ", "make: ")):
+            yield shlex.split(line)
+
+
+def call(module: str, *args: str) -> None:
+    """``python -m module args`` in this process; another exit code than 0 is an error."""
+    module = f"{module}.__main__" if module in SHRUNK else module
+    try:
+        import_module(module).main(list(args))
+    except SystemExit as exit_:
+        if exit_.code:
+            raise RuntimeError(f"ended with exit code {exit_.code}") from exit_
+
+
+def perform(words: list[str]) -> None:
+    """One command, shrunk by a rule of its kind."""
+    match words:
+        case ["make", *target]:
+            for command in recipe(target):
+                perform(command)
+        case [_, "-m", ("lm" | "classify") as package, command, *args]:
+            configs = [after for name, after in pairwise(args) if name == "--config"]
+            if any(config.startswith("configs/") for config in configs):
+                args += SHRUNK[package]
+            if command == "fit" and configs not in TRAINED:  # other configurations have tests that train them
+                args.append("--print_config")
+            if (package, command) == ("lm", "predict"):
+                args.append("--model.generation.max_new_tokens=4")
+            call(package, command, *args)
+        case [_, "-m", "lm.decoding", *args]:
+            call("lm.decoding", *args, "--max_new_tokens=4")
+        case [_, "-m", "lm.convert" | "experiment.report" | "experiment.summary" as module, *args]:
+            for run in args:
+                if run.endswith("-2"):  # the same configuration a second time
+                    shutil.copytree(run.removesuffix("-2"), run)
+            call(module, *args)
+        case [_, "-m", "experiment.sweep", file]:
+            sweep = read_sweep(Path(file))
+            first = combinations(sweep["parameters"])[0]
+            perform(command_of(sweep, first, Path("runs/first"), ["--print_config"]))
+        case [_, "-m", "classify.compare", "table1"]:
+            call("classify.compare", "table1", "--only=words", "--seeds=1", *CLASSIFY)
+        case [_, "-m", "classify.compare", "ablation"]:  # its many runs are given, the tables are made
+            out = Path("runs/compare/ablation")
+            comparison = compare.Comparison(compare.ABLATION, [1], out, CLASSIFY)
+            out.mkdir(parents=True)
+            figures = dict.fromkeys(compare.COLUMNS, 0.5)
+            lines = [{"key": comparison.key(name, 1), "name": name, "seed": 1} | figures for name in compare.ABLATION]
+            comparison.results.write_text("\n".join(map(json.dumps, lines)))
+            call("classify.compare", "ablation", *CLASSIFY)
+        case ["wandb", command, *args]:  # needs its server: its own parser must know the options
+            import_module("wandb.cli.cli").cli.commands[command].make_context(command, args)
+        case [_, "tests/benchmarks/loader.py"]:
+            loader = import_module("tests.benchmarks.loader")
+            loader.main(path="stories", vocab_size=345, seconds=0.01)
+        case [_, "-m", "experiment.play", *args]:  # has tests that visit the page; it would stay open
+            call("experiment.play", *args, "--help")
+        case [_, "-c", "import gradio", *_]:
+            pass  # installs what that page needs
+        case [_, "-m", "pytest"]:
+            pass  # it is running
+        case _:
+            raise NotImplementedError("tests/test_readme.py has no rule for this command: add one to perform()")
+
+
+def test_every_command_of_the_readme_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    workspace = tmp_path / "tinylab"
+    workspace.mkdir()
+    monkeypatch.chdir(workspace)
+    (workspace / "configs").symlink_to(ROOT / "configs")
+    write_stories(workspace / "stories")
+    save_tiny_bert(workspace / "bert")
+    shared = ROOT.parent / "shared"
+    if shared.is_dir():
+        (tmp_path / "shared").symlink_to(shared)
+    commands = commands_of(README)
+    assert len(commands) > 20
+    for command in commands:
+        if "stories260K" in command and not shared.is_dir():  # a real model, which a user has to fetch
+            continue
+        try:
+            perform(shlex.split(command, comments=True))
+        except Exception as error:
+            printed = capsys.readouterr()
+            pytest.fail(f"{command}\n{type(error).__name__}: {error}\n{printed.err[-1000:]}", pytrace=False)
+
+
+def test_files_and_targets_that_the_readme_names_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"\bmake ([a-z][\w-]*)", "".join(re.findall(r"`[^`]+`|```.*?```", README, re.DOTALL))))
+    assert {"demo", "test"} <= targets
+    assert not [target for target in targets if not re.search(rf"^{target}( [\w-]+)*:", makefile, re.MULTILINE)]
+    files = re.findall(r"`((?:configs|tests|lm|classify|experiment)/[\w/.]+\.(?:py|yaml))", README)
+    assert len(files) > 20
+    assert not [file for file in files if not (ROOT / file).is_file()]
