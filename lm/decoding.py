@@ -24,9 +24,9 @@ from experiment.errors import InputError
 from experiment.progress import console, progress
 from experiment.quiet import quiet_libraries
 from lm.convert import load_checkpoint
-from lm.data import read_prompts
 from lm.generation import GenerationConfig, generate
 from lm.model import Decoder
+from lm.prompts import read_prompts
 from lm.tokenizer import StoryTokenizer
 
 PROMPTS = [
@@ -238,6 +238,8 @@ def compare(
         seed: Of sampling.
         tokenizer: The model's tokenizer; by default the one of the run.
     """
+    from experiment.run import find_checkpoint  # brings Lightning, which --help need not wait for
+
     checkpoint = find_checkpoint(Path(run).expanduser())
     folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
     decoder, story_tokenizer = load_checkpoint(checkpoint, tokenizer)
@@ -254,20 +256,6 @@ def compare(
     console.print(f"[dim]written: {folder / 'figures' / 'decoding.png'}, {folder / 'decoding.json'}[/dim]")
     if (folder / "metrics.csv").is_file():
         console.print(f"next: python -m experiment.report {folder}  [dim](shows it among the rest)[/dim]")
-
-
-def find_checkpoint(run: Path) -> Path:
-    """The best checkpoint of a run's folder, or the last; a file is itself.
-
-    Raises:
-        InputError: There is none.
-    """
-    if run.is_file():
-        return run
-    for name in ("best.ckpt", "last.ckpt"):
-        if (run / "checkpoints" / name).is_file():
-            return run / "checkpoints" / name
-    raise InputError(f"run {run} holds no checkpoint: expected the folder of a run that fit has written, or a file")
 
 
 def main(args: Sequence[str] | None = None) -> None:

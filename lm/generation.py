@@ -11,6 +11,7 @@ again. The window is cut once it is full, not shifted at each step, because a sh
 would have to be recomputed; cached and recomputed decoding see the same windows.
 """
 
+import functools
 import hashlib
 import math
 from collections import Counter
@@ -19,10 +20,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lm.model import Decoder, KeyValueCache
+from lm.cache import CacheSpan, KeyValueCache
+from lm.model import Decoder
+from lm.quantization import WeightFormat, prepare
+
+NUCLEUS = 256
+PACKED_FROM = 16  # tokens to come, from which laying out the matrices anew pays for itself
+
+
+class CompilationError(ValueError):
+    """The decoding step could not be compiled on this machine."""
 
 
 @dataclass
@@ -42,6 +51,10 @@ class GenerationConfig:
         use_cache: Keep keys and values; without, the whole sequence is recomputed for each token.
         sliding_window: Go on past the decoder's context with the newest half of it, instead of stopping.
         stop: Strings that end a story as soon as they occur in its new text.
+        weights: How the decoder's matrices are stored while decoding, on a processor: "bfloat16" and "int8" read a
+            half and a quarter of the bytes and change the story a little (see lm/quantization.py); null leaves them.
+        compile: Compile the step of one token with torch.compile: fewer and faster kernels, the same tokens. Needs a
+            C++ compiler, the cache, and about half a minute for the first story of a process.
 
     Raises:
         ValueError: If a number is out of range.
@@ -57,6 +70,8 @@ class GenerationConfig:
     use_cache: bool = True
     sliding_window: bool = False
     stop: list[str] = field(default_factory=list)
+    weights: WeightFormat | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name, valid, expected in (
@@ -67,6 +82,8 @@ class GenerationConfig:
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "a fraction in [0, 1], or null for no limit"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a positive number; 1 turns it off"),
             ("stop", "" not in self.stop, "no empty string, which would stop every story at once"),
+            ("weights", self.weights in (None, "float32", "bfloat16", "int8"), "float32, bfloat16, int8 or null"),
+            ("compile", self.use_cache or not self.compile, "false without a cache; set use_cache"),
         ):
             if not valid:
                 raise ValueError(f"{name}={getattr(self, name)}: expected {expected}")
@@ -93,6 +110,7 @@ def generate(
     eos_id: int | None = None,
     decode: Callable[[list[int]], str] | None = None,
     on_token: Callable[[int, int], None] | None = None,
+    on_logits: Callable[[int, Tensor], None] | None = None,
 ) -> list[Generation]:
     """Continue every prompt, all in one batch; rows that end leave the batch.
 
@@ -103,6 +121,7 @@ def generate(
         eos_id: The token that ends a story; None never ends one.
         decode: Ids to text; needed for `config.stop` only.
         on_token: Called with (row, token id) for every new token as soon as it is chosen.
+        on_logits: Called with (row, logits (V,)) of the decoder before each choice.
 
     Returns:
         One `Generation` a prompt, in order.
@@ -121,13 +140,17 @@ def generate(
         seen[tuple(prompt)] += 1
     for row in rows:
         row.slide(decoder.config.max_sequence_length)
-    next_logits = _Cached(decoder, rows, config) if config.use_cache else _Recomputed(decoder)
     training = decoder.training
     decoder.eval()
     try:
+        fast = _prepared(decoder, len(rows), config)
+        next_logits = _Cached(fast, rows, config) if config.use_cache else _Recomputed(fast)
         active = rows
         while active:
             logits = next_logits(active)
+            if on_logits is not None:
+                for row, of_row in zip(active, logits, strict=True):
+                    on_logits(row.index, of_row)
             for row, token in zip(active, _choose(logits, active, config), strict=True):
                 row.add(token)
                 row.finish_reason = _finish_reason(row, decoder, config, eos_id, decode)
@@ -151,11 +174,18 @@ def filter_logits(
     """
     if top_k is not None or top_p is not None:
         vocab_size = logits.shape[-1]
-        ordered, order = logits.topk(min(top_k or vocab_size, vocab_size))
-        if top_p is not None:
-            probs = ordered.float().softmax(-1)
-            before = probs.cumsum(-1) - probs
-            ordered = ordered.masked_fill((before >= top_p) & (before > 0), -math.inf)
+        kept = min(top_k or vocab_size, vocab_size)
+        # A nucleus is small, and a whole vocabulary slow to sort: first the likeliest, which mostly hold it.
+        for size in (min(NUCLEUS, kept), kept) if top_k is None else (kept,):
+            ordered, order = logits.topk(size)
+            if top_p is None:
+                break
+            total = (logits if top_k is None else ordered).float().logsumexp(-1, keepdim=True)
+            probs = (ordered.float() - total).exp()
+            if size == kept or (probs.sum(-1) > top_p + 1e-4).all():
+                before = probs.cumsum(-1) - probs
+                ordered = ordered.masked_fill((before >= top_p) & (before > 0), -math.inf)
+                break
         logits = torch.full_like(logits, -math.inf).scatter(1, order, ordered)
     if min_p:
         border = logits.amax(-1, keepdim=True) + math.log(min_p)
@@ -220,6 +250,19 @@ def _finish_reason(
     return None
 
 
+def _prepared(decoder: Decoder, num_rows: int, config: GenerationConfig) -> Decoder:
+    """The decoder with its matrices laid out for decoding, where that pays."""
+    weight = decoder.embedding.weight
+    # A subclass is how FSDP marks a decoder whose weights are not all here.
+    plain = type(decoder) is Decoder and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if config.weights is None and not (plain and weight.device.type == "cpu"):
+        return decoder
+    pack = num_rows > 1 and config.max_new_tokens >= PACKED_FROM
+    if config.weights is None and not config.compile and not pack:
+        return decoder
+    return prepare(decoder, config.weights or "float32", pack)
+
+
 class _Recomputed:
     """Logits of the next tokens from the whole windows: the baseline."""
 
@@ -238,8 +281,11 @@ class _Cached:
     def __init__(self, decoder: Decoder, rows: list[_Row], config: GenerationConfig) -> None:
         self.decoder = decoder
         longest = max((len(row.window) for row in rows), default=1)
-        # The last token is never read back.
-        self.capacity = min(longest + config.max_new_tokens - 1, decoder.config.max_sequence_length)
+        context = decoder.config.max_sequence_length
+        # The last token is never read back. Compiled code is made for one capacity.
+        self.capacity = context if config.compile else min(longest + config.max_new_tokens - 1, context)
+        self.compiled = _compiled_step() if config.compile else None
+        self.compiled_rows = 0
         self.cache: KeyValueCache | None = None
         self.held: dict[int, int] = {}  # row index: tokens of its window in the cache
 
@@ -257,9 +303,39 @@ class _Cached:
                 places = {index: place for place, index in enumerate(self.held)}
                 self.cache.keep([places[row.index] for row in rows])
             input_ids, lengths = _pad([row.window[-1:] for row in rows], self.decoder)
+        refilled = input_ids.shape[1] > 1 or not self.held
         self.held = {row.index: len(row.window) for row in rows}
+        if self.compiled is not None and not refilled:
+            return self._step(input_ids)
         hidden = self.decoder.hidden_states(input_ids, self.cache, lengths)
         return _last_logits(self.decoder, hidden, lengths)
+
+    def _step(self, input_ids: Tensor) -> Tensor:
+        # After the first step of a batch its guards hold: the same decoder, cache and shapes. To check them again
+        # would take a tenth of the time.
+        known = len(input_ids) == self.compiled_rows
+        self.compiled_rows = len(input_ids)
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=known):
+            span = self.cache.next_span()
+            try:
+                logits = self.compiled(self.decoder, input_ids, self.cache, span)
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                raise CompilationError(
+                    "compile=True: torch.compile failed, for want of a C++ compiler perhaps; install g++ or leave "
+                    "compile out"
+                ) from error
+        self.cache.advance(span)
+        return logits
+
+
+def _one_token(decoder: Decoder, input_ids: Tensor, cache: KeyValueCache, span: CacheSpan) -> Tensor:
+    return decoder.logits(decoder.run(input_ids, cache, span)[:, -1]).float()
+
+
+@functools.cache
+def _compiled_step() -> Callable[[Decoder, Tensor, KeyValueCache, CacheSpan], Tensor]:
+    """`_one_token` compiled once a process, for every decoder."""
+    return torch.compile(_one_token)
 
 
 def _pad(windows: list[list[int]], decoder: Decoder) -> tuple[Tensor, Tensor | None]:
@@ -276,7 +352,7 @@ def _last_logits(decoder: Decoder, hidden: Tensor, lengths: Tensor | None) -> Te
     """Logits (B, V), float32, of each row's last hidden state: the head is the dearest product of a step."""
     rows = torch.arange(len(hidden), device=hidden.device)
     last = hidden[:, -1] if lengths is None else hidden[rows, lengths - 1]
-    return F.linear(last, decoder.head_weight).float()
+    return decoder.logits(last).float()
 
 
 def _choose(logits: Tensor, rows: list[_Row], config: GenerationConfig) -> list[int]:

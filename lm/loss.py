@@ -1,11 +1,16 @@
 """Cross-entropy of a linear head without keeping the logits.
 
 With a vocabulary of 32,768 the logits are the largest tensor of a small model by far: 32 x 128 tokens make 512 MiB
-in float32, and autograd keeps several of that size. Here a chunk of rows at a time is turned into logits, losses and
-both gradients in the forward pass, while it is hot in the cache; backward only scales what is already there. It is
-the idea of Cut Your Losses (Wijmans et al. 2024, arXiv:2411.09009) and of Liger's kernel (Hsu et al. 2024,
-arXiv:2410.10989) in plain torch, for every device. The price: a forward pass under grad costs the whole gradient
-even if backward is never called, so evaluation uses `token_losses`.
+in float32, and autograd keeps several of that size. Here losses and both gradients of a chunk of rows at a time are
+made in the forward pass; backward only scales what is already there. It is the idea of Cut Your Losses (Wijmans et
+al. 2024, arXiv:2411.09009) and of Liger's kernel (Hsu et al. 2024, arXiv:2410.10989) in plain torch, for every device.
+
+A chunk goes over the vocabulary in blocks whose logits stay in the processor's cache until their softmax is taken and
+multiplied by the matrix again; the blocks' sums are joined as in online softmax (Milakov & Gimelshein 2018,
+arXiv:1805.02867). Rows of probabilities are kept for one chunk, since the gradient of the matrix needs the whole sum.
+
+The price: a forward pass under grad costs the whole gradient even if backward is never called, so evaluation uses
+`token_losses`.
 """
 
 import torch
@@ -13,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-DEFAULT_CHUNK_SIZE = 256
+CHUNK_SIZE = 512  # rows; each chunk reads the matrix anew and adds to all of its gradient
+BLOCK_SIZE = 2048  # of the vocabulary
 
 
 def linear_cross_entropy(
@@ -21,7 +27,7 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     weights: Tensor | None = None,
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    chunk_size: int = CHUNK_SIZE,
 ) -> Tensor:
     """Sum over tokens of `weights * -log softmax(hidden @ weight.T)[target]`, differentiable in hidden and weight.
 
@@ -33,7 +39,8 @@ def linear_cross_entropy(
         weight: (V, H) matrix of the head.
         targets: (N,) int64 in [0, V), also where the weight is 0.
         weights: (N,) float weight of each token; 0 ignores it. None weighs all 1. Not differentiated.
-        chunk_size: Rows whose logits exist at one time; memory beyond the gradients is about 3 * chunk_size * V.
+        chunk_size: Rows whose probabilities exist at one time; memory beyond the gradients is little more than
+            chunk_size * V numbers of the products' type.
 
     Returns:
         The weighted sum, a scalar; divide by the sum of weights for a mean.
@@ -54,7 +61,7 @@ def linear_cross_entropy(
 
 
 @torch.no_grad()
-def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int = DEFAULT_CHUNK_SIZE) -> Tensor:
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int = 256) -> Tensor:
     """`-log softmax(hidden @ weight.T)[target]` in nats of each token, (N,) in float32 (float64 for float64).
 
     Without gradient, for evaluation. Arguments, types and errors as in `linear_cross_entropy`.
@@ -81,36 +88,61 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         losses = hidden.new_empty(num_tokens, dtype=wide)
+        matrix = weight.to(dtype)
+        blocks = _chunks(vocab_size, BLOCK_SIZE)
         # Made once: buffers of this size freed in each round would be faulted in again in the next.
         size = min(chunk_size, num_tokens)
-        logits_buffer = hidden.new_empty(size, vocab_size, dtype=wide)
-        probs_buffer = torch.empty_like(logits_buffer)
-        matrix = weight.to(dtype)
+        logits_buffer = hidden.new_empty(size * min(BLOCK_SIZE, vocab_size), dtype=wide)
+        probs_buffer = hidden.new_empty(size * vocab_size, dtype=dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _chunks(num_tokens, chunk_size):
                 inputs, target = hidden[rows].to(dtype), targets[rows, None]
-                logits, probs = logits_buffer[: len(inputs)], probs_buffer[: len(inputs)]
-                if dtype == wide:
-                    torch.mm(inputs, matrix.T, out=logits)
-                else:
-                    logits.copy_(inputs @ matrix.T)
-                torch.softmax(logits, dim=-1, out=probs)
-                # log sum exp = max - log(largest probability), which cannot underflow: it is at least 1 / V.
-                log_sum = logits.amax(-1, keepdim=True) - probs.amax(-1, keepdim=True).log()
-                losses[rows] = (log_sum - logits.gather(1, target)).squeeze(1)
-                # Gradient of the logits, softmax minus one-hot. The weights of tokens are multiplied into the
-                # thin (n, H) factors, which saves a pass over (n, V).
-                gradient = probs.scatter_add_(1, target, probs.new_full((len(inputs), 1), -1.0)).to(dtype)
-                scale = None if weights is None else weights[rows, None].to(dtype)
-                if needs_hidden:
-                    product = gradient @ matrix
-                    grad_hidden[rows] = product if scale is None else product * scale
-                if needs_weight:
-                    factor = inputs if scale is None else inputs * scale
+                count = len(inputs)
+                log_sum = hidden.new_full((count, 1), -torch.inf, dtype=wide)  # log sum exp of the blocks so far
+                target_logit = torch.zeros_like(log_sum)
+                # Of all tokens but the target: the sum of their probabilities, and of their rows by these.
+                others, other_rows = torch.zeros_like(log_sum), torch.zeros_like(inputs, dtype=wide)
+                parts = []
+                for block in blocks:
+                    shape = count, block.stop - block.start
+                    logits = logits_buffer[: shape[0] * shape[1]].view(shape)
+                    probs = probs_buffer[count * block.start : count * block.stop].view(shape)
                     if dtype == wide:
-                        grad_weight.addmm_(gradient.T, factor)
+                        torch.mm(inputs, matrix[block].T, out=logits)
+                        largest = torch.softmax(logits, dim=-1, out=probs).amax(-1, keepdim=True)
                     else:
-                        grad_weight += gradient.T @ factor
+                        logits.copy_(inputs @ matrix[block].T)
+                        exact = torch.softmax(logits, dim=-1)
+                        largest = exact.amax(-1, keepdim=True)
+                        probs.copy_(exact)
+                    # log sum exp = max - log(largest probability), which cannot underflow: it is at least 1 / V.
+                    log_part = logits.amax(-1, keepdim=True) - largest.log()
+                    parts.append((block, probs, log_part))
+                    # The target is taken out: its probability less 1 would be lost in rounding where it is near 1.
+                    place = (target - block.start).clamp(0, shape[1] - 1)
+                    inside = (target >= block.start) & (target < block.stop)
+                    target_logit = torch.where(inside, logits.gather(1, place), target_logit)
+                    probs.scatter_(1, place, probs.gather(1, place).masked_fill_(inside, 0))
+                    before, log_sum = log_sum, torch.logaddexp(log_sum, log_part)
+                    old, new = (before - log_sum).exp_(), (log_part - log_sum).exp_()
+                    others.mul_(old).addcmul_(probs.sum(-1, keepdim=True, dtype=wide), new)
+                    if needs_hidden:
+                        other_rows.mul_(old).addcmul_(probs @ matrix[block], new)
+                losses[rows] = (log_sum - target_logit).squeeze(1)
+                # The gradient of the logits is softmax minus one-hot. The weights of tokens, and what turns a block's
+                # softmax into that of all, are multiplied into thin (n, H) factors: no further pass over (n, V).
+                scale = 1.0 if weights is None else weights[rows, None].to(wide)
+                if needs_hidden:
+                    grad_hidden[rows] = ((other_rows - matrix[target[:, 0]] * others) * scale).to(hidden.dtype)
+                if needs_weight:
+                    factor = inputs * scale
+                    for block, probs, log_part in parts:
+                        part = factor * (log_part - log_sum).exp_()
+                        if dtype == wide:
+                            grad_weight[block].addmm_(probs.T, part)
+                        else:
+                            grad_weight[block] += probs.T @ part.to(dtype)
+                    grad_weight.index_add_(0, target[:, 0], factor * others, alpha=-1)
         if needs_weight:
             grad_weight = grad_weight.to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)

@@ -1,4 +1,4 @@
-"""The decoder: a LLaMA-style transformer in plain torch, and its static key-value cache.
+"""The decoder: a LLaMA-style transformer in plain torch.
 
 Architecture (Touvron et al. 2023, arXiv:2302.13971): pre-norm blocks of RMSNorm, causal attention with
 rotary positions and grouped key-value heads, and SwiGLU; no biases. Equal to `transformers.LlamaForCausalLM`
@@ -9,7 +9,7 @@ Two choices differ from the reference in form, not in value:
 
 - query, key and value share one matrix (`qkv`), gate and up another (`gate_up`): fewer, larger products, and
   one cast of each input under autocast. `lm.convert` splits them.
-- queries and keys are rotated together, as heads of one tensor.
+- what stands between the products (`lm.fused`) has its gradient written out and keeps less for it.
 
 Training calls `scaled_dot_product_attention` with `is_causal` and no mask, which keeps it on the fused kernel
 of every device; dropout stands on the residual branches only: on attention weights it would leave that
@@ -17,12 +17,17 @@ kernel.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lm.fused import rms_norm, split_and_rotate, swiglu
+
+if TYPE_CHECKING:
+    from lm.cache import CacheSpan, KeyValueCache
 
 
 @dataclass
@@ -99,126 +104,6 @@ class DecoderConfig:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
-@dataclass
-class CacheSpan:
-    """Where the T tokens of one call go in a KeyValueCache, and what they may see."""
-
-    positions: Tensor  # (1 or B, T) places in the sequence
-    slots: slice | Tensor  # where they are written; (B, T) where rows differ, padding going to the spare slot
-    visible: int  # attention reads the first `visible` slots
-    mask: Tensor | None  # (1 or B, 1, T, visible), True where a token may look; None where `causal` suffices
-    causal: bool
-    lengths: list[int]  # what the rows hold once the call is over
-    added: Tensor | int  # (B,) or one number for all: tokens that count
-
-
-class KeyValueCache:
-    """Keys and values of the tokens seen so far, in buffers allocated once.
-
-    Rows may hold sequences of different lengths. What lies beyond a row's length is never visible. It is
-    written in place, so use it under `torch.no_grad` or `torch.inference_mode`.
-
-    Args:
-        config: The decoder's configuration.
-        batch_size: Number of rows, B.
-        capacity: Tokens that a row can hold, at most `config.max_sequence_length`.
-        dtype: Type of keys and values: the decoder's, or the type of autocast where that is on.
-        device: Where the decoder is.
-
-    Raises:
-        ValueError: If capacity is not between 1 and the model's context, or batch_size is not positive.
-
-    Attributes:
-        lengths: (B,) int64, tokens held by each row.
-    """
-
-    def __init__(
-        self,
-        config: DecoderConfig,
-        batch_size: int,
-        capacity: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: expected at least one row")
-        if not 1 <= capacity <= config.max_sequence_length:
-            raise ValueError(
-                f"capacity={capacity}: expected 1 to {config.max_sequence_length} tokens, the model's "
-                "max_sequence_length; shorten the sequence or use a model of longer context"
-            )
-        self.capacity = capacity
-        # Zeros, not empty: a masked slot still enters a product with weight 0, and 0 * nan is nan. One slot
-        # more than the capacity takes the padding of ragged calls; it is never read.
-        shape = (2, batch_size, config.kv_heads, capacity + 1, config.head_dim)
-        self._layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self._lengths = [0] * batch_size  # the same on the host, so that no step waits for the device
-
-    def reserve(self, num_tokens: int, lengths: Tensor | None = None) -> CacheSpan:
-        """Plan for `num_tokens` more tokens a row, of which the first `lengths[b]` count (all if None).
-
-        Raises:
-            ValueError: If a row would outgrow the capacity, or `lengths` does not fit the batch.
-        """
-        counts = [num_tokens] * len(self._lengths) if lengths is None else lengths.tolist()
-        if len(counts) != len(self._lengths):
-            raise ValueError(f"lengths has {len(counts)} entries, but the cache {len(self._lengths)} rows")
-        if not all(0 <= count <= num_tokens for count in counts):
-            raise ValueError(f"lengths={counts}: expected 0 to {num_tokens}, the number of new tokens")
-        after = [held + count for held, count in zip(self._lengths, counts, strict=True)]
-        if max(after) > self.capacity:
-            raise ValueError(
-                f"{max(after)} tokens do not fit the cache of {self.capacity}; "
-                "make a larger one or drop the oldest tokens"
-            )
-        device = self.lengths.device
-        added = num_tokens if lengths is None else lengths.to(device)
-        start, longest = min(self._lengths), max(self._lengths)
-        new = torch.arange(num_tokens, device=device)
-        if longest == 0 and num_tokens <= self.capacity:
-            # Prompts. Padding stands right of a row's tokens: causality hides it, later tokens overwrite it.
-            slots = slice(0, num_tokens)
-            return CacheSpan(new[None], slots, num_tokens, None, num_tokens > 1, after, added)
-        if start == longest and lengths is None:
-            positions = start + new[None]
-            visible = start + num_tokens
-            mask = self._mask(positions, visible) if num_tokens > 1 else None
-            return CacheSpan(positions, slice(start, visible), visible, mask, False, after, added)
-        positions = self.lengths[:, None] + new
-        visible = min(longest + num_tokens, self.capacity)
-        mask = self._mask(positions, visible)
-        slots = positions if lengths is None else positions.masked_fill(new >= added[:, None], self.capacity)
-        return CacheSpan(positions.clamp(max=self.capacity - 1), slots, visible, mask, False, after, added)
-
-    @staticmethod
-    def _mask(positions: Tensor, visible: int) -> Tensor:
-        return (torch.arange(visible, device=positions.device) <= positions[:, :, None])[:, None]
-
-    def write(self, layer: int, span: CacheSpan, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store key and value (B, T, kv_heads, head_dim), return all (B, kv_heads, visible, head_dim)."""
-        for stored, new in zip(self._layers[layer], (key, value), strict=True):
-            if isinstance(span.slots, slice):
-                stored[:, :, span.slots].copy_(new.transpose(1, 2))
-            else:
-                rows = torch.arange(stored.shape[0], device=stored.device)[:, None]
-                stored.transpose(1, 2)[rows, span.slots] = new.to(stored.dtype)
-        keys, values = self._layers[layer][:, :, :, : span.visible]
-        return keys, values
-
-    def advance(self, span: CacheSpan) -> None:
-        """Count the tokens of a span once every layer has written them."""
-        self.lengths += span.added
-        self._lengths = span.lengths
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drop every row but these, in this order."""
-        index = torch.tensor(rows, dtype=torch.int64, device=self.lengths.device)
-        self._layers = [stored.index_select(1, index) for stored in self._layers]
-        self.lengths = self.lengths.index_select(0, index)
-        self._lengths = [self._lengths[row] for row in rows]
-
-
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight` (Zhang and Sennrich 2019, arXiv:1910.07467), taken in float32."""
 
@@ -228,27 +113,20 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines of rotary angles (Su et al. 2021, arXiv:2104.09864), each (length, head_dim).
 
     Pair i of a head, its elements i and i + head_dim / 2, turns by `position * theta^(-2i / head_dim)`. The
-    sine is negated in the first half, so that `rotate` needs no negation of its own.
+    sine is negated in the first half, so that `lm.fused.rotate` needs no negation of its own.
     """
     # In float32 as in transformers: at late positions the rounding of the angle is larger than 1e-5.
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
     angles = torch.outer(torch.arange(length).float(), frequencies)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs of x (B, T, heads, head_dim) by tables (1 or B, T, 1, head_dim) of `rotary_tables`."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class Attention(nn.Module):
@@ -267,14 +145,13 @@ class Attention(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        cache: KeyValueCache | None = None,
-        span: CacheSpan | None = None,
+        cache: "KeyValueCache | None" = None,
+        span: "CacheSpan | None" = None,
         layer: int = 0,
     ) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, heads + 2 kv_heads, head_dim)
-        turned, value = qkv.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=2)
-        turned = rotate(turned, cos.to(qkv.dtype), sin.to(qkv.dtype))
-        query, key = turned.split((self.num_heads, self.num_kv_heads), dim=2)
+        cos, sin = cos.to(qkv.dtype), sin.to(qkv.dtype)
+        query, key, value = split_and_rotate(qkv, self.num_heads, self.num_kv_heads, cos, sin)
         if cache is None:
             key, value, mask, causal = key.transpose(1, 2), value.transpose(1, 2), None, True
         else:
@@ -300,8 +177,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(self.gate_up(x)))
 
 
 class Block(nn.Module):
@@ -320,8 +196,8 @@ class Block(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        cache: KeyValueCache | None = None,
-        span: CacheSpan | None = None,
+        cache: "KeyValueCache | None" = None,
+        span: "CacheSpan | None" = None,
         layer: int = 0,
     ) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, cache, span, layer))
@@ -378,7 +254,7 @@ class Decoder(nn.Module):
         return self.embedding.weight if self.head is None else self.head.weight
 
     def hidden_states(
-        self, input_ids: Tensor, cache: KeyValueCache | None = None, lengths: Tensor | None = None
+        self, input_ids: Tensor, cache: "KeyValueCache | None" = None, lengths: Tensor | None = None
     ) -> Tensor:
         """Run the blocks and the final norm.
 
@@ -400,20 +276,27 @@ class Decoder(nn.Module):
                 f"a sequence of {num_tokens} tokens is longer than max_sequence_length="
                 f"{self.config.max_sequence_length}; shorten it or train a model of longer context"
             )
-        span = None
         if cache is None:
-            cos, sin = self.cos[:num_tokens], self.sin[:num_tokens]
-        else:
-            span = cache.reserve(num_tokens, lengths)
-            cos, sin = self.cos[span.positions], self.sin[span.positions]
-        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (1 or B, T, 1, head_dim)
+            return self.run(input_ids)
+        span = cache.reserve(num_tokens, lengths)
+        hidden = self.run(input_ids, cache, span)
+        cache.advance(span)
+        return hidden
+
+    def run(self, input_ids: Tensor, cache: "KeyValueCache | None" = None, span: "CacheSpan | None" = None) -> Tensor:
+        """Hidden states (B, T, H) of input_ids (B, T), which with a cache go where the span says. Tensors alone decide
+        what is computed, so that it can be compiled; `hidden_states` checks and counts."""
+        positions = slice(input_ids.shape[1]) if span is None else span.positions
+        cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)  # (1 or B, T, 1, head_dim)
         x = self.dropout(self.embedding(input_ids))  # (B, T, H)
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, cache, span, layer)
-        if cache is not None:
-            cache.advance(span)
         return self.norm(x)
 
-    def forward(self, input_ids: Tensor, cache: KeyValueCache | None = None, lengths: Tensor | None = None) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head: logits (..., V) of hidden states (..., H)."""
+        return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+
+    def forward(self, input_ids: Tensor, cache: "KeyValueCache | None" = None, lengths: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of the token after each position; arguments and errors as `hidden_states`."""
-        return F.linear(self.hidden_states(input_ids, cache, lengths), self.head_weight)
+        return self.logits(self.hidden_states(input_ids, cache, lengths))

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 
 from experiment.clipping import clip_gradients
 from experiment.errors import InputError
-from lm.generation import GenerationConfig, generate
+from lm.generation import CompilationError, GenerationConfig, generate
 from lm.loss import linear_cross_entropy, token_losses
 from lm.model import Decoder, DecoderConfig
 from lm.optim import OptimizerConfig, learning_rate_factor, make_optimizer
@@ -201,14 +201,17 @@ class LanguageModel(LightningModule):
         tokenizer = self.trainer.datamodule.tokenizer
         # In the weights' own precision: rounded to bfloat16, a story would depend on the batch that it is in.
         with torch.autocast(self.device.type, enabled=False):
-            results = generate(
-                self.decoder,
-                batch["input_ids"],
-                self.generation,
-                eos_id=tokenizer.eos_id,
-                decode=tokenizer.decode,
-                on_token=self.on_token,
-            )
+            try:
+                results = generate(
+                    self.decoder,
+                    batch["input_ids"],
+                    self.generation,
+                    eos_id=tokenizer.eos_id,
+                    decode=tokenizer.decode,
+                    on_token=self.on_token,
+                )
+            except CompilationError as error:
+                raise InputError(str(error)) from error
         return [
             {
                 "prompt": prompt,

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch._inductor.config
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -336,6 +337,22 @@ def test_decoding_in_bfloat16_works_with_and_without_cache():
         assert same >= len(PROMPTS) - 1  # rounding may turn one first token, not more
 
 
+def test_the_compiled_step_gives_the_same_tokens():
+    """One layer, as compiling takes long; past the context, so that the cache is filled anew."""
+    decoder = make_decoder(num_layers=1)
+    settings = {"temperature": 1.0, "max_new_tokens": 100, "sliding_window": True}
+    assert tokens(decoder, PROMPTS[:1], **settings, compile=True) == tokens(decoder, PROMPTS[:1], **settings)
+
+
+def test_a_missing_compiler_is_one_clear_line():
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",), "force_disable_caches": True}),
+        pytest.raises(ValueError, match=r"compile=True.*install g\+\+") as error,
+    ):
+        tokens(make_decoder(num_layers=1, hidden_size=24), PROMPTS[:1], max_new_tokens=3, compile=True)
+    assert "\n" not in str(error.value)
+
+
 def test_no_prompts_give_no_stories(decoder):
     assert generate(decoder, [], GenerationConfig()) == []
 
@@ -376,6 +393,7 @@ def test_broken_weights_are_reported(decoder):
         {"min_p": 1.1},
         {"repetition_penalty": 0.0},
         {"stop": ["end", ""]},
+        {"weights": "int4"},
     ],
 )
 def test_settings_out_of_range_are_refused(settings):

@@ -25,6 +25,13 @@ def direct(hidden, weight, targets, weights):
     return (losses * weights).sum()
 
 
+@pytest.fixture(params=[5, 2048])
+def block_size(request, monkeypatch):
+    """The vocabulary in many blocks, the last of them smaller, and in one."""
+    monkeypatch.setattr("lm.loss.BLOCK_SIZE", request.param)
+
+
+@pytest.mark.usefixtures("block_size")
 @pytest.mark.parametrize("chunk_size", [1, 8, 28, 37, 1000])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
 def test_loss_and_gradients_equal_autograd(chunk_size, scale):
@@ -40,6 +47,7 @@ def test_loss_and_gradients_equal_autograd(chunk_size, scale):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
 
 
+@pytest.mark.usefixtures("block_size")
 @pytest.mark.parametrize("weighted", [True, False])
 def test_gradients_pass_gradcheck_in_float64(weighted):
     hidden, weight, targets, weights = make_inputs(6, 4, 7, torch.float64)
@@ -50,6 +58,7 @@ def test_gradients_pass_gradcheck_in_float64(weighted):
     assert torch.autograd.gradcheck(loss, (hidden, weight))
 
 
+@pytest.mark.usefixtures("block_size")
 @pytest.mark.parametrize("needed", [0, 1])
 def test_a_factor_that_needs_no_gradient_gets_none(needed):
     inputs = make_inputs()
@@ -68,6 +77,7 @@ def test_a_token_as_unlikely_as_can_be_has_a_finite_loss():
     assert hidden.grad.item() == 2.0
 
 
+@pytest.mark.usefixtures("block_size")
 def test_ignored_tokens_change_nothing_whatever_they_hold():
     hidden, weight, targets, weights = make_inputs()
     spoiled = hidden.detach().clone()
@@ -108,6 +118,7 @@ def test_token_losses_equal_cross_entropy(chunk_size):
     torch.testing.assert_close(losses, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("block_size")
 def test_bfloat16_autocast_stays_as_close_to_float32_as_autograd_does():
     hidden, weight, targets, weights = make_inputs(num_tokens=256, vocab_size=500, hidden_size=64, scale=0.3)
     exact = torch.autograd.grad(direct(hidden, weight, targets, weights), (hidden, weight))
@@ -121,6 +132,27 @@ def test_bfloat16_autocast_stays_as_close_to_float32_as_autograd_does():
         errors[name] = [((grad - best).norm() / best.norm()).item() for grad, best in zip(grads, exact, strict=True)]
     assert all(ours < 1.5 * theirs for ours, theirs in zip(errors["ours"], errors["autograd"], strict=True)), errors
     assert all(ours > 1e-4 for ours in errors["ours"]), "products were not taken in bfloat16"
+
+
+@pytest.mark.usefixtures("block_size")
+@pytest.mark.parametrize("autocast", [True, False])
+def test_gradients_of_tokens_that_are_almost_certain_are_as_close_as_those_of_autograd(autocast):
+    """Softmax minus one-hot is small there, and must not be lost in the rounding of a probability near 1."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(101, 64, generator=generator, requires_grad=True)
+    targets = torch.randint(101, (64,), generator=generator)
+    hidden = (weight.detach()[targets] * 0.25).requires_grad_()
+    weights = torch.ones(64)
+    exact_inputs = [hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()]
+    exact = torch.autograd.grad(F.cross_entropy(F.linear(*exact_inputs), targets, reduction="sum"), exact_inputs)
+    errors = {}
+    for name, function in (("autograd", direct), ("ours", linear_cross_entropy)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = function(hidden, weight, targets, weights)
+        grads = torch.autograd.grad(loss, (hidden, weight))
+        errors[name] = [((grad - best).norm() / best.norm()).item() for grad, best in zip(grads, exact, strict=True)]
+    assert loss < 0.01 * len(targets)
+    assert all(ours < 1.5 * theirs for ours, theirs in zip(errors["ours"], errors["autograd"], strict=True)), errors
 
 
 class LargestTensor(TorchDispatchMode):

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lm.model import Decoder, DecoderConfig, KeyValueCache
+from lm.cache import KeyValueCache
+from lm.model import Decoder, DecoderConfig
 
 SHAPE = {
     "vocab_size": 97,

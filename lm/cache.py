@@ -1,0 +1,139 @@
+"""The static key-value cache of the decoder in lm/model.py."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lm.model import DecoderConfig
+
+
+@dataclass
+class CacheSpan:
+    """Where the T tokens of one call go in a KeyValueCache, and what they may see."""
+
+    positions: Tensor  # (1 or B, T) places in the sequence
+    slots: slice | Tensor  # where they are written; (B, T) where rows differ, padding going to the spare slot
+    visible: int  # attention reads the first `visible` slots
+    mask: Tensor | None  # (1 or B, 1, T, visible), True where a token may look; None where `causal` suffices
+    causal: bool
+    lengths: list[int]  # what the rows hold once the call is over
+    added: Tensor | int  # (B,) or one number for all: tokens that count
+
+
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, in buffers allocated once.
+
+    Rows may hold sequences of different lengths. What lies beyond a row's length is never visible. It is
+    written in place, so use it under `torch.no_grad` or `torch.inference_mode`.
+
+    Args:
+        config: The decoder's configuration.
+        batch_size: Number of rows, B.
+        capacity: Tokens that a row can hold, at most `config.max_sequence_length`.
+        dtype: Type of keys and values: the decoder's, or the type of autocast where that is on.
+        device: Where the decoder is.
+
+    Raises:
+        ValueError: If capacity is not between 1 and the model's context, or batch_size is not positive.
+
+    Attributes:
+        lengths: (B,) int64, tokens held by each row.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        batch_size: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: expected at least one row")
+        if not 1 <= capacity <= config.max_sequence_length:
+            raise ValueError(
+                f"capacity={capacity}: expected 1 to {config.max_sequence_length} tokens, the model's "
+                "max_sequence_length; shorten the sequence or use a model of longer context"
+            )
+        self.capacity = capacity
+        # Zeros, not empty: a masked slot still enters a product with weight 0, and 0 * nan is nan. One slot
+        # more than the capacity takes the padding of ragged calls; it is never read.
+        shape = (batch_size, config.kv_heads, capacity + 1, config.head_dim)
+        self._layers = [
+            [torch.zeros(shape, dtype=dtype, device=device) for _ in ("keys", "values")]
+            for _ in range(config.num_layers)
+        ]
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._lengths = [0] * batch_size  # the same on the host, so that no step waits for the device
+
+    def reserve(self, num_tokens: int, lengths: Tensor | None = None) -> CacheSpan:
+        """Plan for `num_tokens` more tokens a row, of which the first `lengths[b]` count (all if None).
+
+        Raises:
+            ValueError: If a row would outgrow the capacity, or `lengths` does not fit the batch.
+        """
+        counts = [num_tokens] * len(self._lengths) if lengths is None else lengths.tolist()
+        if len(counts) != len(self._lengths):
+            raise ValueError(f"lengths has {len(counts)} entries, but the cache {len(self._lengths)} rows")
+        if not all(0 <= count <= num_tokens for count in counts):
+            raise ValueError(f"lengths={counts}: expected 0 to {num_tokens}, the number of new tokens")
+        after = [held + count for held, count in zip(self._lengths, counts, strict=True)]
+        if max(after) > self.capacity:
+            raise ValueError(
+                f"{max(after)} tokens do not fit the cache of {self.capacity}; "
+                "make a larger one or drop the oldest tokens"
+            )
+        device = self.lengths.device
+        added = num_tokens if lengths is None else lengths.to(device)
+        start, longest = min(self._lengths), max(self._lengths)
+        new = torch.arange(num_tokens, device=device)
+        if longest == 0 and num_tokens <= self.capacity:
+            # Prompts. Padding stands right of a row's tokens: causality hides it, later tokens overwrite it.
+            slots = slice(0, num_tokens)
+            return CacheSpan(new[None], slots, num_tokens, None, num_tokens > 1, after, added)
+        if start == longest and lengths is None:
+            positions = start + new[None]
+            visible = start + num_tokens
+            mask = self._mask(positions, visible) if num_tokens > 1 else None
+            return CacheSpan(positions, slice(start, visible), visible, mask, False, after, added)
+        positions = self.lengths[:, None] + new
+        visible = min(longest + num_tokens, self.capacity)
+        mask = self._mask(positions, visible)
+        slots = positions if lengths is None else positions.masked_fill(new >= added[:, None], self.capacity)
+        return CacheSpan(positions.clamp(max=self.capacity - 1), slots, visible, mask, False, after, added)
+
+    @staticmethod
+    def _mask(positions: Tensor, visible: int) -> Tensor:
+        return (torch.arange(visible, device=positions.device) <= positions[:, :, None])[:, None]
+
+    def write(self, layer: int, span: CacheSpan, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store key and value (B, T, kv_heads, head_dim), return all (B, kv_heads, visible, head_dim)."""
+        for stored, new in zip(self._layers[layer], (key, value), strict=True):
+            if isinstance(span.slots, slice):
+                stored[:, :, span.slots].copy_(new.transpose(1, 2))
+            else:
+                rows = torch.arange(stored.shape[0], device=stored.device)[:, None]
+                stored[rows, :, span.slots] = new.to(stored.dtype)
+        keys, values = self._layers[layer]
+        return keys[:, :, : span.visible], values[:, :, : span.visible]
+
+    def next_span(self) -> CacheSpan:
+        """Plan for one more token a row, without `reserve`'s checks: tensors alone say where it goes, and attention
+        reads the whole capacity, so that all steps have the same shapes and share what was compiled for one."""
+        positions = self.lengths[:, None]
+        after = [held + 1 for held in self._lengths]
+        return CacheSpan(positions, positions, self.capacity, self._mask(positions, self.capacity), False, after, 1)
+
+    def advance(self, span: CacheSpan) -> None:
+        """Count the tokens of a span once every layer has written them."""
+        self.lengths += span.added
+        self._lengths = span.lengths
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop every row but these, in this order."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self.lengths.device)
+        self._layers = [[stored.index_select(0, index) for stored in layer] for layer in self._layers]
+        self.lengths = self.lengths.index_select(0, index)
+        self._lengths = [self._lengths[row] for row in rows]
