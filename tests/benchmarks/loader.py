@@ -1,24 +1,14 @@
 """Tokens per second of the data loader alone, with nothing that trains on them. Run by hand:
 
-    python tests/benchmarks/loader.py [--path demo] [--tokenizer train] [--packing true] [--num_workers 0]
+python tests/benchmarks/loader.py [--path demo] [--tokenizer train] [--packing true] [--num_workers 0]
 """
 
-import platform
 import time
-from pathlib import Path
 
-import numpy
-import torch
+from common import machine
 from jsonargparse import auto_cli
 
 from lm.data import TinyStories
-
-
-def processor() -> str:
-    """The processor's name as Linux gives it, else as Python does."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main(
@@ -32,9 +22,7 @@ def main(
     seconds: float = 5.0,
 ) -> None:
     """Goes through epochs of the training loader for some seconds and prints the tokens that count, per second."""
-    data = TinyStories(
-        path, tokenizer, vocab_size, sequence_length, packing, batch_size, num_workers=num_workers
-    )
+    data = TinyStories(path, tokenizer, vocab_size, sequence_length, packing, batch_size, num_workers=num_workers)
     data.setup("fit")
     loader = data.train_dataloader()
     next(iter(loader))  # maps the file and starts the workers
@@ -46,8 +34,7 @@ def main(
             tokens += int(batch["weights"].sum())
     print(
         f"{tokens / spent:,.0f} tokens/s ({places / spent:,.0f} with pads): {path}, sequence_length {sequence_length}, "
-        f"batch_size {batch_size}, packing {packing}, num_workers {num_workers}; {processor()}, {platform.system()}, "
-        f"Python {platform.python_version()}, torch {torch.__version__}, numpy {numpy.__version__}"
+        f"batch_size {batch_size}, packing {packing}, num_workers {num_workers}; {machine()}"
     )
 
 

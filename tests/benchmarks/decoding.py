@@ -1,0 +1,192 @@
+"""Decoding: our `generate` against transformers' and, where its binary is given, against llama2.c's run.c.
+
+    python tests/benchmarks/decoding.py [--llama2c ./run --tokenizer FOLDER] [--batch_size 32]
+
+All have the same weights, drawn at random, and decode greedily with a cache; in float32 all must choose the same
+tokens, or the benchmark ends with an error. run.c is to be built with `gcc -Ofast -fopenmp -march=native`; it needs a
+tokenizer of as many tokens as the decoder has.
+"""
+
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from common import ROUNDS, Row, alternate, make_row, report
+from jsonargparse import auto_cli
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lm.convert import llama2c_tokenizer_path, to_llama2c
+from lm.generation import GenerationConfig, generate
+from lm.hugging_face import split_weights
+from lm.model import Decoder, DecoderConfig
+from lm.quantization import WeightFormat, prepare
+from lm.tokenizer_files import load_tokenizer
+
+SHAPE = DecoderConfig(max_sequence_length=256)  # 15.4 million weights
+BOS = 1
+FORMATS: dict[str, WeightFormat] = {"float32": "float32", "bf16": "bfloat16", "int8": "int8"}
+
+
+def make_decoder(config: DecoderConfig = SHAPE) -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(config).eval()
+
+
+def make_transformers(decoder: Decoder, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """transformers' Llama with the decoder's weights."""
+    config = decoder.config
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.kv_heads,
+            max_position_embeddings=config.max_sequence_length,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=config.tie_embeddings,
+            bos_token_id=BOS,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    )
+    model.load_state_dict(split_weights(decoder), strict=not config.tie_embeddings)
+    return model.eval().to(dtype)
+
+
+def make_prompts(batch_size: int) -> list[list[int]]:
+    return [[BOS, 100 + row, 200 + row, 300 + row] for row in range(batch_size)]
+
+
+def ours(
+    decoder: Decoder, prompts: list[list[int]], new_tokens: int, tokens: list[list[int]] | None = None, **settings
+) -> Callable[[], float]:
+    """Measures tokens/s of our `generate`; `tokens` are those that it must choose."""
+    config = GenerationConfig(max_new_tokens=new_tokens, temperature=0, **settings)
+
+    def measure() -> float:
+        begin = time.perf_counter()
+        stories = [result.token_ids for result in generate(decoder, prompts, config)]
+        seconds = time.perf_counter() - begin
+        if tokens is not None and stories != tokens:
+            raise RuntimeError(f"{config}: not the tokens of transformers")
+        return sum(map(len, stories)) / seconds
+
+    return measure
+
+
+def peer(model: LlamaForCausalLM, prompts: list[list[int]], new_tokens: int) -> Callable[[], float]:
+    """Measures tokens/s of transformers' `generate`."""
+
+    def measure() -> float:
+        begin = time.perf_counter()
+        transformers_tokens(model, prompts, new_tokens)
+        return len(prompts) * new_tokens / (time.perf_counter() - begin)
+
+    return measure
+
+
+def transformers_tokens(model: LlamaForCausalLM, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    ids = torch.tensor(prompts)
+    with torch.inference_mode():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
+    return out[:, ids.shape[1] :].tolist()
+
+
+def run_c(binary: Path, weights: Path, steps: int) -> Callable[[], float]:
+    """Measures tokens/s of llama2.c's run.c, as it reports them itself: without reading the file."""
+
+    def measure() -> float:
+        command = [binary, weights, "-z", llama2c_tokenizer_path(weights), "-t", "0", "-n", str(steps), "-i", "Once"]
+        done = subprocess.run(list(map(str, command)), capture_output=True, check=True)
+        return float(re.search(rb"achieved tok/s: ([\d.]+)", done.stderr).group(1))
+
+    return measure
+
+
+def decode_contenders(
+    batch_size: int = 1,
+    new_tokens: int = 200,
+    formats: Sequence[str] = ("float32", "bf16", "int8"),
+    peers: Sequence[str] = ("float32",),
+    eager: bool = True,
+) -> dict[str, Callable[[], float]]:
+    """What is compared, warmed up: by name, a function that decodes once and gives tokens/s.
+
+    Args:
+        batch_size: Stories at a time.
+        new_tokens: Of each.
+        formats: Of our weights; float32, bf16 and int8. One story is decoded by a compiled step, several by plain code.
+        peers: Precisions of transformers: float32, bf16.
+        eager: Whether to add our plain step in float32 for one story.
+    """
+    decoder, prompts = make_decoder(), make_prompts(batch_size)
+    reference = make_transformers(decoder)
+    tokens = transformers_tokens(reference, prompts, new_tokens)
+    contenders: dict[str, Callable[[], float]] = {}
+    for name in peers:
+        model = reference if name == "float32" else make_transformers(decoder, torch.bfloat16)
+        contenders[f"transformers {name}"] = peer(model, prompts, new_tokens)
+    if eager and batch_size == 1:
+        contenders["ours float32 eager"] = ours(decoder, prompts, new_tokens, tokens)
+    for name in formats:
+        expected = tokens if name == "float32" else None
+        prepared = prepare(decoder, FORMATS[name])
+        contenders[f"ours {name}"] = ours(prepared, prompts, new_tokens, expected, compile=batch_size == 1)
+    for measure in contenders.values():
+        measure()
+    return contenders
+
+
+def rows(rounds: int = ROUNDS, new_tokens: int = 200) -> list[Row]:
+    """The rows decode_float32, decode_bf16 and decode_batch32 of `make bench`."""
+    one = alternate(decode_contenders(1, new_tokens, ("float32", "bf16"), ("float32", "bf16")), rounds)
+    batch = alternate(decode_contenders(32, new_tokens, ("float32",)), rounds)
+    note = f"{new_tokens} tokens, greedy, cached; ours compiled, same tokens"
+    return [
+        make_row("decode_float32", one["ours float32"], one["transformers float32"], "tokens/s", note),
+        make_row("decode_bf16", one["ours bf16"], one["transformers bf16"], "tokens/s", note.replace(", same", "")),
+        make_row("decode_batch32", batch["ours float32"], batch["transformers float32"], "tokens/s", "32 stories"),
+    ]
+
+
+def main(
+    batch_size: int = 1,
+    new_tokens: int = 200,
+    rounds: int = ROUNDS,
+    formats: Sequence[str] = ("float32", "bf16", "int8"),
+    peers: Sequence[str] = ("float32",),
+    llama2c: Path | None = None,
+    tokenizer: str | None = None,
+) -> None:
+    """Measures the contenders in turn, and prints the medians and their ratio to transformers in float32.
+
+    Args:
+        batch_size: Stories at a time.
+        new_tokens: Of each.
+        rounds: How often each is measured.
+        formats: Of our weights: float32, bf16, int8.
+        peers: Precisions of transformers: float32, bf16.
+        llama2c: Binary of llama2.c's run.c, which decodes one story in float32.
+        tokenizer: For llama2c: of 32,768 tokens.
+    """
+    contenders = decode_contenders(batch_size, new_tokens, formats, peers)
+    with tempfile.TemporaryDirectory() as folder:
+        if llama2c is not None:
+            weights = Path(folder) / "model.bin"
+            to_llama2c(make_decoder(), load_tokenizer(tokenizer), weights)
+            contenders["llama2.c"] = run_c(llama2c, weights, new_tokens)
+            contenders["llama2.c"]()
+        results = alternate(contenders, rounds)
+    baseline = results[f"transformers {peers[0]}"]
+    report([make_row(name, found, baseline, "tokens/s") for name, found in results.items()], file=None)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
