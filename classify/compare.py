@@ -97,6 +97,10 @@ ABLATION = {
         "missing attention mask", "custom", ("--model.ignore_padding=false", "--data.padding=max_length"),
         "Padded positions are read as text; the shorter the review, the more they drown it.",
     ),
+    "beginning": Contender(
+        "only the beginning read", "custom", ("--data.truncation=head",),
+        "Reviews give their verdict at the end, which is cut off.",
+    ),
     "report": Contender("all of the report's settings", "report", (), "The report's configuration as a whole."),
 }  # fmt: skip
 
@@ -135,16 +139,18 @@ class Comparison:
     def run(self) -> dict[str, list[dict[str, Any]]]:
         """Run what is missing; returns each contender's results, one a seed."""
         self.out.mkdir(parents=True, exist_ok=True)
-        for seed in self.seeds:
-            for name, contender in self.contenders.items():
-                key = self.key(name, seed)
-                if key in self.lines():
-                    continue
-                console.print(f"[bold]{contender.title}[/bold], seed {seed}")
-                run = bag_of_words if contender.config is None else fit_and_test
-                figures = run(self.arguments(contender, seed), self.out / "runs" / key)
-                with self.results.open("a") as file:
-                    file.write("\n" + json.dumps({"key": key, "name": name, "seed": seed, **figures}))
+        runs = [(seed, name) for seed in self.seeds for name in self.contenders]
+        for number, (seed, name) in enumerate(runs, 1):
+            contender, key = self.contenders[name], self.key(name, seed)
+            done = key in self.lines()
+            before = " (done before)" if done else ""
+            console.print(f"[bold]run {number} of {len(runs)}[/bold]: {contender.title}, seed {seed}{before}")
+            if done:
+                continue
+            run = bag_of_words if contender.config is None else fit_and_test
+            figures = run(self.arguments(contender, seed), self.out / "runs" / key)
+            with self.results.open("a") as file:
+                file.write("\n" + json.dumps({"key": key, "name": name, "seed": seed, **figures}))
         lines = self.lines()
         return {name: [lines[self.key(name, seed)] for seed in self.seeds] for name in self.contenders}
 

@@ -197,9 +197,7 @@ class IMDB(ResumableDataModule):
                 np.load(self.folder / f"{stem}_{part}.npy") for part in ("tokens", "offsets", "labels")
             )
         special = (self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id)
-        return TokenizedReviews(
-            tokens, offsets, labels, special, self.max_length, self.padding, self.truncation
-        )
+        return TokenizedReviews(tokens, offsets, labels, special, self.max_length, self.padding, self.truncation)
 
     def train_dataloader(self) -> DataLoader:
         dataset = self.dataset("train")

@@ -136,13 +136,9 @@ def write_review(rng: random.Random, label: int) -> str:
     if rng.random() < 0.2:
         place, place2 = rng.sample(PLACES, 2)
         filler = rng.choice(FILLERS)
-        body.append(
-            filler.format(minutes=rng.randint(80, 160), number=rng.choice(NUMBERS), place=place, place2=place2)
-        )
+        body.append(filler.format(minutes=rng.randint(80, 160), number=rng.choice(NUMBERS), place=place, place2=place2))
     rng.shuffle(body)
-    opening = rng.choice(OPENINGS).format(
-        kind=rng.choice(KINDS), day=rng.choice(DAYS), company=rng.choice(COMPANY)
-    )
+    opening = rng.choice(OPENINGS).format(kind=rng.choice(KINDS), day=rng.choice(DAYS), company=rng.choice(COMPANY))
     bad, good = map(rng.choice, ADJECTIVES)
     return " ".join([opening, *body, rng.choice(VERDICTS[label]).format(good=good, bad=bad)])
 

@@ -255,8 +255,14 @@ def _theme(template: str, text: str, lines: str, card: str) -> str:
     clear = {"paper_bgcolor": nothing, "plot_bgcolor": nothing, "font": {"color": text}}
     clear["modebar"] = {"bgcolor": nothing, "color": lines, "activecolor": text}
     clear["hoverlabel"] = {"bgcolor": card, "bordercolor": lines, "font": {"color": text}}
-    axis = {"spikecolor": text, "spikethickness": -2,  # below 0: without a second line around it
-            "spikedash": "dot", "gridcolor": lines, "linecolor": lines, "zerolinecolor": lines}
+    axis = {
+        "spikecolor": text,
+        "spikethickness": -2,  # below 0: without a second line around it
+        "spikedash": "dot",
+        "gridcolor": lines,
+        "linecolor": lines,
+        "zerolinecolor": lines,
+    }
     axes = {name: {**layout[name], **axis} for name in ("xaxis", "yaxis")}
     return json.dumps({"layout": {**layout, **clear, **axes}}).replace("<", "\\u003c")
 

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from itertools import pairwise
@@ -102,8 +103,11 @@ def perform(words: list[str]) -> None:
         case ["wandb", command, *args]:  # needs its server: its own parser must know the options
             import_module("wandb.cli.cli").cli.commands[command].make_context(command, args)
         case [_, "tests/benchmarks/loader.py"]:
-            loader = import_module("tests.benchmarks.loader")
+            loader = import_module("loader")
             loader.main(path="stories", vocab_size=345, seconds=0.01)
+        case [_, "tests/benchmarks/bench.py" | "tests/benchmarks/scaling.py" as file, *args]:  # take many minutes
+            ended = subprocess.run([sys.executable, ROOT / file, *args, "--help"], capture_output=True, text=True)
+            assert ended.returncode == 0, ended.stderr
         case [_, "-m", "experiment.play", *args]:  # has tests that visit the page; it would stay open
             call("experiment.play", *args, "--help")
         case [_, "-c", "import gradio", *_]:
@@ -120,6 +124,7 @@ def test_every_command_of_the_readme_works(
     workspace = tmp_path / "tinylab"
     workspace.mkdir()
     monkeypatch.chdir(workspace)
+    monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")  # as when one of its files is run
     (workspace / "configs").symlink_to(ROOT / "configs")
     write_stories(workspace / "stories")
     save_tiny_bert(workspace / "bert")

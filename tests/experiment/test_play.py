@@ -231,8 +231,14 @@ class Browser:
 
         options = webdriver.ChromeOptions()
         options.binary_location = CHROMIUM
-        for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,1000",
-                         "--disable-background-networking", "--no-proxy-server"):
+        for argument in (
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-dev-shm-usage",
+            "--window-size=1200,1000",
+            "--disable-background-networking",
+            "--no-proxy-server",
+        ):
             options.add_argument(argument)  # the last two: what a browser asks of its maker is not the page's doing
         options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
         self.driver = webdriver.Chrome(options, webdriver.ChromeService(CHROMEDRIVER))
