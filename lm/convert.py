@@ -114,7 +114,7 @@ def write_run(decoder: Decoder, tokenizer: StoryTokenizer, run: Path, path: str)
         enable_model_summary=False,
     )
     trainer.strategy.connect(module)
-    trainer.save_checkpoint(run / "checkpoints" / "last.ckpt")
+    trainer.save_checkpoint(run / "checkpoints" / "last.ckpt", weights_only=False)
     shutil.copy(run / "checkpoints" / "last.ckpt", run / "checkpoints" / "best.ckpt")  # it is the only one
     shape = dict(module.hparams["decoder"])
     del shape["vocab_size"]  # the tokenizer's
