@@ -31,6 +31,11 @@ def read_texts(source: list[str] | str) -> list[str]:
     if isinstance(source, str):
         path = Path(source).expanduser()
         if len(source) < 4096 and (path.suffix in (".txt", ".jsonl", ".json", ".csv", ".parquet") or path.is_file()):
+            if not path.exists():
+                raise InputError(
+                    f"data.texts {source!r} does not exist: expected a file with one text a line or a column text, or "
+                    "a list of texts"
+                )
             try:
                 dataset = load_texts(source, "train", ["text"])
             except InputError as error:

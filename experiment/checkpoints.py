@@ -137,6 +137,18 @@ class BestCheckpoint(ModelCheckpoint):
         self.dirpath = os.path.abspath(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Know the best so far also where the run's folder was moved; Lightning would begin anew."""
+        best = Path(self.dirpath or "") / "best.ckpt"
+        if state_dict.get("best_model_path") and best.is_file():
+            state_dict = state_dict | {
+                "dirpath": self.dirpath,
+                "best_model_path": str(best),
+                "kth_best_model_path": str(best),
+                "best_k_models": {str(best): state_dict["best_model_score"]},
+            }
+        super().load_state_dict(state_dict)
+
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         save_atomically(trainer, Path(filepath))
         self._last_global_step_saved = trainer.global_step

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -345,6 +346,8 @@ def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> Experime
         sys.exit(2)
     except Interrupted as interruption:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if args is None:  # a make target may have hidden the command
+            console.print(f"stopped: {shlex.join(['python', *sys.orig_argv[1:]])}", markup=False, soft_wrap=True)
         console.print("stopped; go on with the same command and --ckpt_path last")
         sys.exit(interruption.exit_code)
     except (KeyboardInterrupt, SystemExit) as ending:  # Lightning turns the first into the second

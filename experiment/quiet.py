@@ -12,6 +12,8 @@ IGNORED: tuple[tuple[str, type[Warning]], ...] = (
     (r".*does not have many workers which may be a bottleneck.*", UserWarning),
     # Resuming in the middle of an epoch is exact here: the data module keeps the position (pytorch-lightning#20550).
     (r".*resuming from a checkpoint that ended before the epoch ended.*", UserWarning),
+    # A checkpoint used from another folder: there, the best is counted anew.
+    (r".*The dirpath has changed from .*", UserWarning),
     # A resumed run goes on in its own folder, where its checkpoints lie already.
     (r".*Checkpoint directory .* exists and is not empty.*", UserWarning),
     # Short runs and tests log less often than Lightning's default interval expects.

@@ -159,7 +159,7 @@ def show(outcomes: Sequence[Outcome]) -> None:
     table = Table(
         title="Decoding compared",
         title_justify="left",
-        caption="rep-4: share of 4-grams that the same story had before; overall: that any story had before",
+        caption="rep-4: share of 4-grams that the same story had before; overall: that it or an earlier story had",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),  # so that it fits into 80 columns
@@ -185,7 +185,13 @@ def show(outcomes: Sequence[Outcome]) -> None:
     console.print(
         "repetition, of all 4-grams: "
         f"{greedy.repeated_4_grams_overall:.1%} by greedy decoding ({greedy.repeated_4_grams:.1%} within a story), "
-        f"{sampled.repeated_4_grams_overall:.1%} ({sampled.repeated_4_grams:.1%}) by sampling at temperature 1\n"
+        f"{sampled.repeated_4_grams_overall:.1%} ({sampled.repeated_4_grams:.1%}) by sampling at temperature 1"
+    )
+    across = greedy.repeated_4_grams_overall > sampled.repeated_4_grams_overall
+    within = greedy.repeated_4_grams > sampled.repeated_4_grams
+    console.print(
+        f"greedy decoding repeats {'more' if across else 'no more'} from story to story, and "
+        f"{'more' if within else 'no more'} within one\n"
     )
     for one in outcomes:
         if one.strategy != UNCACHED:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiment.checkpoints import BestCheckpoint
 from experiment.run import read_checkpoint
 from lm.__main__ import main
 from tests.processes import Commands, Process
@@ -84,6 +85,19 @@ def test_resuming_from_a_cut_checkpoint_is_refused_and_the_best_one_still_loads(
     assert "truncated or no checkpoint; take another one (best.ckpt)" in capsys.readouterr().err
     assert Path("run/metrics.csv").read_text() == before
     assert read_checkpoint(Path("run/checkpoints/best.ckpt"))["global_step"] == 6
+
+
+def test_a_run_that_was_moved_still_knows_its_best_validation(arguments: list[str]) -> None:
+    first = main(["fit", *arguments, "--trainer.max_steps=6"]).trainer.checkpoint_callbacks
+    Path("run").rename("moved")
+    second = main(["fit", *arguments, "--trainer.max_steps=6", "--run_dir=moved", "--ckpt_path=last"])
+    (before,), (after,) = (
+        [callback for callback in callbacks if isinstance(callback, BestCheckpoint)]
+        for callbacks in (first, second.trainer.checkpoint_callbacks)
+    )
+    assert before.best_model_score is not None
+    assert after.best_model_score == before.best_model_score
+    assert Path(after.best_model_path) == Path("moved/checkpoints/best.ckpt").resolve()
 
 
 def test_run_that_goes_on_from_an_earlier_checkpoint_keeps_its_own(arguments: list[str]) -> None:
