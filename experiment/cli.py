@@ -346,9 +346,9 @@ def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> Experime
         sys.exit(2)
     except Interrupted as interruption:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if args is None:  # a make target may have hidden the command
-            console.print(f"stopped: {shlex.join(['python', *sys.orig_argv[1:]])}", markup=False, soft_wrap=True)
-        console.print("stopped; go on with the same command and --ckpt_path last")
+        # A make target may have hidden the command.
+        stopped = "stopped; " if args is not None else f"stopped: {shlex.join(['python', *sys.orig_argv[1:]])}\n"
+        console.print(f"{stopped}go on with the same command and --ckpt_path last", markup=False, soft_wrap=True)
         sys.exit(interruption.exit_code)
     except (KeyboardInterrupt, SystemExit) as ending:  # Lightning turns the first into the second
         terminated = isinstance(ending, SIGTERMException)
