@@ -17,7 +17,8 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint clean lm-fit lm-validate lm-test lm-predict \
-  classify-fit classify-validate classify-test classify-predict table1 ablation report decoding play sweep bench scaling
+  classify-fit classify-validate classify-test classify-predict table1 ablation recipes report decoding play sweep \
+  bench scaling
 
 help: ## list the targets
 	@echo "usage: make TARGET [CONFIG=configs/lm/demo.yaml] [ARGS='--trainer.max_steps 100']"
@@ -97,6 +98,10 @@ table1: $(READY) ## the two LoRAs, the head alone, full fine-tuning and bag of w
 
 ablation: $(READY) ## the source report's gap taken apart, one switch at a time (hours on a CPU)
 	$(PY) -m classify.compare ablation $(ARGS)
+
+# CONFIG= names the recipes, by default report.yaml, llama2c.yaml and fast.yaml; BUDGET= is '--tokens N' or '--seconds N'.
+recipes: $(READY) ## language models at equal tokens or time (hours): BUDGET='--seconds 1200' ARGS='--data.path FOLDER'
+	$(PY) -m lm.recipes $(CONFIG) $(or $(BUDGET),--tokens 4e6) $(ARGS)
 
 sweep: $(READY) ## run a grid of configurations and print a table: SWEEP=configs/sweeps/lm_learning_rate.yaml
 	$(PY) -m experiment.sweep $(or $(SWEEP),configs/sweeps/lm_learning_rate.yaml) $(ARGS)

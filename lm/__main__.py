@@ -17,7 +17,8 @@ examples:
   python -m lm validate --config configs/lm/demo.yaml --ckpt_path best
   python -m lm predict  --config configs/lm/demo.yaml --ckpt_path best --data.prompts '["Once upon a time"]'
 
-Beside it: `python -m lm.convert` takes weights in and out, `python -m lm.decoding` compares ways of decoding.
+Beside it: `python -m lm.convert` takes weights in and out, `python -m lm.decoding` compares ways of decoding,
+`python -m lm.recipes` configurations at equal tokens or time.
 """
 
 import sys

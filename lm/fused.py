@@ -38,6 +38,21 @@ def split_and_rotate(
     return _call(_SplitAndRotate, qkv, (num_heads, num_kv_heads, num_kv_heads), cos, sin)
 
 
+def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Attention of one token of one story, (1, heads, 1, head_dim), as sums that torch.compile joins with their
+    neighbours: for a single query the kernel of `scaled_dot_product_attention` takes longer to start than to run.
+
+    Args:
+        query: (1, heads, 1, head_dim).
+        key: (1, kv_heads, S, head_dim).
+        value: As key.
+        mask: (1, 1, 1, S), True where the token may look.
+    """
+    grouped = query.unflatten(1, (key.shape[1], -1)) * query.shape[-1] ** -0.5  # (1, kv_heads, group, 1, head_dim)
+    scores = (grouped * key.unsqueeze(2)).sum(-1).masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1).unsqueeze(-1) * value.unsqueeze(2)).sum(-2).flatten(1, 2).unsqueeze(2)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
     """Turn the pairs of x (B, T, heads, head_dim) by tables (1 or B, T, 1, head_dim) of `lm.model.rotary_tables`."""
     half = x.shape[-1] // 2

@@ -1,8 +1,8 @@
-"""Weights to and from Hugging Face's Llama.
+"""Weights to and from Hugging Face's Llama, and its Qwen3 where queries and keys are normalised.
 
-It is the same model as ours under other names, with query, key and value, and gate and up, in matrices of their own;
-rotary pairs are element i of each half of a head in both. Only json and safetensors are read, so nothing in a folder
-is executed, and names and shapes are compared before anything of their size is made.
+These are the same models as ours under other names, with query, key and value, and gate and up, in matrices of their
+own; rotary pairs are element i of each half of a head in all. Only json and safetensors are read, so nothing in a
+folder is executed, and names and shapes are compared before anything of their size is made.
 """
 
 import json
@@ -29,14 +29,16 @@ _BLOCK = {
     "feed_forward.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "feed_forward.down": ("mlp.down_proj",),
 }
+_QUERY_KEY_NORM = {"attention.query_norm": ("self_attn.q_norm",), "attention.key_norm": ("self_attn.k_norm",)}
 _LONGEST_CONTEXT = 2**22  # a config.json could ask for rotary tables of any size
 
 
 def parameter_names(config: DecoderConfig) -> dict[str, list[str]]:
     """Our parameters and Hugging Face's that each is stacked from."""
     names = {"embedding.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"]}
+    block = _BLOCK | (_QUERY_KEY_NORM if config.query_key_norm else {})
     for layer in range(config.num_layers):
-        for ours, parts in _BLOCK.items():
+        for ours, parts in block.items():
             names[f"blocks.{layer}.{ours}.weight"] = [f"model.layers.{layer}.{part}.weight" for part in parts]
     if not config.tie_embeddings:
         names["head.weight"] = ["lm_head.weight"]
@@ -44,7 +46,7 @@ def parameter_names(config: DecoderConfig) -> dict[str, list[str]]:
 
 
 def parameter_shape(config: DecoderConfig, name: str) -> tuple[int, ...]:
-    """Shape of a parameter of Hugging Face's Llama."""
+    """Shape of a parameter of Hugging Face's model."""
     hidden, inner, key = config.hidden_size, config.intermediate_size, config.kv_heads * config.head_dim
     shapes = {
         "embed_tokens": (config.vocab_size, hidden),
@@ -56,8 +58,10 @@ def parameter_shape(config: DecoderConfig, name: str) -> tuple[int, ...]:
         "gate_proj": (inner, hidden),
         "up_proj": (inner, hidden),
         "down_proj": (hidden, inner),
+        "q_norm": (config.head_dim,),
+        "k_norm": (config.head_dim,),
     }
-    return shapes.get(name.split(".")[-2], (hidden,))  # the rest are norms
+    return shapes.get(name.split(".")[-2], (hidden,))  # the rest are norms of the residual stream
 
 
 def split_weights(decoder: Decoder) -> dict[str, Tensor]:
@@ -106,8 +110,8 @@ def to_hugging_face(decoder: Decoder, tokenizer: StoryTokenizer, folder: str | P
         raise InputError(f"{folder} exists already; give a folder that is new or empty")
     config = decoder.config
     description = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["Qwen3ForCausalLM" if config.query_key_norm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if config.query_key_norm else "llama",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -146,7 +150,7 @@ def to_hugging_face(decoder: Decoder, tokenizer: StoryTokenizer, folder: str | P
 
 
 def from_hugging_face(folder: str | Path) -> tuple[Decoder, StoryTokenizer]:
-    """The decoder, in float32, and the tokenizer of a local folder with a Llama.
+    """The decoder, in float32, and the tokenizer of a local folder with a Llama or a Qwen3.
 
     Raises:
         InputError: If something is missing or damaged, or the model has what our decoder has not: scaled rotary
@@ -218,9 +222,9 @@ def _read_config(folder: Path) -> DecoderConfig:
         ) from None
     except ValueError as error:
         raise InputError(f"{path} is no JSON ({error}); copy the folder again") from None
-    if not isinstance(described, dict) or described.get("model_type") != "llama":
-        found = described.get("model_type") if isinstance(described, dict) else None
-        raise InputError(f"{path}: model_type {found!r}; only 'llama' can be imported")
+    model_type = described.get("model_type") if isinstance(described, dict) else None
+    if model_type not in ("llama", "qwen3"):
+        raise InputError(f"{path}: model_type {model_type!r}; only 'llama' and 'qwen3' can be imported")
     rope = described.get("rope_parameters") or {}
     scaling = described.get("rope_scaling") or {}
     rope_type = scaling.get("rope_type", scaling.get("type", rope.get("rope_type", "default")))
@@ -232,6 +236,7 @@ def _read_config(folder: Path) -> DecoderConfig:
         ("mlp_bias", described.get("mlp_bias"), (None, False)),
         ("hidden_act", described.get("hidden_act", "silu"), ("silu", "swish")),
         ("head_dim", described.get("head_dim"), (None, hidden_size // max(1, num_heads))),
+        ("use_sliding_window", described.get("use_sliding_window"), (None, False)),
         ("quantization_config", described.get("quantization_config"), (None,)),
     ):
         if found not in accepted:
@@ -250,6 +255,7 @@ def _read_config(folder: Path) -> DecoderConfig:
             rope_theta=float(rope.get("rope_theta", described.get("rope_theta", 10000.0))),
             rms_norm_eps=float(described.get("rms_norm_eps", 1e-6)),
             tie_embeddings=bool(described.get("tie_word_embeddings", False)),
+            query_key_norm=model_type == "qwen3",
         )
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}") from None

@@ -69,7 +69,7 @@ def to_llama2c(decoder: Decoder, tokenizer: StoryTokenizer, path: str | Path) ->
     """Write a checkpoint (version 0, float32) that llama2.c's `run` loads, and its tokenizer beside it.
 
     Args:
-        decoder: With rope_theta 10000 and rms_norm_eps 1e-5, which are constants of llama2.c.
+        decoder: With rope_theta 10000 and rms_norm_eps 1e-5, which are constants of llama2.c, and no query_key_norm.
         tokenizer: Written to the same folder, under the name of `llama2c_tokenizer_path`.
         path: The file to write.
 
@@ -81,6 +81,7 @@ def to_llama2c(decoder: Decoder, tokenizer: StoryTokenizer, path: str | Path) ->
     for name, found, expected in (
         ("rope_theta", config.rope_theta, _ROPE_THETA),
         ("rms_norm_eps", config.rms_norm_eps, _RMS_NORM_EPS),
+        ("query_key_norm", config.query_key_norm, False),
     ):
         if found != expected:
             raise InputError(f"{name}={found}: llama2.c has {expected} built in; export to Hugging Face instead")

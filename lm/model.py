@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lm.fused import rms_norm, split_and_rotate, swiglu
+from lm.fused import attend_one, rms_norm, split_and_rotate, swiglu
 
 if TYPE_CHECKING:
     from lm.cache import CacheSpan, KeyValueCache
@@ -47,6 +47,10 @@ class DecoderConfig:
         rms_norm_eps: Added to the mean square before the root.
         tie_embeddings: Whether the output head is the embedding matrix.
         dropout: Probability of dropping an element of the embeddings and of each residual branch in training.
+        query_key_norm: Whether queries and keys go through an RMSNorm of each head before they are turned, as in
+            Qwen3 (arXiv:2505.09388): such a model exports as that one and is no LLaMA.
+        zero_initialization: Whether each residual branch ends in a matrix of zeros at first, so that a block starts as
+            the identity (Zhang et al. 2019, arXiv:1901.09321).
 
     Raises:
         ValueError: If the numbers do not make a decoder.
@@ -63,6 +67,8 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-5
     tie_embeddings: bool = True
     dropout: float = 0.0
+    query_key_norm: bool = False
+    zero_initialization: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -136,9 +142,13 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_heads, config.kv_heads
         self.head_dim = config.head_dim
-        width = (config.num_heads + 2 * config.kv_heads) * config.head_dim
-        self.qkv = nn.Linear(config.hidden_size, width, bias=False)
+        self.rows = [heads * self.head_dim for heads in (config.num_heads, config.kv_heads, config.kv_heads)]  # of qkv
+        self.qkv = nn.Linear(config.hidden_size, sum(self.rows), bias=False)
         self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.query_norm = self.key_norm = None
+        if config.query_key_norm:
+            self.query_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.key_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(
         self,
@@ -150,6 +160,9 @@ class Attention(nn.Module):
         layer: int = 0,
     ) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, heads + 2 kv_heads, head_dim)
+        if self.query_norm is not None:
+            query, key, value = qkv.split([rows // self.head_dim for rows in self.rows], dim=2)
+            qkv = torch.cat((self.query_norm(query).to(qkv), self.key_norm(key).to(qkv), value), dim=2)
         cos, sin = cos.to(qkv.dtype), sin.to(qkv.dtype)
         query, key, value = split_and_rotate(qkv, self.num_heads, self.num_kv_heads, cos, sin)
         if cache is None:
@@ -157,14 +170,18 @@ class Attention(nn.Module):
         else:
             key, value = cache.write(layer, span, key, value)
             mask, causal = span.mask, span.causal
-        mixed = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=causal,
-            enable_gqa=self.num_heads != self.num_kv_heads,
-        )  # (B, heads, T, head_dim)
+        query = query.transpose(1, 2)
+        if torch.compiler.is_compiling() and mask is not None and query[:, 0, :, 0].numel() == 1:
+            mixed = attend_one(query, key, value, mask)
+        else:
+            mixed = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                is_causal=causal,
+                enable_gqa=self.num_heads != self.num_kv_heads,
+            )  # (B, heads, T, head_dim)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -173,7 +190,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.rows = [config.intermediate_size, config.intermediate_size]  # of gate_up
+        self.gate_up = nn.Linear(config.hidden_size, sum(self.rows), bias=False)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -238,9 +256,10 @@ class Decoder(nn.Module):
         | norms                          | 1                                                                 |
         | embedding, head                | N(0, 0.02)                                                        |
         | qkv, gate_up                   | N(0, 0.02)                                                        |
-        | out, down (end of each branch) | N(0, 0.02 / sqrt(2 num_layers)): the residual sum keeps its size  |
+        | out, down (end of each branch) | N(0, 0.02 / sqrt(2 num_layers)): the residual sum keeps its size; |
+        |                                | 0 with `zero_initialization`                                      |
         """
-        residual_std = 0.02 / math.sqrt(2 * self.config.num_layers)
+        residual_std = 0.0 if self.config.zero_initialization else 0.02 / math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)

@@ -13,6 +13,7 @@ from torchmetrics import Metric
 
 from experiment.clipping import clip_gradients
 from experiment.errors import InputError
+from experiment.hardware import fast_bfloat16
 from lm.generation import CompilationError, GenerationConfig, generate
 from lm.loss import linear_cross_entropy, token_losses
 from lm.model import Decoder, DecoderConfig
@@ -163,7 +164,9 @@ class LanguageModel(LightningModule):
                 "--trainer.max_steps, or take the schedule constant"
             )
         # Under 16-mixed the gradients must be unscaled before they are clipped, which a fused optimizer does too late.
-        optimizer = make_optimizer(self, self.optimizer_config, fused=self.trainer.precision != "16-mixed")
+        fused = self.trainer.precision != "16-mixed"
+        products = torch.bfloat16 if fast_bfloat16(self.device.type) else torch.float32
+        optimizer = make_optimizer(self, self.optimizer_config, fused, products)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, total_steps, self.optimizer_config)
         )

@@ -1,11 +1,15 @@
 """Which parameters decay, which optimizer moves them, and how the learning rate goes over a run."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
+
+from lm.model import Attention, SwiGLU
+from lm.muon import JointOptimizer, Muon
 
 
 @dataclass
@@ -14,6 +18,8 @@ class OptimizerConfig:
 
     Attributes:
         learning_rate: The highest learning rate, reached after the warm-up.
+        muon_learning_rate: Where given, Muon (see lm.muon) moves the blocks' matrices, with this as its highest
+            learning rate, and AdamW only embeddings, head and norms.
         weight_decay: Decay of the matrices; norms are never decayed.
         beta1: Decay of the running mean of gradients.
         beta2: Decay of the running mean of squared gradients.
@@ -27,6 +33,7 @@ class OptimizerConfig:
     """
 
     learning_rate: float = 6e-4
+    muon_learning_rate: float | None = None
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -37,8 +44,8 @@ class OptimizerConfig:
     decay_fraction: float = 0.2
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "eps"):
-            if getattr(self, name) <= 0:
+        for name in ("learning_rate", "muon_learning_rate", "eps"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} {getattr(self, name)}: expected a number above 0")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -51,24 +58,50 @@ class OptimizerConfig:
                 raise ValueError(f"{name} {getattr(self, name)}: expected 0 or more")
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """The trainable parameters in two groups: matrices, which decay, and vectors (norms, biases), which do not."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
+    """The trainable ones in two groups: matrices, which decay, and vectors (norms, biases), which do not."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
 
 
-def make_optimizer(module: nn.Module, config: OptimizerConfig, fused: bool = True) -> torch.optim.Optimizer:
-    """AdamW over the module's parameters; ``fused`` updates all of them in one kernel."""
-    return torch.optim.AdamW(
-        parameter_groups(module, config.weight_decay),
+def block_matrices(module: nn.Module) -> list[dict]:
+    """The matrices of a decoder's blocks in groups for Muon, each with the heights of those that it is stacked from."""
+    attentions = [part for part in module.modules() if isinstance(part, Attention)]
+    feed_forwards = [part for part in module.modules() if isinstance(part, SwiGLU)]
+    return [
+        {"params": [part.qkv.weight for part in attentions], "rows": attentions[0].rows},
+        {"params": [part.gate_up.weight for part in feed_forwards], "rows": feed_forwards[0].rows},
+        {"params": [part.out.weight for part in attentions] + [part.down.weight for part in feed_forwards]},
+    ]
+
+
+def make_optimizer(
+    module: nn.Module, config: OptimizerConfig, fused: bool = True, products: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
+    """AdamW, alone or beside Muon, over the module's parameters.
+
+    Args:
+        module: A decoder, or what holds one.
+        config: The rates.
+        fused: Whether AdamW updates all of its parameters in one kernel.
+        products: Type of Muon's matrix products.
+    """
+    matrices = [] if config.muon_learning_rate is None else block_matrices(module)
+    taken = {parameter for group in matrices for parameter in group["params"]}
+    adamw = torch.optim.AdamW(
+        parameter_groups([p for p in module.parameters() if p not in taken], config.weight_decay),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         fused=fused,
     )
+    if not matrices:
+        return adamw
+    rate, decay = config.muon_learning_rate, config.weight_decay
+    return JointOptimizer(adamw, Muon(matrices, lr=rate, weight_decay=decay, dtype=products))
 
 
 def learning_rate_factor(step: int, total_steps: float, config: OptimizerConfig) -> float:

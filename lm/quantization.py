@@ -40,6 +40,17 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
 
+@torch.library.custom_op("tinylab::packed_product", mutates_args=())
+def _packed_product(rows: Tensor, packed: Tensor, height: int) -> Tensor:
+    """(n, height) of rows (n, K) and a matrix that oneDNN has packed, which torch.compile must not look into."""
+    return torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
+
+
+@_packed_product.register_fake
+def _(rows: Tensor, packed: Tensor, height: int) -> Tensor:
+    return rows.new_empty(len(rows), height)
+
+
 class DecodingLinear(nn.Module):
     """`x @ weight.T` without gradient, of a matrix stored in a format that is read fast.
 
@@ -74,7 +85,7 @@ class DecodingLinear(nn.Module):
         elif len(rows) == 1 and torch.compiler.is_compiling():
             product = torch.cat([(part.float() * rows).sum(-1) for part in self.weight.chunk(STREAMS)])
         elif len(rows) > 1 and self.packed is not None:
-            product = torch.ops.mkldnn._linear_pointwise(rows, self.packed, None, "none", [], "")
+            product = _packed_product(rows, self.packed, len(self.weight))
         else:
             product = F.linear(rows.to(self.weight.dtype), self.weight).float()
         return product.view(*x.shape[:-1], -1)
@@ -105,7 +116,8 @@ def prepare(decoder: Decoder, format: WeightFormat = "float32", pack: bool = Fal
         for block in decoder.blocks:
             for part in (block.attention, block.feed_forward):
                 for name, layer in list(part.named_children()):
-                    setattr(part, name, DecodingLinear(layer.weight, format))
+                    if isinstance(layer, nn.Linear):
+                        setattr(part, name, DecodingLinear(layer.weight, format))
     if pack:
         for module in decoder.modules():
             if isinstance(module, DecodingLinear):

@@ -92,15 +92,16 @@ def perform(words: list[str]) -> None:
             sweep = read_sweep(Path(file))
             first = combinations(sweep["parameters"])[0]
             perform(command_of(sweep, first, Path("runs/first"), ["--print_config"]))
+        case [_, "-m", "lm.recipes", *args]:  # its runs take hours; shrunk ones are a test of their own
+            call("lm.recipes", *args, "--help")
         case [_, "-m", "classify.compare", "table1"]:
             call("classify.compare", "table1", "--only=words", "--seeds=1", *CLASSIFY)
         case [_, "-m", "classify.compare", "ablation"]:  # its many runs are given, the tables are made
             out = Path("runs/compare/ablation")
-            comparison = compare.Comparison(compare.ABLATION, [1], out, CLASSIFY)
             out.mkdir(parents=True)
-            figures = dict.fromkeys(compare.COLUMNS, 0.5)
-            lines = [{"key": comparison.key(name, 1), "name": name, "seed": 1} | figures for name in compare.ABLATION]
-            comparison.results.write_text("\n".join(map(json.dumps, lines)))
+            runs, figures = compare.runs_of(compare.ABLATION, [1], CLASSIFY), dict.fromkeys(compare.COLUMNS, 0.5)
+            lines = [{"key": run.key, "name": run.name, "seed": 1} | figures for run in runs]
+            (out / "results.jsonl").write_text("\n".join(map(json.dumps, lines)))
             call("classify.compare", "ablation", *CLASSIFY)
         case ["wandb", command, *args]:  # needs its server: its own parser must know the options
             import_module("wandb.cli.cli").cli.commands[command].make_context(command, args)

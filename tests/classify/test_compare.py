@@ -8,6 +8,7 @@ import pytest
 
 from classify import compare
 from classify.__main__ import main
+from experiment import comparison
 from tests.offline_wandb import read_offline
 
 ROOT = Path(__file__).parents[2]
@@ -26,10 +27,9 @@ def line(accuracy: float, seed: int = 1, **figures: float | None) -> dict:
 
 def test_table1_runs_each_contender_once_and_goes_on_where_it_stopped(tmp_path, small_run, monkeypatch):
     flags = [f"--config={ROOT / 'configs' / 'wandb.yaml'}", *small_run]
-    comparison = compare.Comparison(compare.TABLE1, [1], tmp_path, flags)
-    run = tmp_path / "runs" / comparison.key("custom", 1)
+    run = tmp_path / "runs" / compare.runs_of(compare.TABLE1, [1], flags)[0].key
     # Killed while it wrote the line of a run that had finished: the run goes on from its end.
-    plain = compare.Comparison(compare.TABLE1, [1], tmp_path, small_run).arguments(compare.TABLE1["custom"], 1)
+    plain = compare.runs_of(compare.TABLE1, [1], small_run)[0].arguments
     fit = main(["fit", *plain, f"--run_dir={run}"])
     (tmp_path / "results.jsonl").write_text(f'{{"key": "{run.name}", "val_lo')
 
@@ -53,15 +53,14 @@ def test_table1_runs_each_contender_once_and_goes_on_where_it_stopped(tmp_path, 
     (part,) = read_offline(run)  # where W&B is on, the runs of a table are one group
     assert {record.run.run_group for record in part if record.HasField("run")} == {tmp_path.name}
 
-    monkeypatch.setattr(compare.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("ran again"))
+    monkeypatch.setattr(comparison.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("ran again"))
     compare.main(arguments)
     assert (tmp_path / "results.jsonl").read_text() == results
 
 
 def test_a_change_of_flags_is_another_run():
     def keys(*flags: str) -> list[str]:
-        comparison = compare.Comparison(compare.ABLATION, [1], Path("out"), flags)
-        return [comparison.key(name, 1) for name in compare.ABLATION]
+        return [run.key for run in compare.runs_of(compare.ABLATION, [1], flags)]
 
     assert keys() == keys()
     assert len(set(keys())) == len(compare.ABLATION)
@@ -69,12 +68,11 @@ def test_a_change_of_flags_is_another_run():
 
 
 def test_each_switch_of_the_ablation_changes_one_thing():
-    comparison = compare.Comparison(compare.ABLATION, [1], Path("out"), ["--model.r=4"])
-    right = comparison.arguments(compare.ABLATION["right"], 1)
-    assert "--model.lora_alpha=4" in comparison.arguments(compare.ABLATION["scaling"], 1)
+    arguments = {run.name: run.arguments for run in compare.runs_of(compare.ABLATION, [1], ["--model.r=4"])}
+    assert "--model.lora_alpha=4" in arguments["scaling"]
     for name, contender in compare.ABLATION.items():
         if contender.config == "custom":
-            assert set(right) <= set(comparison.arguments(contender, 1)), name
+            assert set(arguments["right"]) <= set(arguments[name]), name
         assert contender.shows.endswith("."), name
 
 

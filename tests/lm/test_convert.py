@@ -74,9 +74,10 @@ VARIANTS = [
     {"tie_embeddings": False, "num_kv_heads": None},
     {"tie_embeddings": False, "num_kv_heads": 1, "num_layers": 1, "max_sequence_length": 33},
 ]
+HUGGING_FACE_VARIANTS = [*VARIANTS, {"rope_theta": 500000.0, "rms_norm_eps": 1e-6}, {"query_key_norm": True}]
 
 
-@pytest.mark.parametrize("changes", [*VARIANTS, {"rope_theta": 500000.0, "rms_norm_eps": 1e-6}])
+@pytest.mark.parametrize("changes", HUGGING_FACE_VARIANTS)
 def test_export_to_hugging_face_and_back_gives_identical_logits(tokenizer, changes, tmp_path):
     decoder = make_decoder(**changes)
     to_hugging_face(decoder, tokenizer, tmp_path / "model")
@@ -100,7 +101,7 @@ def test_export_to_llama2c_and_back_gives_identical_logits(tokenizer, changes, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.bin", "model.tokenizer.bin"]
 
 
-@pytest.mark.parametrize("changes", [*VARIANTS, {"rope_theta": 500000.0, "rms_norm_eps": 1e-6}])
+@pytest.mark.parametrize("changes", HUGGING_FACE_VARIANTS)
 def test_the_exported_folder_is_the_same_model_in_transformers(tokenizer, changes, tmp_path):
     decoder = make_decoder(**changes)
     to_hugging_face(decoder, tokenizer, tmp_path / "model")
@@ -244,7 +245,7 @@ def test_a_tokenizer_of_another_model_is_refused(tokenizer, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-@pytest.mark.parametrize("changes", [{"rope_theta": 500000.0}, {"rms_norm_eps": 1e-6}])
+@pytest.mark.parametrize("changes", [{"rope_theta": 500000.0}, {"rms_norm_eps": 1e-6}, {"query_key_norm": True}])
 def test_what_llama2c_has_built_in_is_not_exported_otherwise(tokenizer, changes, tmp_path):
     assert_refused(to_llama2c, make_decoder(**changes), tokenizer, tmp_path / "model.bin", match=next(iter(changes)))
     assert not list(tmp_path.iterdir())
@@ -254,6 +255,7 @@ def test_what_llama2c_has_built_in_is_not_exported_otherwise(tokenizer, changes,
     "changes",
     [
         {"model_type": "mistral"},
+        {"model_type": "qwen3"},
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0}},

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from lm.cache import KeyValueCache
 from lm.model import Decoder, DecoderConfig
@@ -23,6 +23,7 @@ VARIANTS = [
     {"num_kv_heads": 3, "tie_embeddings": True, "rope_theta": 500000.0},
     {"num_kv_heads": 1, "tie_embeddings": False, "rope_theta": 100.0, "rms_norm_eps": 1e-6},
     {"num_heads": 2, "hidden_size": 64, "intermediate_size": 33, "num_layers": 1},
+    {"num_kv_heads": 2, "query_key_norm": True},  # Qwen3
 ]
 
 
@@ -59,21 +60,27 @@ def reference_weights(decoder: Decoder) -> dict[str, tuple[str, slice]]:
             f"{theirs}.mlp.gate_proj": (f"{ours}.feed_forward.gate_up", slice(0, inner)),
             f"{theirs}.mlp.up_proj": (f"{ours}.feed_forward.gate_up", slice(inner, 2 * inner)),
             f"{theirs}.mlp.down_proj": (f"{ours}.feed_forward.down", slice(None)),
+            f"{theirs}.self_attn.q_norm": (f"{ours}.attention.query_norm", slice(None)),
+            f"{theirs}.self_attn.k_norm": (f"{ours}.attention.key_norm", slice(None)),
         }
     return {f"{theirs}.weight": (f"{ours}.weight", rows) for theirs, (ours, rows) in names.items()}
 
 
-def make_reference(decoder: Decoder) -> LlamaForCausalLM:
-    """transformers' Llama with the decoder's weights."""
+def make_reference(decoder: Decoder) -> PreTrainedModel:
+    """transformers' Llama, or Qwen3, with the decoder's weights."""
     config = decoder.config
-    reference = LlamaForCausalLM(
-        LlamaConfig(
+    model_of, config_of = (LlamaForCausalLM, LlamaConfig)
+    if config.query_key_norm:
+        model_of, config_of = (Qwen3ForCausalLM, Qwen3Config)
+    reference = model_of(
+        config_of(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             num_hidden_layers=config.num_layers,
             num_attention_heads=config.num_heads,
             num_key_value_heads=config.kv_heads,
+            head_dim=config.head_dim,
             max_position_embeddings=config.max_sequence_length,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
             rms_norm_eps=config.rms_norm_eps,
@@ -127,6 +134,18 @@ def test_training_stays_on_the_fused_attention_kernel(num_kv_heads):
     names = {event.key for event in trace.key_averages()}
     assert "aten::_scaled_dot_product_flash_attention_for_cpu" in names
     assert "aten::_scaled_dot_product_flash_attention_for_cpu_backward" in names
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_zero_initialization_makes_every_block_the_identity_at_first(zero):
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(**SHAPE, zero_initialization=zero))
+    ids = random_ids(2, 10)
+    with torch.no_grad():
+        same = torch.equal(decoder.hidden_states(ids), decoder.norm(decoder.embedding(ids)))
+    assert same == zero
+    decoder(ids).logsumexp(-1).sum().backward()
+    assert all(block.attention.out.weight.grad.any() for block in decoder.blocks)
 
 
 def test_no_token_sees_a_later_one():

@@ -159,7 +159,7 @@ def test_checkpoint_loads_with_plain_values_only(tmp_path: Path) -> None:
 
 
 def test_only_matrices_decay() -> None:
-    decay, rest = parameter_groups(LanguageModel(DecoderConfig(64, 8, 8, 1, 2)), 0.1)
+    decay, rest = parameter_groups(LanguageModel(DecoderConfig(64, 8, 8, 1, 2)).parameters(), 0.1)
     assert decay["weight_decay"] == 0.1 and all(parameter.ndim == 2 for parameter in decay["params"])
     assert rest["weight_decay"] == 0.0 and all(parameter.ndim == 1 for parameter in rest["params"])
     assert len(decay["params"]) == 5 and len(rest["params"]) == 3
