@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jsonargparse
 import yaml
@@ -30,6 +30,7 @@ from experiment.quiet import quiet_libraries
 from experiment.report import write_report
 from experiment.run import CONFIG, check_fits, resolve_checkpoint, resolve_run_dir
 from experiment.wandb_logger import WandbLogger
+from experiment.wording import reworded
 
 DESCRIPTIONS = {
     "fit": "Train a model. What it learns and shows lies in the run's folder.",
@@ -48,6 +49,12 @@ class ExperimentParser(LightningArgumentParser):
             trainer.title = "Lightning's Trainer"
             self._action_groups.sort(key=lambda group: group is trainer)  # stable: the others keep their order
         return super().format_help()
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        commands = self._subcommands_action.choices.values() if self._subcommands_action else ()
+        super().error(
+            reworded(message, [option for one in (self, *commands) for option in one._option_string_actions]), ex
+        )
 
 
 class ExperimentCLI(LightningCLI):

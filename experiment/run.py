@@ -128,6 +128,8 @@ def find_checkpoint(run: Path) -> Path:
     """
     if run.is_file():
         return run
+    if not run.exists():
+        raise InputError(f"run {run} does not exist: expected the folder of a run that fit has written, or a file")
     for name in ("best.ckpt", "last.ckpt"):
         if (run / "checkpoints" / name).is_file():
             return run / "checkpoints" / name

@@ -157,6 +157,11 @@ class LanguageModel(LightningModule):
         self._new_window()
 
     def configure_optimizers(self) -> dict[str, Any]:
+        if self.optimizer_config.muon_learning_rate is not None and isinstance(self.decoder, FSDPModule):
+            raise InputError(
+                "model.optimizer.muon_learning_rate: Muon needs whole matrices, but configs/fsdp.yaml divides them "
+                "among the processes; take configs/ddp.yaml, or set it to null"
+            )
         total_steps = self.trainer.estimated_stepping_batches
         if total_steps == float("inf") and self.optimizer_config.schedule != "constant":
             raise InputError(

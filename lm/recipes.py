@@ -6,7 +6,7 @@ Each configuration is a recipe, by default report.yaml, llama2c.yaml and fast.ya
 `python -m lm fit` for as many steps as the budget allows, so that its schedule ends with the budget, and validated
 along the way and at the end, all on the same text. Time is that of the training steps alone; how long a step of each
 recipe takes is measured once. What is done is not run again; the table is printed, and written as Markdown, CSV and a
-plot. `report.yaml,mine.yaml` is the recipe report.yaml with mine.yaml laid over it.
+plot. `report.yaml,mine.yaml` is the recipe report+mine: report.yaml with mine.yaml laid over it.
 """
 
 import itertools
@@ -99,7 +99,7 @@ def prepare(configs: str, flags: Sequence[str]) -> Recipe:
     cli = run(Prepared, ["fit", *arguments])
     cli.datamodule.setup("fit")
     check_training(cli.trainer, cli.datamodule)
-    return Recipe(files[0].stem, arguments, cli.datamodule, cli.trainer)
+    return Recipe("+".join(file.stem for file in files), arguments, cli.datamodule, cli.trainer)
 
 
 def check_comparable(recipes: Sequence[Recipe]) -> None:

@@ -215,7 +215,11 @@ def test_a_long_review_is_judged_by_what_the_run_reads_of_it(runs: Path) -> None
 
 def test_runs_that_are_not_there_are_told_in_one_line(in_tmp: Path, capsys: pytest.CaptureFixture) -> None:
     (in_tmp / "runs" / "demo-1" / "lm" / "checkpoints").mkdir(parents=True)  # of a demo that was cut short
-    for arguments, expected in (([], "make demo"), (["runs/demo-1/lm"], "runs/demo-1/lm holds no checkpoint")):
+    for arguments, expected in (
+        ([], "make demo"),
+        (["runs/demo-1/lm"], "runs/demo-1/lm holds no checkpoint"),
+        (["runs/lm/nowhere"], "runs/lm/nowhere does not exist"),
+    ):
         with pytest.raises(SystemExit) as error:
             main(arguments)
         assert error.value.code == 2

@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 import torch._inductor.config
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lm.generation import GenerationConfig, filter_logits, generate, penalize_repetition
 from lm.model import Decoder, DecoderConfig
+from tests.references import in_transformers
 
 VOCAB_SIZE, CONTEXT = 61, 48
 PROMPTS = [[1, 5, 9], [1], [1, 20, 30, 40, 50, 60, 2, 3], [1, 5, 9, 7], [1, 8, 8]]
@@ -45,49 +45,10 @@ def tokens(decoder: Decoder, prompts: list[list[int]], eos_id: int | None = None
     return [result.token_ids for result in generate(decoder, prompts, config, eos_id)]
 
 
-def make_reference(decoder: Decoder) -> LlamaForCausalLM:
-    config = decoder.config
-    reference = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.kv_heads,
-            max_position_embeddings=config.max_sequence_length,
-            rms_norm_eps=config.rms_norm_eps,
-            tie_word_embeddings=False,
-            bos_token_id=1,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    ).eval()
-    heads, kv_heads = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
-    with torch.no_grad():
-        reference.model.embed_tokens.weight.copy_(decoder.embedding.weight)
-        reference.lm_head.weight.copy_(decoder.head_weight)
-        for ours, theirs in zip(decoder.blocks, reference.model.layers, strict=True):
-            query, key, value = ours.attention.qkv.weight.split((heads, kv_heads, kv_heads))
-            gate, up = ours.feed_forward.gate_up.weight.chunk(2)
-            attention, feed_forward = theirs.self_attn, theirs.mlp
-            for module, weight in (
-                (attention.q_proj, query),
-                (attention.k_proj, key),
-                (attention.v_proj, value),
-                (attention.o_proj, ours.attention.out.weight),
-                (feed_forward.gate_proj, gate),
-                (feed_forward.up_proj, up),
-                (feed_forward.down_proj, ours.feed_forward.down.weight),
-            ):
-                module.weight.copy_(weight)
-    return reference
-
-
 @pytest.mark.parametrize("repetition_penalty", [1.0, 1.3])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_greedy_tokens_equal_transformers_generate(decoder, use_cache, repetition_penalty):
-    reference = make_reference(decoder)
+    reference = in_transformers(decoder, bos_token_id=1, eos_token_id=None, pad_token_id=0)
     ours = tokens(decoder, PROMPTS, use_cache=use_cache, repetition_penalty=repetition_penalty)
     for prompt, story in zip(PROMPTS, ours, strict=True):
         ids = torch.tensor([prompt])

@@ -228,7 +228,10 @@ def test_text_may_hold_markup_and_special_token_strings(trained: Path) -> None:
         (["--model.generation.temperature=-1"], ["temperature=-1", "expected"]),
         (["--model.optimizer.learning_rate=0"], ["learning_rate 0"]),
         (["--model.optimizer.schedule=linear"], ["linear", "cosine"]),
-        (["--model.decoder.hiden_size=3"], ["hiden_size"]),
+        (["--model.generation.weights=int4"], ["weights int4", "expected float32, bfloat16, int8 or null"]),
+        (["--data.batch_size=2.5"], ["data.batch_size 2.5", "expected a whole number"]),
+        (["--model.decoder.hiden_size=3"], ["hiden_size", "did you mean --model.decoder.hidden_size?"]),
+        (["--config=mistyped.yaml"], ["data.batch_sise", "did you mean data.batch_size?"]),
         (["--config=nowhere.yaml"], ["nowhere.yaml"]),
         (["--ckpt_path=nowhere.ckpt"], ["nowhere.ckpt"]),
         (["--trainer.max_steps=many"], ["many"]),
@@ -239,6 +242,7 @@ def test_bad_input_of_fit_is_refused_and_writes_nothing(
     flags: list[str], words: list[str], stories: Path, capsys: pytest.CaptureFixture
 ) -> None:
     Path("empty.jsonl").write_text("")
+    Path("mistyped.yaml").write_text("data: {batch_sise: 3}")
     Path("column.jsonl").write_text('{"story": "x"}\n')
     Path("blank.jsonl").write_text('{"text": " "}\n' * 3)
     train_tokenizer(STORIES, 345).save("ready")

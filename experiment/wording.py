@@ -1,0 +1,50 @@
+"""What jsonargparse says of a wrong option, in the words of one who typed it."""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
+
+
+def reworded(message: str, options: Iterable[str]) -> str:
+    """The message in one line that names the option, its value and what was expected; as it is where it is another.
+
+    Args:
+        message: Of jsonargparse.
+        options: Every option there is, ``--`` included, for a hint at a mistyped one.
+    """
+    message = " ".join(message.split())
+    if found := re.match(
+        r'Parser key "(?P<key>.+?)": (?P<types>.*?Expected a .*) (Got|Given) value: (?P<value>.*)$', message
+    ):
+        types = re.sub("Errors:.*", "", found["types"])  # of a union, each type's own complaint
+        if expected := list(_kinds(types)):
+            return f"{found['key']} {found['value']}: expected {_listed(expected)}"
+    if found := re.match(r"unrecognized arguments: (?P<word>[^\s=]+)", message):
+        if found["word"].startswith("-"):
+            return f"{found['word']}: there is no such option{_hint(found['word'], options)}; --help lists them"
+        return f"{found['word']}: expected an option, such as --seed_everything 1; --help lists them"
+    if found := re.search(r"does not accept option '(?P<key>[^']+)'", message):
+        near = _hint(f"--{found['key']}", options).replace("--", "")
+        return f"{found['key']}: there is no such option{near}; --help lists them"
+    return message
+
+
+def _kinds(types: str) -> Iterable[str]:
+    """Each type of a text such as ``typing.Literal['a', 'b'], <class 'int'>``, in words."""
+    for found in re.finditer(r"Literal\[(?P<values>[^\]]*)\]|<class '(?P<name>\w+)'>", types):
+        if found["values"]:
+            yield from (value.strip(" '") for value in found["values"].split(","))
+        else:
+            yield KINDS.get(found["name"], found["name"])
+
+
+def _listed(words: Iterable[str]) -> str:
+    *most, last = dict.fromkeys(words)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _hint(option: str, options: Iterable[str]) -> str:
+    near = difflib.get_close_matches(option, options, n=1, cutoff=0.75)
+    return f" (did you mean {near[0]}?)" if near else ""
