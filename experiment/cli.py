@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jsonargparse
 import yaml
@@ -24,13 +24,13 @@ from experiment.finite import FiniteLoss
 from experiment.hardware import default_precision
 from experiment.interruption import Interrupted
 from experiment.metrics_file import MetricsFile
+from experiment.parser import ExperimentParser
 from experiment.progress import RunProgressBar, console, validation_results
 from experiment.provenance import RunRecord, command_line
 from experiment.quiet import quiet_libraries
 from experiment.report import write_report
 from experiment.run import CONFIG, check_fits, resolve_checkpoint, resolve_run_dir
 from experiment.wandb_logger import WandbLogger
-from experiment.wording import reworded
 
 DESCRIPTIONS = {
     "fit": "Train a model. What it learns and shows lies in the run's folder.",
@@ -39,22 +39,6 @@ DESCRIPTIONS = {
     "predict": "Use a checkpoint on texts of your own; the results are shown and written to predictions.jsonl.",
 }
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-
-
-class ExperimentParser(LightningArgumentParser):
-    """Lightning's parser, whose help shows the Trainer's many options after those of the experiment."""
-
-    def format_help(self) -> str:
-        if trainer := self.groups.get("trainer"):
-            trainer.title = "Lightning's Trainer"
-            self._action_groups.sort(key=lambda group: group is trainer)  # stable: the others keep their order
-        return super().format_help()
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        commands = self._subcommands_action.choices.values() if self._subcommands_action else ()
-        super().error(
-            reworded(message, [option for one in (self, *commands) for option in one._option_string_actions]), ex
-        )
 
 
 class ExperimentCLI(LightningCLI):

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from experiment.words import Row, escaped, message, word
 from lm.convert import load_checkpoint
-from lm.generation import GenerationConfig, filter_logits, generate
+from lm.generation import GenerationConfig, generate
 from lm.model import Decoder
+from lm.sampling import filter_logits
 from lm.tokenizer import StoryTokenizer
 
 ALTERNATIVES = 5  # shown of each token

@@ -8,8 +8,9 @@ import torch
 import torch._inductor.config
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from lm.generation import GenerationConfig, filter_logits, generate, penalize_repetition
+from lm.generation import GenerationConfig, generate
 from lm.model import Decoder, DecoderConfig
+from lm.sampling import filter_logits, penalize_repetition
 from tests.references import in_transformers
 
 VOCAB_SIZE, CONTEXT = 61, 48

@@ -1,10 +1,29 @@
-"""What jsonargparse says of a wrong option, in the words of one who typed it."""
+"""The parser of the command lines: its help, and errors in the words of one who typed an option."""
 
 import difflib
 import re
 from collections.abc import Iterable
+from typing import NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
 
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
+
+
+class ExperimentParser(LightningArgumentParser):
+    """Lightning's parser, whose help shows the Trainer's many options after those of the experiment."""
+
+    def format_help(self) -> str:
+        if trainer := self.groups.get("trainer"):
+            trainer.title = "Lightning's Trainer"
+            self._action_groups.sort(key=lambda group: group is trainer)  # stable: the others keep their order
+        return super().format_help()
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        commands = self._subcommands_action.choices.values() if self._subcommands_action else ()
+        super().error(
+            reworded(message, [option for one in (self, *commands) for option in one._option_string_actions]), ex
+        )
 
 
 def reworded(message: str, options: Iterable[str]) -> str:
