@@ -224,6 +224,10 @@ def command_line() -> Iterator[None]:
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        place = error.filename or "the comparison's folder"
+        print(f"error: {place} cannot be written ({error.strerror}): choose another with --out", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         console.print("stopped; go on with the same command")
         sys.exit(130)

@@ -8,6 +8,8 @@ from typing import NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
+KIND = re.compile(rf"(typing\.)?Literal\[(?P<values>[^\]]*)\]|<class '(?P<name>{'|'.join(KINDS)})'>")
+PLAIN = r"(Does not validate against any of the Union subtypes Subtypes:)?( ?Expected a)?[\s\[\],.]*"
 
 
 class ExperimentParser(LightningArgumentParser):
@@ -38,25 +40,26 @@ def reworded(message: str, options: Iterable[str]) -> str:
         r'Parser key "(?P<key>.+?)": (?P<types>.*?Expected a .*) (Got|Given) value: (?P<value>.*)$', message
     ):
         types = re.sub("Errors:.*", "", found["types"])  # of a union, each type's own complaint
-        if expected := list(_kinds(types)):
-            return f"{found['key']} {found['value']}: expected {_listed(expected)}"
+        if re.fullmatch(PLAIN, KIND.sub("", types)):  # nothing but types that have words, no class that may say more
+            return f"{found['key']} {found['value']}: expected {_listed(_kinds(types))}"
     if found := re.match(r"unrecognized arguments: (?P<word>[^\s=]+)", message):
         if found["word"].startswith("-"):
             return f"{found['word']}: there is no such option{_hint(found['word'], options)}; --help lists them"
         return f"{found['word']}: expected an option, such as --seed_everything 1; --help lists them"
-    if found := re.search(r"does not accept option '(?P<key>[^']+)'", message):
-        near = _hint(f"--{found['key']}", options).replace("--", "")
-        return f"{found['key']}: there is no such option{near}; --help lists them"
+    if found := re.search(r"(Group '(?P<group>[^']+)' )?does not accept option '(?P<key>[^']+)'", message):
+        key = ".".join(filter(None, (found["group"], found["key"])))
+        near = _hint(f"--{key}", options).replace("--", "")
+        return f"{key}: there is no such option{near}; --help lists them"
     return message
 
 
 def _kinds(types: str) -> Iterable[str]:
     """Each type of a text such as ``typing.Literal['a', 'b'], <class 'int'>``, in words."""
-    for found in re.finditer(r"Literal\[(?P<values>[^\]]*)\]|<class '(?P<name>\w+)'>", types):
+    for found in KIND.finditer(types):
         if found["values"]:
             yield from (value.strip(" '") for value in found["values"].split(","))
         else:
-            yield KINDS.get(found["name"], found["name"])
+            yield KINDS[found["name"]]
 
 
 def _listed(words: Iterable[str]) -> str:

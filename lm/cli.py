@@ -7,6 +7,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from experiment.cli import ExperimentCLI
 from experiment.errors import InputError
+from experiment.run import read_checkpoint
 from lm.callbacks import Perplexity, Predictions, Samples, Throughput
 from lm.data import TinyStories
 from lm.generation import GenerationConfig
@@ -46,6 +47,8 @@ class LanguageCLI(ExperimentCLI):
             data.tokenizer = str(own)
 
     def before_fit(self) -> None:
+        self.model.check_optimizer(self.trainer)
+        self._check_state()
         super().before_fit()
         rank_zero_only(self.datamodule.tokenizer.save)(self.run_dir / "tokenizer")
 
@@ -61,3 +64,17 @@ class LanguageCLI(ExperimentCLI):
             )
         if self.subcommand == "fit":
             self._get(self.config_init, "samples").check(self.datamodule.tokenizer, context)
+
+    def _check_state(self) -> None:
+        """See that a checkpoint holds the state of the optimizer that shall go on from it."""
+        stored = {} if self.checkpoint is None else read_checkpoint(self.checkpoint)
+        if not stored.get("optimizer_states"):  # an imported model has none
+            return
+        before = stored.get("hyper_parameters", {}).get("optimizer", {}).get("muon_learning_rate")
+        now = self.model.optimizer_config.muon_learning_rate
+        if (before is None) != (now is None):
+            raise InputError(
+                f"model.optimizer.muon_learning_rate {'null' if now is None else now}: {self.checkpoint} was trained "
+                f"{'without' if before is None else 'with'} Muon, and its optimizer cannot go on as another; give "
+                f"{'null' if before is None else before}, or train anew"
+            )

@@ -61,7 +61,7 @@ def llama2c(checkpoint: str, file: str, tokenizer: str | None = None) -> None:
 def import_weights(
     source: str, run_dir: str, tokenizer: str | None = None, path: str = "roneneldan/TinyStories"
 ) -> None:
-    """Make the folder of a run from a Hugging Face Llama or a llama2.c .bin.
+    """Make the folder of a run from a Hugging Face Llama or Qwen3, or a llama2.c .bin.
 
     Args:
         source: A local folder with config.json, safetensors and a tokenizer; or a llama2.c .bin.

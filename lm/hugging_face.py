@@ -240,8 +240,9 @@ def _read_config(folder: Path) -> DecoderConfig:
         ("quantization_config", described.get("quantization_config"), (None,)),
     ):
         if found not in accepted:
-            expected = " or ".join(map(repr, accepted))
-            raise InputError(f"{path}: {name} {found!r}; our decoder has {expected} only, so import another model")
+            raise InputError(
+                f"{path}: {name} {found!r}; our decoder knows {accepted[-1]!r} alone, so import another model"
+            )
     try:
         # The defaults are those of transformers' LlamaConfig.
         config = DecoderConfig(

@@ -84,7 +84,7 @@ def to_llama2c(decoder: Decoder, tokenizer: StoryTokenizer, path: str | Path) ->
         ("query_key_norm", config.query_key_norm, False),
     ):
         if found != expected:
-            raise InputError(f"{name}={found}: llama2.c has {expected} built in; export to Hugging Face instead")
+            raise InputError(f"{name}={found}: llama2.c knows {expected} alone; export to Hugging Face instead")
     if tokenizer.vocab_size != config.vocab_size:
         raise InputError(
             f"vocab_size={config.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens, and llama2.c needs "

@@ -161,7 +161,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, heads + 2 kv_heads, head_dim)
         if self.query_norm is not None:
-            query, key, value = qkv.split([rows // self.head_dim for rows in self.rows], dim=2)
+            query, key, value = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
             qkv = torch.cat((self.query_norm(query).to(qkv), self.key_norm(key).to(qkv), value), dim=2)
         cos, sin = cos.to(qkv.dtype), sin.to(qkv.dtype)
         query, key, value = split_and_rotate(qkv, self.num_heads, self.num_kv_heads, cos, sin)
@@ -171,7 +171,7 @@ class Attention(nn.Module):
             key, value = cache.write(layer, span, key, value)
             mask, causal = span.mask, span.causal
         query = query.transpose(1, 2)
-        if torch.compiler.is_compiling() and mask is not None and query[:, 0, :, 0].numel() == 1:
+        if torch.compiler.is_compiling() and mask is not None and x.shape[:2] == (1, 1):
             mixed = attend_one(query, key, value, mask)
         else:
             mixed = F.scaled_dot_product_attention(

@@ -6,7 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torchmetrics import Metric
@@ -156,18 +157,27 @@ class LanguageModel(LightningModule):
         self.log("train/loss", loss_sum / tokens.clamp(min=1), prog_bar=True)
         self._new_window()
 
+    def check_optimizer(self, trainer: Trainer) -> None:
+        """See that the optimizer and its schedule suit the run.
+
+        Raises:
+            InputError: They do not.
+        """
+        config = self.optimizer_config
+        if config.muon_learning_rate is not None and isinstance(trainer.strategy, ModelParallelStrategy):
+            raise InputError(
+                f"model.optimizer.muon_learning_rate {config.muon_learning_rate}: Muon needs whole matrices, which "
+                "this strategy divides among the processes; take configs/ddp.yaml, or set it to null"
+            )
+        if config.schedule != "constant" and trainer.max_steps == trainer.max_epochs == -1:
+            raise InputError(
+                f"model.optimizer.schedule {config.schedule} needs an end to go down to: give --trainer.max_steps, or "
+                "take the schedule constant"
+            )
+
     def configure_optimizers(self) -> dict[str, Any]:
-        if self.optimizer_config.muon_learning_rate is not None and isinstance(self.decoder, FSDPModule):
-            raise InputError(
-                "model.optimizer.muon_learning_rate: Muon needs whole matrices, but configs/fsdp.yaml divides them "
-                "among the processes; take configs/ddp.yaml, or set it to null"
-            )
+        self.check_optimizer(self.trainer)
         total_steps = self.trainer.estimated_stepping_batches
-        if total_steps == float("inf") and self.optimizer_config.schedule != "constant":
-            raise InputError(
-                f"model.optimizer.schedule {self.optimizer_config.schedule} needs an end to go down to: give "
-                "--trainer.max_steps, or take the schedule constant"
-            )
         # Under 16-mixed the gradients must be unscaled before they are clipped, which a fused optimizer does too late.
         fused = self.trainer.precision != "16-mixed"
         products = torch.bfloat16 if fast_bfloat16(self.device.type) else torch.float32

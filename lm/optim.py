@@ -105,7 +105,7 @@ def make_optimizer(
 
 
 def learning_rate_factor(step: int, total_steps: float, config: OptimizerConfig) -> float:
-    """The learning rate of a step as a share of ``config.learning_rate``.
+    """The learning rate of a step as a share of the highest.
 
     Args:
         step: Optimizer steps done, from 0.

@@ -4,7 +4,7 @@
 
 Each configuration is a recipe, by default report.yaml, llama2c.yaml and fast.yaml of configs/lm. It is trained by
 `python -m lm fit` for as many steps as the budget allows, so that its schedule ends with the budget, and validated
-along the way and at the end, all on the same text. Time is that of the training steps alone; how long a step of each
+along the way and at the end, all on the same text. Time is that of training, without validation; how long a step of each
 recipe takes is measured once. What is done is not run again; the table is printed, and written as Markdown, CSV and a
 plot. `report.yaml,mine.yaml` is the recipe report+mine: report.yaml with mine.yaml laid over it.
 """
@@ -52,6 +52,8 @@ COLUMNS = {  # name of a figure: title of its column, format
 DEFAULTS = ["--data.evaluation=full", "--samples.every_n_steps=0", "--report=false"]
 # Every step is logged, so that tokens and seconds add up to what they were.
 COUNTED = ["--trainer.max_epochs=-1", "--trainer.check_val_every_n_epoch=null", "--trainer.log_every_n_steps=1"]
+SET = [*RESERVED, *(flag.partition("=")[0] for flag in COUNTED), "--checkpoint.every_n_steps", "--trainer.max_steps"]
+SET += ["--trainer.max_time", "--trainer.val_check_interval"]  # the budget's, in place of fit's own
 STEPS_TIMED, STEPS_SKIPPED = 20, 5  # the first steps are slower than those that follow
 
 
@@ -150,6 +152,8 @@ def time_steps(run: Run, run_dir: Path) -> Line:
 def train(run: Run, run_dir: Path) -> Line:
     used = fit("lm", run.arguments, run_dir)
     curve = read_curve(run_dir)
+    if not curve:
+        raise InputError(f"the run {run_dir} was never validated: leave out --trainer.limit_val_batches 0")
     return {name: values[-1] for name, values in curve.items()} | used | {"curve": curve}
 
 
@@ -171,9 +175,9 @@ def draw(results: Mapping[str, Sequence[Line]], file: Path) -> None:
         for axes, along in zip(panels, ("tokens", "training_seconds"), strict=True):
             for curve in curves:
                 axes.plot(curve[along], curve["val_bits_per_byte"], color=color, linewidth=0.8, alpha=0.5)
-            middle = [
-                [fmean(values) for values in zip(*(curve[figure] for curve in curves), strict=True)]
-                for figure in (along, "val_bits_per_byte")
+            middle = [  # as far as all seeds came
+                [fmean(values) for values in zip(*(curve[name_of] for curve in curves), strict=False)]
+                for name_of in (along, "val_bits_per_byte")
             ]
             axes.plot(*middle, "o-", color=color, linewidth=1.8, markersize=4, label=name)
             axes.set_xlabel(along.replace("_", " "))
@@ -221,7 +225,7 @@ def compare(args: Sequence[str]) -> None:
     unit, budget = ("seconds", options.seconds) if options.tokens is None else ("tokens", options.tokens)
     out = options.out or Path("runs/recipes") / f"{budget:.10g}-{unit}"
 
-    flags = fit_flags(others, [*RESERVED, "--trainer.max_steps", "--trainer.val_check_interval"])
+    flags = fit_flags(others, SET)
     recipes = [prepare(config, flags) for config in configs or RECIPES]
     check_comparable(recipes)
     steps = [budget / cost for cost in costs(recipes, unit, options.seeds[0], out)]
@@ -244,7 +248,10 @@ def compare(args: Sequence[str]) -> None:
         f"Evaluated on {data.path}, evaluation {data.evaluation}.",
     ]
     if len({recipe.data.tokenizer.fingerprint for recipe in recipes}) > 1:
-        notes.append("The tokenizers differ: bits per byte is the fair measure, not the loss or perplexity of a token.")
+        notes.append(
+            "The tokenizers differ: bits per byte is the fair measure, not the loss or perplexity of a token, and "
+            "equal tokens are not equal text."
+        )
     header, rows = rows_of(results)
     write_table(out / "recipes", "Recipes", header, rows, notes)
     draw(results, out / "recipes.png")

@@ -55,6 +55,9 @@ def rows(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
+MUON = "--model.optimizer.muon_learning_rate=0.02"
+
+
 def refused(capsys: pytest.CaptureFixture, *args: str) -> str:
     """The one line on stderr with which a command ends that is given bad input."""
     capsys.readouterr()
@@ -132,6 +135,16 @@ def test_config_of_a_run_repeats_it_to_the_bit(trained: Path) -> None:
     again = Path("run-2")
     assert (again / "config.yaml").read_text() == (trained / "config.yaml").read_text()
     assert [row["train/loss"] for row in rows(again)] == [row["train/loss"] for row in rows(trained)]
+
+
+def test_another_optimizer_than_the_checkpoint_has_the_state_of_is_refused_and_changes_nothing(
+    trained: Path, stories: Path, capsys: pytest.CaptureFixture
+) -> None:
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    arguments = [f"--data.path={stories}", "--run_dir=run", *SMALL, "--trainer.max_steps=8", "--ckpt_path=last"]
+    error = refused(capsys, "fit", *arguments, MUON)
+    assert "muon_learning_rate 0.02" in error and "without Muon" in error
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
 
 
 def test_same_seed_gives_the_same_losses_and_another_seed_others(stories: Path) -> None:
@@ -231,8 +244,11 @@ def test_text_may_hold_markup_and_special_token_strings(trained: Path) -> None:
         (["--model.generation.weights=int4"], ["weights int4", "expected float32, bfloat16, int8 or null"]),
         (["--data.batch_size=2.5"], ["data.batch_size 2.5", "expected a whole number"]),
         (["--model.decoder.hiden_size=3"], ["hiden_size", "did you mean --model.decoder.hidden_size?"]),
+        (["--trainer.callbacks=EarlyStoping"], ["trainer.callbacks", "EarlyStoping", "Callback"]),
         (["--config=mistyped.yaml"], ["data.batch_sise", "did you mean data.batch_size?"]),
         (["--config=nowhere.yaml"], ["nowhere.yaml"]),
+        ([MUON, f"--config={CONFIGS / 'fsdp.yaml'}"], ["muon_learning_rate 0.02", "configs/ddp.yaml"]),
+        (["--trainer.max_steps=-1", "--trainer.max_epochs=-1"], ["schedule cosine", "--trainer.max_steps"]),
         (["--ckpt_path=nowhere.ckpt"], ["nowhere.ckpt"]),
         (["--trainer.max_steps=many"], ["many"]),
     ],

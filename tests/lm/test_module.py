@@ -8,9 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
-from torch.distributed.fsdp import fully_shard
 
-from experiment.errors import InputError
 from lm.callbacks import Perplexity
 from lm.data import TinyStories
 from lm.model import DecoderConfig
@@ -158,17 +156,6 @@ def test_checkpoint_loads_with_plain_values_only(tmp_path: Path) -> None:
     assert again.decoder.config == model.decoder.config
     ids = torch.arange(10)[None]
     assert torch.equal(again.eval()(ids), model.eval()(ids))
-
-
-def test_muon_is_refused_where_matrices_are_divided_among_processes() -> None:
-    model = LanguageModel(DecoderConfig(64, 8, 8, 1, 2), OptimizerConfig(muon_learning_rate=0.02))
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        fully_shard(model.decoder, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
-        with pytest.raises(InputError, match="muon_learning_rate"):
-            model.configure_optimizers()
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_only_matrices_decay() -> None:
