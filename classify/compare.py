@@ -210,7 +210,7 @@ def plot(name: str, out: Path, contenders: dict[str, Contender], results: dict[s
     from matplotlib import pyplot
 
     titles = [contenders[key].title for key in results]
-    figure, axes = pyplot.subplots(figsize=(8, 0.5 * len(titles) + 1.6), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8, 0.5 * len(titles) + 2), layout="constrained")
     for figure_name, offset, color in (("val_accuracy", 0.18, "C0"), ("test_accuracy", -0.18, "C1")):
         label = COLUMNS[figure_name][0].replace("accuracy", "").strip() or "validation"
         middles = [spread(lines, figure_name)[0] for lines in results.values()]
@@ -224,7 +224,7 @@ def plot(name: str, out: Path, contenders: dict[str, Contender], results: dict[s
     axes.invert_yaxis()
     axes.set_xlim(0.45, 1.0)
     axes.set_xlabel("accuracy")
-    axes.legend(fontsize="small", loc="lower right")
+    figure.legend(fontsize="small", loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(out / f"{name}.png", dpi=150)
     pyplot.close(figure)
 

@@ -169,8 +169,8 @@ def write_table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),  # narrow, since a pipe has 80 columns
     )
-    for name in header:
-        table.add_column(name, overflow="fold", min_width=max(map(len, name.split())))
+    for name, *values in zip(header, *rows, strict=True):
+        table.add_column(name, overflow="fold", min_width=max(map(len, " ".join([name, *values]).split())))
     for row in rows:
         table.add_row(*row)
     console.print(table)

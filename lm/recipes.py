@@ -4,9 +4,9 @@
 
 Each configuration is a recipe, by default report.yaml, llama2c.yaml and fast.yaml of configs/lm. It is trained by
 `python -m lm fit` for as many steps as the budget allows, so that its schedule ends with the budget, and validated
-along the way and at the end, all on the same text. Time is that of training, without validation; how long a step of each
-recipe takes is measured once. What is done is not run again; the table is printed, and written as Markdown, CSV and a
-plot. `report.yaml,mine.yaml` is the recipe report+mine: report.yaml with mine.yaml laid over it.
+along the way and at the end, all on the same text. Time is that of training, without validation; how long a step of
+each recipe takes is measured once. What is done is not run again; the table is printed, and written as Markdown, CSV
+and a plot. `report.yaml,mine.yaml` is the recipe report+mine: report.yaml with mine.yaml laid over it.
 """
 
 import itertools

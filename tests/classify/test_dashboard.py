@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import wandb
 import yaml
 
 from classify.__main__ import main
@@ -25,6 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, small_run: list[str]) -> Path:
     folder = tmp_path_factory.mktemp("dashboard") / "tiny"
     arguments = ["fit", f"--config={WANDB}", *small_run, *FLAGS, f"--run_dir={folder}", "--trainer.max_epochs=-1"]
     with pytest.MonkeyPatch.context() as patch:
+        wandb.teardown()  # it reads the environment once a process
         patch.setenv("WANDB_RUN_GROUP", "table1")
         main([*arguments, "--trainer.max_steps=4"])
         main([*arguments, "--trainer.max_steps=6", "--report=true", "--ckpt_path=last"])

@@ -8,6 +8,7 @@ import torch
 import yaml
 from wandb.proto.wandb_internal_pb2 import Record
 
+from experiment.hardware import default_precision
 from experiment.report import write_report
 from lm.__main__ import main
 from lm.decoding import STRATEGIES, distinct_share, output_perplexity, repeated_share
@@ -106,7 +107,7 @@ def test_run_keeps_its_commands_and_their_steps(run: Path) -> None:
     record = json.loads((run / "run.json").read_text())
     assert [(call["from_step"], call["to_step"]) for call in record["calls"]] == [(0, 4), (4, 6)]
     assert record["calls"][1]["command"].endswith("--ckpt_path=last")
-    assert record["environment"]["precision"] == "32-true"
+    assert record["environment"]["precision"] == default_precision("cpu")
 
 
 def test_fit_writes_the_report_unless_told_not_to(run: Path) -> None:
@@ -138,7 +139,7 @@ def test_decoding_is_compared_and_the_cache_changes_no_token(run: Path, capsys: 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere"], "holds no checkpoint"),
+        (["nowhere"], "nowhere does not exist"),
         (["tiny", "--max_new_tokens=0"], "max_new_tokens=0"),
         (["tiny", "--prompts=[" + "Tom had a ball " * 30 + "]"], "the model's context of 64"),
     ],
