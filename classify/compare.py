@@ -77,7 +77,7 @@ ABLATION = {
     ),
     "rate_two_epochs": Contender(
         "learning rate 5e-5, two epochs", "custom", (SMALL_RATE,),
-        "At that rate two epochs end before B has grown away from zero: this alone is the report's gap.",
+        "At that rate two epochs end before B has grown away from zero: most of the report's gap by itself.",
     ),
     "scaling": Contender(
         "no alpha / r scaling", "custom", ("--model.lora_alpha={r}",),
@@ -85,11 +85,11 @@ ABLATION = {
     ),
     "random_b": Contender(
         "B not zero", "custom", ("--model.init_lora_weights=false",),
-        "Training starts from a disturbed encoder instead of the pretrained one.",
+        "Training starts from a disturbed encoder, not the pretrained one, and recovers.",
     ),
     "frozen_head": Contender(
         "frozen classifier head", "custom", ("--model.modules_to_save=[]",),
-        "The adapters must bend the features towards a random head that can't move.",
+        "The adapters turn the features towards a random head that can't move: nothing is lost.",
     ),
     "eval_mode": Contender(
         "model left in eval mode", "custom", ("--model.dropout_active=false",),
@@ -97,13 +97,16 @@ ABLATION = {
     ),
     "mask": Contender(
         "missing attention mask", "custom", ("--model.ignore_padding=false", "--data.padding=max_length"),
-        "Padded positions are read as text; the shorter the review, the more they drown it.",
+        "Padded positions are read as text: little harm where few reviews are shorter than max_length.",
     ),
     "beginning": Contender(
         "only the beginning read", "custom", ("--data.truncation=head",),
         "Reviews give their verdict at the end, which is cut off.",
     ),
-    "report": Contender("all of the report's settings", "report", (), "The report's configuration as a whole."),
+    "report": Contender(
+        "all of the report's settings", "report", (),
+        "That rate, half as many steps, of twice as many reviews each, and only the beginning of reviews.",
+    ),
 }  # fmt: skip
 
 
