@@ -94,8 +94,8 @@ def perform(words: list[str]) -> None:
             perform(command_of(sweep, first, Path("runs/first"), ["--print_config"]))
         case [_, "-m", "lm.recipes", *args]:  # its runs take hours; shrunk ones are a test of their own
             call("lm.recipes", *args, "--help")
-        case [_, "-m", "classify.compare", "table1"]:
-            call("classify.compare", "table1", "--only=words", "--seeds=1", *CLASSIFY)
+        case [_, "-m", "classify.compare", "table1", *args]:
+            call("classify.compare", "table1", "--only=words", "--seeds=1", *args, *CLASSIFY)
         case [_, "-m", "classify.compare", "ablation"]:  # its many runs are given, the tables are made
             out = Path("runs/compare/ablation")
             out.mkdir(parents=True)
