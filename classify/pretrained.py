@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from classify.attention import use_fast_attention
 from experiment.errors import InputError
 from experiment.hub import look_for_hub
 
@@ -109,6 +110,7 @@ def load_classifier(
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+    use_fast_attention(model)
     # A head of another number of classes is replaced as well.
     new = set(report["missing_keys"]) | {entry[0] for entry in report["mismatched_keys"]}
     encoder = f"{model.base_model_prefix}."

@@ -1,0 +1,42 @@
+"""transformers' encoders with the attention of experiment/attention.py in the place of torch's kernel."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from experiment.attention import attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "tinylab"  # what transformers knows it by
+
+
+def use_fast_attention(model: "PreTrainedModel") -> None:
+    """Let a model that would use `scaled_dot_product_attention` choose at each call; others stay as they are."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
+        AttentionInterface.register(NAME, _forward)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        model.set_attn_implementation(NAME)
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Mixed values (B, T, heads, head_dim) of query, key and value (B, heads, T, head_dim)."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    plain = scaling in (None, query.shape[-1] ** -0.5) and not getattr(module, "is_causal", False)
+    if dropout or not plain:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    return attention(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
