@@ -2,8 +2,8 @@
 
 `scaled_dot_product_attention` is the fast kernel everywhere but there: its backward pass in bfloat16 takes up to four
 times as long as the same in plain products (one core with AVX512-BF16, 32 x 6 heads of 128 tokens: 70 ms forward and
-backward against 18). Here the probabilities are kept for the backward pass, (batch, heads, T, S) of them, so this is for
-sequences of up to `LONGEST` tokens; everything else, float32, GPUs and evaluation, goes to torch's kernel.
+backward against 18). Here the probabilities are kept for the backward pass, (batch, heads, T, S) of them, so this is
+for sequences of up to `LONGEST` tokens; everything else, float32, GPUs and evaluation, goes to torch's kernel.
 """
 
 import torch

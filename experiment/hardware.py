@@ -19,3 +19,18 @@ def fast_bfloat16(accelerator: str = "auto") -> bool:
 def default_precision(accelerator: str = "auto") -> str:
     """The trainer's precision where the user names none: ``bf16-mixed`` where that is fast, else ``32-true``."""
     return "bf16-mixed" if fast_bfloat16(accelerator) else "32-true"
+
+
+def can_compile(device_type: str) -> bool:
+    """Whether torch.compile finds what it needs here: a C++ compiler for a processor, Triton for a GPU."""
+    if device_type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            return bool(get_cpp_compiler())
+        except InvalidCxxCompiler:
+            return False
+    from torch.utils._triton import has_triton
+
+    return has_triton()

@@ -56,6 +56,8 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tenso
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
     """Turn the pairs of x (B, T, heads, head_dim) by tables (1 or B, T, 1, head_dim) of `lm.model.rotary_tables`."""
     half = x.shape[-1] // 2
+    if torch.compiler.is_compiling():  # one kernel, which writing in place would cut in three
+        return x * cos + torch.cat((x[..., half:], x[..., :half]), dim=-1) * sin
     out = torch.mul(x, cos, out=out)
     out[..., :half].addcmul_(x[..., half:], sin[..., :half])
     out[..., half:].addcmul_(x[..., :half], sin[..., half:])
@@ -63,7 +65,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Te
 
 
 def _call(function: type[torch.autograd.Function], *args: Any) -> Any:
-    return function.apply(*args) if torch.is_grad_enabled() else function.forward(*args)
+    by_hand = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return function.apply(*args) if by_hand else function.forward(*args)
 
 
 class _RMSNorm(torch.autograd.Function):

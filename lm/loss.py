@@ -49,11 +49,6 @@ def linear_cross_entropy(
         ValueError: If the shapes do not fit or chunk_size is not positive.
     """
     _check(hidden, weight, targets, weights, chunk_size)
-    if weights is not None and weights.device.type == "cpu":
-        # Ignored tokens need no logits. On other devices finding them would make the host wait.
-        counted = weights.nonzero().squeeze(1)
-        if len(counted) < len(weights):
-            hidden, targets, weights = hidden[counted], targets[counted], weights[counted]
     if not torch.is_grad_enabled():
         losses = token_losses(hidden, weight, targets, chunk_size)
         return losses.sum() if weights is None else (losses * weights).sum()
@@ -83,11 +78,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, weights, chunk_size):
         dtype = _product_dtype(hidden)
         wide = torch.promote_types(dtype, torch.float32)
-        num_tokens, vocab_size = len(hidden), len(weight)
+        order = _order(targets, weights)
+        num_tokens, vocab_size = len(targets) if order is None else len(order), len(weight)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-        losses = hidden.new_empty(num_tokens, dtype=wide)
+        loss = hidden.new_zeros((), dtype=wide)
         matrix = weight.to(dtype)
         blocks = _chunks(vocab_size, BLOCK_SIZE)
         # Made once: buffers of this size freed in each round would be faulted in again in the next.
@@ -95,15 +91,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         logits_buffer = hidden.new_empty(size * min(BLOCK_SIZE, vocab_size), dtype=wide)
         probs_buffer = hidden.new_empty(size * vocab_size, dtype=dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _chunks(num_tokens, chunk_size):
-                inputs, target = hidden[rows].to(dtype), targets[rows, None]
+            for chunk in _chunks(num_tokens, chunk_size):
+                rows = chunk if order is None else order[chunk]
+                inputs, target = hidden[rows].to(dtype), targets[rows].unsqueeze(1)
                 count = len(inputs)
                 log_sum = hidden.new_full((count, 1), -torch.inf, dtype=wide)  # log sum exp of the blocks so far
                 target_logit = torch.zeros_like(log_sum)
                 # Of all tokens but the target: the sum of their probabilities, and of their rows by these.
                 others, other_rows = torch.zeros_like(log_sum), torch.zeros_like(inputs, dtype=wide)
                 parts = []
-                for block in blocks:
+                for block, holders in zip(blocks, _holders(target, blocks), strict=True):
                     shape = count, block.stop - block.start
                     logits = logits_buffer[: shape[0] * shape[1]].view(shape)
                     probs = probs_buffer[count * block.start : count * block.stop].view(shape)
@@ -118,20 +115,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     # log sum exp = max - log(largest probability), which cannot underflow: it is at least 1 / V.
                     log_part = logits.amax(-1, keepdim=True) - largest.log()
                     parts.append((block, probs, log_part))
-                    # The target is taken out: its probability less 1 would be lost in rounding where it is near 1.
-                    place = (target - block.start).clamp(0, shape[1] - 1)
-                    inside = (target >= block.start) & (target < block.stop)
-                    target_logit = torch.where(inside, logits.gather(1, place), target_logit)
-                    probs.scatter_(1, place, probs.gather(1, place).masked_fill_(inside, 0))
+                    mass = torch.ones_like(log_sum)
+                    if holders.start < holders.stop:
+                        # The target is taken out: its probability less 1 would be lost in rounding where it is near 1.
+                        held, held_logit, place = probs[holders], target_logit[holders], target[holders] - block.start
+                        inside = (place >= 0) & (place < shape[1])
+                        place = place.clamp(0, shape[1] - 1)
+                        held_logit.copy_(torch.where(inside, logits[holders].gather(1, place), held_logit))
+                        held.scatter_(1, place, held.gather(1, place).masked_fill_(inside, 0))
+                        mass[holders] = held.sum(-1, keepdim=True, dtype=wide)
                     before, log_sum = log_sum, torch.logaddexp(log_sum, log_part)
                     old, new = (before - log_sum).exp_(), (log_part - log_sum).exp_()
-                    others.mul_(old).addcmul_(probs.sum(-1, keepdim=True, dtype=wide), new)
+                    others.mul_(old).addcmul_(mass, new)
                     if needs_hidden:
                         other_rows.mul_(old).addcmul_(probs @ matrix[block], new)
-                losses[rows] = (log_sum - target_logit).squeeze(1)
                 # The gradient of the logits is softmax minus one-hot. The weights of tokens, and what turns a block's
                 # softmax into that of all, are multiplied into thin (n, H) factors: no further pass over (n, V).
-                scale = 1.0 if weights is None else weights[rows, None].to(wide)
+                scale = 1.0 if weights is None else weights[rows].unsqueeze(1).to(wide)
+                loss += ((log_sum - target_logit) * scale).sum()
                 if needs_hidden:
                     grad_hidden[rows] = ((other_rows - matrix[target[:, 0]] * others) * scale).to(hidden.dtype)
                 if needs_weight:
@@ -146,13 +147,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if needs_weight:
             grad_weight = grad_weight.to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        return losses.sum() if weights is None else (losses * weights).sum()
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         grads = [None if grad is None else grad * grad_output.to(grad.dtype) for grad in ctx.saved_tensors]
         return *grads, None, None, None
+
+
+def _order(targets: Tensor, weights: Tensor | None) -> Tensor | None:
+    """The tokens that count, sorted by target, so that few chunks have targets in a block; None, which is all as they
+    stand, where finding them would make the host wait for the device."""
+    if targets.device.type != "cpu":
+        return None
+    order = targets.argsort(stable=True)
+    return order if weights is None else order[weights[order] != 0]
+
+
+def _holders(target: Tensor, blocks: list[slice]) -> list[slice]:
+    """For each block the rows whose target (n, 1) may stand in it: exactly these where they are sorted, else all."""
+    if target.device.type != "cpu":
+        return [slice(0, len(target))] * len(blocks)
+    ends = torch.tensor([block.stop for block in blocks])
+    stops = torch.searchsorted(target[:, 0].contiguous(), ends).tolist()
+    return [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:

@@ -17,6 +17,7 @@ kernel.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiment.attention import attention
 from lm.fused import attend_one, rms_norm, split_and_rotate, swiglu
 
 if TYPE_CHECKING:
@@ -174,14 +176,7 @@ class Attention(nn.Module):
         if torch.compiler.is_compiling() and mask is not None and x.shape[:2] == (1, 1):
             mixed = attend_one(query, key, value, mask)
         else:
-            mixed = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=mask,
-                is_causal=causal,
-                enable_gqa=self.num_heads != self.num_kv_heads,
-            )  # (B, heads, T, head_dim)
+            mixed = attention(query, key, value, mask, causal)  # (B, heads, T, head_dim)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -245,6 +240,7 @@ class Decoder(nn.Module):
         cos, sin = rotary_tables(config.max_sequence_length, config.head_dim, config.rope_theta)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        self.compiled_block: Callable[..., Tensor] | None = None
         self.initialize()
 
     @torch.no_grad()
@@ -266,6 +262,11 @@ class Decoder(nn.Module):
             else:
                 is_residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
                 parameter.normal_(0.0, residual_std if is_residual else 0.02)
+
+    def compile_blocks(self) -> None:
+        """Let training run its blocks in code that torch.compile makes at the first step: once for all of them, and for
+        sequences of any length, so that a run that goes on in another process computes the same to the bit."""
+        self.compiled_block = torch.compile(Block.__call__, dynamic=True)
 
     @property
     def head_weight(self) -> Tensor:
@@ -308,8 +309,9 @@ class Decoder(nn.Module):
         positions = slice(input_ids.shape[1]) if span is None else span.positions
         cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)  # (1 or B, T, 1, head_dim)
         x = self.dropout(self.embedding(input_ids))  # (B, T, H)
+        call = self.compiled_block if self.compiled_block is not None and self.training else Block.__call__
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, cache, span, layer)
+            x = call(block, x, cos, sin, cache, span, layer)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

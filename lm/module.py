@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torchmetrics import Metric
 
 from experiment.clipping import clip_gradients
+from experiment.console import console
 from experiment.errors import InputError
-from experiment.hardware import fast_bfloat16
+from experiment.hardware import can_compile, fast_bfloat16
 from lm.generation import CompilationError, GenerationConfig, generate
 from lm.loss import linear_cross_entropy, token_losses
 from lm.model import Decoder, DecoderConfig
@@ -77,12 +79,15 @@ class LanguageModel(LightningModule):
         decoder: DecoderConfig = DecoderConfig(),
         optimizer: OptimizerConfig = OptimizerConfig(),
         generation: GenerationConfig = GenerationConfig(),
+        compile: bool = False,
     ) -> None:
         """
         Args:
             decoder: The model's shape. Its vocab_size is that of the data's tokenizer.
             optimizer: The optimizer and its schedule.
             generation: How ``predict`` decodes.
+            compile: Train the blocks in code made by torch.compile at the first step, which takes some 20 s once; a
+                note, and the plain code, where there is no compiler.
         """
         super().__init__()
         # A checkpoint holds plain values, so that it can be read without running code; here they come back.
@@ -95,6 +100,7 @@ class LanguageModel(LightningModule):
         self.decoder = Decoder(decoder)
         self.optimizer_config = optimizer
         self.generation = generation
+        self.compile_blocks = compile
         self.sums = TokenSums()
         self.on_token: Callable[[int, int], None] | None = None  # sees (row, token id) while a story is written
         self._new_window()
@@ -113,6 +119,15 @@ class LanguageModel(LightningModule):
         register_fsdp_forward_method(self.decoder, "hidden_states")
 
     # training
+
+    def on_fit_start(self) -> None:
+        if self.compile_blocks and can_compile(self.device.type):
+            self.decoder.compile_blocks()
+        elif self.compile_blocks:
+            note = (
+                "note: model.compile finds no compiler here (g++; Triton on a GPU), so that training is a little slower"
+            )
+            rank_zero_only(console.print)(note)
 
     def _new_window(self) -> None:
         """Begin a window: the micro-batches of one optimizer step."""
@@ -169,6 +184,8 @@ class LanguageModel(LightningModule):
                 f"model.optimizer.muon_learning_rate {config.muon_learning_rate}: Muon needs whole matrices, which "
                 "this strategy divides among the processes; take configs/ddp.yaml, or set it to null"
             )
+        if self.compile_blocks and isinstance(trainer.strategy, ModelParallelStrategy):
+            raise InputError("model.compile true: this strategy divides the weights; give --model.compile false")
         if config.schedule != "constant" and trainer.max_steps == trainer.max_epochs == -1:
             raise InputError(
                 f"model.optimizer.schedule {config.schedule} needs an end to go down to: give --trainer.max_steps, or "

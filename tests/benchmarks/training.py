@@ -51,7 +51,7 @@ def tinylab(measured: Callable[..., None], work: Work) -> None:
     quiet_libraries()
     torch.manual_seed(0)
     optimizer = OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant", warmup_steps=0)
-    module = LanguageModel(work.decoder, optimizer)
+    module = LanguageModel(work.decoder, optimizer, compile=True)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator="cpu",

@@ -26,7 +26,7 @@ class Work:
     length: int = 128
     precision: str = "32-true"
     steps: int = 2  # of a measurement
-    warmup: int = 2
+    warmup: int = 4  # the first steps fault memory in, and compile
 
     @property
     def tokens(self) -> int:

@@ -71,6 +71,23 @@ def test_gradients_equal_transformers(variant):
         assert error < 1e-4, name
 
 
+def test_compiled_blocks_give_the_same_hidden_states_and_gradients():
+    """For sequences of several lengths, with one piece of code."""
+    decoder = make_decoder(scale=2.0, num_kv_heads=2).train()
+    results = {}
+    for compiled in (False, True):
+        if compiled:
+            decoder.compile_blocks()
+        for length in (8, 33):
+            hidden = decoder.hidden_states(random_ids(3, length))
+            decoder.zero_grad()
+            hidden.sin().sum().backward()
+            results[compiled, length] = [hidden, *(p.grad.clone() for p in decoder.parameters())]
+    for length in (8, 33):
+        for left, right in zip(results[True, length], results[False, length], strict=True):
+            assert (left - right).norm() <= 1e-5 * right.norm()
+
+
 @pytest.mark.parametrize("num_kv_heads", [6, 2])
 def test_training_stays_on_the_fused_attention_kernel(num_kv_heads):
     decoder = make_decoder(num_kv_heads=num_kv_heads, dropout=0.1).train()
