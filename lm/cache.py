@@ -1,5 +1,6 @@
 """The static key-value cache of the decoder in lm/model.py."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -119,12 +120,29 @@ class KeyValueCache:
         keys, values = self._layers[layer]
         return keys[:, :, : span.visible], values[:, :, : span.visible]
 
-    def next_span(self) -> CacheSpan:
-        """Plan for one more token a row, without `reserve`'s checks: tensors alone say where it goes, and attention
-        reads the whole capacity, so that all steps have the same shapes and share what was compiled for one."""
-        positions = self.lengths[:, None]
-        after = [held + 1 for held in self._lengths]
-        return CacheSpan(positions, positions, self.capacity, self._mask(positions, self.capacity), False, after, 1)
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` tokens a row."""
+        for layer in self._layers:
+            for i, stored in enumerate(layer):
+                layer[i] = stored.new_zeros(*stored.shape[:2], capacity + 1, stored.shape[3])
+                layer[i][:, :, : self.capacity] = stored[:, :, : self.capacity]
+        self.capacity = capacity
+
+    def mark_dynamic(self) -> None:
+        """Let torch.compile make code for every capacity at once."""
+        for stored in itertools.chain.from_iterable(self._layers):
+            torch._dynamo.mark_dynamic(stored, 2)
+
+    def next_span(self, positions: Tensor) -> CacheSpan:
+        """Plan for one more token a row at positions (B, 1), to be called within compiled code: tensors alone say where
+        it goes, and attention reads the whole capacity, so that all steps share what was compiled for one."""
+        slots = self._layers[0][0].shape[2] - 1
+        return CacheSpan(positions, positions, slots, self._mask(positions, slots), False, [], 1)
+
+    def advance_one(self) -> None:
+        """Count one more token a row."""
+        self.lengths += 1
+        self._lengths = [held + 1 for held in self._lengths]
 
     def advance(self, span: CacheSpan) -> None:
         """Count the tokens of a span once every layer has written them."""

@@ -38,19 +38,27 @@ def split_and_rotate(
     return _call(_SplitAndRotate, qkv, (num_heads, num_kv_heads, num_kv_heads), cos, sin)
 
 
-def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Attention of one token of one story, (1, heads, 1, head_dim), as sums that torch.compile joins with their
-    neighbours: for a single query the kernel of `scaled_dot_product_attention` takes longer to start than to run.
+def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of one token a story, on a processor: there, the kernel of `scaled_dot_product_attention` takes longer
+    to start than to run for a single story, and with a mask three times as long as plain products for many.
 
     Args:
-        query: (1, heads, 1, head_dim).
-        key: (1, kv_heads, S, head_dim).
+        query: (B, heads, 1, head_dim).
+        key: (B, kv_heads, S, head_dim).
         value: As key.
-        mask: (1, 1, 1, S), True where the token may look.
+        mask: (B, 1, 1, S), True where the token may look; None: everywhere.
+
+    Returns:
+        (B, heads, 1, head_dim).
     """
-    grouped = query.unflatten(1, (key.shape[1], -1)) * query.shape[-1] ** -0.5  # (1, kv_heads, group, 1, head_dim)
-    scores = (grouped * key.unsqueeze(2)).sum(-1).masked_fill(~mask, -torch.inf)
-    return (scores.softmax(-1).unsqueeze(-1) * value.unsqueeze(2)).sum(-2).flatten(1, 2).unsqueeze(2)
+    grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1)) * query.shape[-1] ** -0.5  # (B, kv_heads, group, D)
+    alone = len(query) == 1  # sums, which torch.compile joins with their neighbours
+    scores = (grouped.unsqueeze(3) * key.unsqueeze(2)).sum(-1) if alone else grouped @ key.mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    probs = scores.softmax(-1)  # (B, kv_heads, group, S)
+    mixed = (probs.unsqueeze(-1) * value.unsqueeze(2)).sum(-2) if alone else probs @ value
+    return mixed.flatten(1, 2).unsqueeze(2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:

@@ -22,11 +22,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lm.cache import CacheSpan, KeyValueCache
+from lm.cache import KeyValueCache
 from lm.model import Decoder
 from lm.quantization import WeightFormat, prepare
 from lm.sampling import filter_logits, penalize_repetition
 
+GROWTH = 64  # tokens that a cache read by compiled code gains at a time
 PACKED_FROM = 16  # tokens to come, from which laying out the matrices anew pays for itself
 
 
@@ -244,9 +245,8 @@ class _Cached:
         self.decoder = decoder
         longest = max((len(row.window) for row in rows), default=1)
         context = decoder.config.max_sequence_length
-        # The last token is never read back. Compiled code is made for one capacity.
-        self.capacity = context if config.compile else min(longest + config.max_new_tokens - 1, context)
-        self.compiled = _compiled_step() if config.compile else None
+        self.capacity = min(longest + config.max_new_tokens - 1, context)  # the last token is never read back
+        self.compiled = _compiled_step(decoder.embedding.weight.device.type) if config.compile else None
         self.compiled_rows = 0
         self.cache: KeyValueCache | None = None
         self.held: dict[int, int] = {}  # row index: tokens of its window in the cache
@@ -258,8 +258,10 @@ class _Cached:
             device, dtype = self.decoder.embedding.weight.device, self.decoder.embedding.weight.dtype
             if torch.is_autocast_enabled(device.type):
                 dtype = torch.get_autocast_dtype(device.type)
-            self.cache = KeyValueCache(self.decoder.config, len(rows), self.capacity, dtype, device)
             input_ids, lengths = _pad([row.window for row in rows], self.decoder)
+            # Compiled code reads the whole capacity, which therefore grows with the stories.
+            capacity = self.capacity if self.compiled is None else min(self.capacity, input_ids.shape[1] + GROWTH)
+            self.cache = KeyValueCache(self.decoder.config, len(rows), capacity, dtype, device)
         else:
             if len(rows) < len(self.held):
                 places = {index: place for place, index in enumerate(self.held)}
@@ -276,28 +278,33 @@ class _Cached:
         # After the first step of a batch its guards hold: the same decoder, cache and shapes. To check them again
         # would take a tenth of the time.
         known = len(input_ids) == self.compiled_rows
+        if max(self.held.values()) > self.cache.capacity:
+            self.cache.grow(min(self.cache.capacity + GROWTH, self.capacity))
+            known = False
+        if not known:
+            self.cache.mark_dynamic()
         self.compiled_rows = len(input_ids)
         with torch.compiler.set_stance(skip_guard_eval_unsafe=known):
-            span = self.cache.next_span()
             try:
-                logits = self.compiled(self.decoder, input_ids, self.cache, span)
+                logits = self.compiled(self.decoder, input_ids, self.cache, self.cache.lengths[:, None])
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 raise CompilationError(
                     "compile=True: torch.compile failed, for want of a C++ compiler perhaps; install g++ or leave "
                     "compile out"
                 ) from error
-        self.cache.advance(span)
+        self.cache.advance_one()
         return logits
 
 
-def _one_token(decoder: Decoder, input_ids: Tensor, cache: KeyValueCache, span: CacheSpan) -> Tensor:
-    return decoder.logits(decoder.run(input_ids, cache, span)[:, -1]).float()
+def _one_token(decoder: Decoder, input_ids: Tensor, cache: KeyValueCache, positions: Tensor) -> Tensor:
+    return decoder.logits(decoder.run(input_ids, cache, cache.next_span(positions))[:, -1]).float()
 
 
 @functools.cache
-def _compiled_step() -> Callable[[Decoder, Tensor, KeyValueCache, CacheSpan], Tensor]:
+def _compiled_step(device_type: str) -> Callable[[Decoder, Tensor, KeyValueCache, Tensor], Tensor]:
     """`_one_token` compiled once a process, for every decoder."""
-    return torch.compile(_one_token)
+    # On a processor a step is so short that allocating its results from Python takes a tenth of it.
+    return torch.compile(_one_token, options={"cpp_wrapper": True} if device_type == "cpu" else None)
 
 
 def _pad(windows: list[list[int]], decoder: Decoder) -> tuple[Tensor, Tensor | None]:
@@ -324,7 +331,7 @@ def _choose(logits: Tensor, rows: list[_Row], config: GenerationConfig) -> list[
     if config.repetition_penalty != 1:
         logits = penalize_repetition(logits, [row.token_ids for row in rows], config.repetition_penalty)
     if config.temperature == 0:
-        return logits.argmax(-1).tolist()
+        return _argmax(logits).tolist()
     # Divided by the temperature after the maximum is taken off, or a tiny temperature would overflow.
     logits = (logits - logits.amax(-1, keepdim=True)) / config.temperature
     logits = filter_logits(logits, config.top_k, config.top_p, config.min_p)
@@ -334,6 +341,16 @@ def _choose(logits: Tensor, rows: list[_Row], config: GenerationConfig) -> list[
     cumulative = logits.softmax(-1).cumsum(-1)
     reached = draws.to(logits.device)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, reached, right=True).squeeze(1).tolist()
+
+
+def _argmax(logits: Tensor, block_size: int = 64) -> Tensor:
+    """`logits.argmax(-1)` of logits (B, V), the first of equals: of blocks first, since torch compares the elements of
+    a row one by one, but takes the maxima of many short rows at the processor's full width."""
+    if logits.shape[-1] % block_size:
+        return logits.argmax(-1)
+    blocks = logits.unflatten(-1, (-1, block_size))
+    block = blocks.amax(-1).argmax(-1)
+    return block * block_size + blocks[torch.arange(len(logits), device=logits.device), block].argmax(-1)
 
 
 def _check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], sliding_window: bool) -> None:

@@ -173,7 +173,8 @@ class Attention(nn.Module):
             key, value = cache.write(layer, span, key, value)
             mask, causal = span.mask, span.causal
         query = query.transpose(1, 2)
-        if torch.compiler.is_compiling() and mask is not None and x.shape[:2] == (1, 1):
+        one = cache is not None and x.shape[1] == 1 and x.device.type == "cpu"
+        if one and (torch.compiler.is_compiling() if len(x) == 1 else mask is not None):
             mixed = attend_one(query, key, value, mask)
         else:
             mixed = attention(query, key, value, mask, causal)  # (B, heads, T, head_dim)

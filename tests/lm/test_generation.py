@@ -8,7 +8,7 @@ import torch
 import torch._inductor.config
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from lm.generation import GenerationConfig, generate
+from lm.generation import GenerationConfig, _argmax, generate
 from lm.model import Decoder, DecoderConfig
 from lm.sampling import filter_logits, penalize_repetition
 from tests.references import in_transformers
@@ -297,6 +297,13 @@ def test_decoding_in_bfloat16_works_with_and_without_cache():
     for rounded in (autocast, plain):
         same = sum(one[0] == other[0] for one, other in zip(rounded, exact, strict=True))
         assert same >= len(PROMPTS) - 1  # rounding may turn one first token, not more
+
+
+@pytest.mark.parametrize("vocab_size", [64, 100, 32768])
+def test_the_likeliest_token_is_the_first_of_the_largest_logits(vocab_size):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(-50, 50, (7, vocab_size), generator=generator).float()  # many equals
+    assert torch.equal(_argmax(logits), logits.argmax(-1))
 
 
 def test_the_compiled_step_gives_the_same_tokens():
