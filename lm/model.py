@@ -11,9 +11,9 @@ Two choices differ from the reference in form, not in value:
   one cast of each input under autocast. `lm.convert` splits them.
 - what stands between the products (`lm.fused`) has its gradient written out and keeps less for it.
 
-Training calls `scaled_dot_product_attention` with `is_causal` and no mask, which keeps it on the fused kernel
-of every device; dropout stands on the residual branches only: on attention weights it would leave that
-kernel.
+Training calls `scaled_dot_product_attention` with `is_causal` and no mask, which keeps it on the fused kernel of every
+device (but for bfloat16 on a processor: see experiment/attention.py); dropout stands on the residual branches only: on
+attention weights it would leave that kernel.
 """
 
 import math

@@ -26,6 +26,7 @@ SHRUNK = {
         "hidden_size": 16, "intermediate_size": 24, "num_layers": 1, "num_heads": 2, "max_sequence_length": 32
     },
     "model.generation": {"max_new_tokens": 8},
+    "model": {"compile": False},  # which has tests of its own, and takes long
     "trainer": {"accelerator": "cpu", "max_steps": 4, "val_check_interval": 2, "log_every_n_steps": 1},
     "checkpoint": {"every_n_steps": 2},
     "samples": {"every_n_steps": 2, "max_new_tokens": 4},
@@ -55,6 +56,7 @@ def rows(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
+COMPILE = "--model.compile=true"
 MUON = "--model.optimizer.muon_learning_rate=0.02"
 
 
@@ -248,6 +250,7 @@ def test_text_may_hold_markup_and_special_token_strings(trained: Path) -> None:
         (["--config=mistyped.yaml"], ["data.batch_sise", "did you mean data.batch_size?"]),
         (["--config=nowhere.yaml"], ["nowhere.yaml"]),
         ([MUON, f"--config={CONFIGS / 'fsdp.yaml'}"], ["muon_learning_rate 0.02", "configs/ddp.yaml"]),
+        ([COMPILE, f"--config={CONFIGS / 'fsdp.yaml'}"], ["model.compile true", "--model.compile false"]),
         (["--trainer.max_steps=-1", "--trainer.max_epochs=-1"], ["schedule cosine", "--trainer.max_steps"]),
         (["--ckpt_path=nowhere.ckpt"], ["nowhere.ckpt"]),
         (["--trainer.max_steps=many"], ["many"]),
