@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from experiment.attention import attention
+from experiment.attention import attention, by_hand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +36,7 @@ def _forward(
     """Mixed values (B, T, heads, head_dim) of query, key and value (B, heads, T, head_dim)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    plain = scaling in (None, query.shape[-1] ** -0.5) and not getattr(module, "is_causal", False)
-    if dropout or not plain:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    return attention(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
+    plain = scaling in (None, query.shape[-1] ** -0.5) and getattr(module, "is_causal", True) is False
+    if plain and not dropout and not {"is_causal", "position_bias"} & kwargs.keys() and by_hand(query, key, value):
+        return attention(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)

@@ -14,29 +14,33 @@ from torch.autograd.function import once_differentiable
 LONGEST = 512  # tokens; twice as many would keep four times the probabilities
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """`softmax(query key^T / sqrt(head_dim)) value` (Vaswani et al. 2017, arXiv:1706.03762, equation 1).
-
-    Scores are rounded to the type of query before their softmax, which is taken in float32.
-
-    Args:
-        query: (B, heads, T, head_dim).
-        key: (B, kv_heads, S, head_dim), kv_heads a divisor of heads: so many queries share one key (arXiv:2305.13245).
-        value: As key.
-        mask: (1 or B, 1, 1 or T, S) bool, True where a token may look; None: everywhere.
-        causal: Whether a token sees none after it; only without a mask.
-
-    Returns:
-        (B, heads, T, head_dim).
-    """
-    by_hand = (
-        query.dtype == torch.bfloat16
+def by_hand(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `attention` of these takes the written-out gradient; else it is torch's kernel."""
+    return (
+        query.dtype == key.dtype == value.dtype == torch.bfloat16
         and query.device.type == "cpu"
         and torch.is_grad_enabled()
         and query.requires_grad
         and key.shape[2] <= LONGEST
     )
-    if by_hand:
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """`softmax(query key^T / sqrt(head_dim)) value` (Vaswani et al. 2017, arXiv:1706.03762, equation 1).
+
+    By hand, scores are rounded to bfloat16 before their softmax, which is taken in float32.
+
+    Args:
+        query: (B, heads, T, head_dim).
+        key: (B, kv_heads, S, head_dim), kv_heads a divisor of heads: so many queries share one key (arXiv:2305.13245).
+        value: As key.
+        mask: (1 or B, 1, 1 or T, S) bool, True where a token may look, which is somewhere; None: everywhere.
+        causal: Whether a token sees none after it; only without a mask.
+
+    Returns:
+        (B, heads, T, head_dim).
+    """
+    if by_hand(query, key, value):
         return _Attention.apply(query, key, value, mask, causal)
     grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped)

@@ -1,5 +1,7 @@
 """What the machine at hand is good at."""
 
+import functools
+
 import torch
 
 
@@ -21,16 +23,12 @@ def default_precision(accelerator: str = "auto") -> str:
     return "bf16-mixed" if fast_bfloat16(accelerator) else "32-true"
 
 
+@functools.cache
 def can_compile(device_type: str) -> bool:
-    """Whether torch.compile finds what it needs here: a C++ compiler for a processor, Triton for a GPU."""
-    if device_type == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        try:
-            return bool(get_cpp_compiler())
-        except InvalidCxxCompiler:
-            return False
-    from torch.utils._triton import has_triton
-
-    return has_triton()
+    """Whether torch.compile finds what it needs here: a C++ compiler and Python's headers for a processor, Triton for a
+    GPU. It is tried, which takes some seconds the first time."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device_type))
+    except torch._dynamo.exc.BackendCompilerFailed:
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""The static key-value cache of the decoder in lm/model.py."""
+"""The key-value cache of the decoder in lm/model.py."""
 
 import itertools
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ class CacheSpan:
     visible: int  # attention reads the first `visible` slots
     mask: Tensor | None  # (1 or B, 1, T, visible), True where a token may look; None where `causal` suffices
     causal: bool
-    lengths: list[int]  # what the rows hold once the call is over
-    added: Tensor | int  # (B,) or one number for all: tokens that count
+    lengths: list[int] | None = None  # what the rows hold once the call is over
+    added: Tensor | int | None = None  # (B,) or one number for all: tokens that count
 
 
 class KeyValueCache:
-    """Keys and values of the tokens seen so far, in buffers allocated once.
+    """Keys and values of the tokens seen so far, in buffers of a fixed capacity, which `grow` alone changes.
 
     Rows may hold sequences of different lengths. What lies beyond a row's length is never visible. It is
     written in place, so use it under `torch.no_grad` or `torch.inference_mode`.
@@ -121,7 +121,7 @@ class KeyValueCache:
         return keys[:, :, : span.visible], values[:, :, : span.visible]
 
     def grow(self, capacity: int) -> None:
-        """Make room for `capacity` tokens a row."""
+        """Make room for `capacity` tokens a row, no fewer than now and at most the model's context."""
         for layer in self._layers:
             for i, stored in enumerate(layer):
                 layer[i] = stored.new_zeros(*stored.shape[:2], capacity + 1, stored.shape[3])
@@ -129,15 +129,18 @@ class KeyValueCache:
         self.capacity = capacity
 
     def mark_dynamic(self) -> None:
-        """Let torch.compile make code for every capacity at once."""
+        """Let torch.compile make code for every number of rows and every capacity at once."""
+        torch._dynamo.maybe_mark_dynamic(self.lengths, 0)
         for stored in itertools.chain.from_iterable(self._layers):
+            torch._dynamo.maybe_mark_dynamic(stored, 0)
             torch._dynamo.mark_dynamic(stored, 2)
 
-    def next_span(self, positions: Tensor) -> CacheSpan:
-        """Plan for one more token a row at positions (B, 1), to be called within compiled code: tensors alone say where
-        it goes, and attention reads the whole capacity, so that all steps share what was compiled for one."""
-        slots = self._layers[0][0].shape[2] - 1
-        return CacheSpan(positions, positions, slots, self._mask(positions, slots), False, [], 1)
+    def next_span(self) -> CacheSpan:
+        """Where one more token a row goes, to be called within compiled code: tensors alone say so, and attention reads
+        the whole capacity, so that all steps share what was compiled for one. Counted by `advance_one`."""
+        slots = self._layers[0][0].shape[2] - 1  # the capacity, which as a number would become part of the code
+        positions = self.lengths[:, None]
+        return CacheSpan(positions, positions, slots, self._mask(positions, slots), False)
 
     def advance_one(self) -> None:
         """Count one more token a row."""

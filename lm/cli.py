@@ -47,7 +47,7 @@ class LanguageCLI(ExperimentCLI):
             data.tokenizer = str(own)
 
     def before_fit(self) -> None:
-        self.model.check_optimizer(self.trainer)
+        self.model.check_trainer(self.trainer)
         self._check_state()
         super().before_fit()
         rank_zero_only(self.datamodule.tokenizer.save)(self.run_dir / "tokenizer")

@@ -38,7 +38,7 @@ def split_and_rotate(
     return _call(_SplitAndRotate, qkv, (num_heads, num_kv_heads, num_kv_heads), cos, sin)
 
 
-def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """Attention of one token a story, on a processor: there, the kernel of `scaled_dot_product_attention` takes longer
     to start than to run for a single story, and with a mask three times as long as plain products for many.
 
@@ -46,7 +46,7 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
         query: (B, heads, 1, head_dim).
         key: (B, kv_heads, S, head_dim).
         value: As key.
-        mask: (B, 1, 1, S), True where the token may look; None: everywhere.
+        mask: (B, 1, 1, S), True where the token may look.
 
     Returns:
         (B, heads, 1, head_dim).
@@ -54,9 +54,7 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
     grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1)) * query.shape[-1] ** -0.5  # (B, kv_heads, group, D)
     alone = len(query) == 1  # sums, which torch.compile joins with their neighbours
     scores = (grouped.unsqueeze(3) * key.unsqueeze(2)).sum(-1) if alone else grouped @ key.mT
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    probs = scores.softmax(-1)  # (B, kv_heads, group, S)
+    probs = scores.masked_fill(~mask, -torch.inf).softmax(-1)  # (B, kv_heads, group, S)
     mixed = (probs.unsqueeze(-1) * value.unsqueeze(2)).sum(-2) if alone else probs @ value
     return mixed.flatten(1, 2).unsqueeze(2)
 

@@ -262,6 +262,7 @@ class _Cached:
             # Compiled code reads the whole capacity, which therefore grows with the stories.
             capacity = self.capacity if self.compiled is None else min(self.capacity, input_ids.shape[1] + GROWTH)
             self.cache = KeyValueCache(self.decoder.config, len(rows), capacity, dtype, device)
+            self.compiled_rows = 0
         else:
             if len(rows) < len(self.held):
                 places = {index: place for place, index in enumerate(self.held)}
@@ -283,10 +284,11 @@ class _Cached:
             known = False
         if not known:
             self.cache.mark_dynamic()
+            torch._dynamo.maybe_mark_dynamic(input_ids, 0)
         self.compiled_rows = len(input_ids)
         with torch.compiler.set_stance(skip_guard_eval_unsafe=known):
             try:
-                logits = self.compiled(self.decoder, input_ids, self.cache, self.cache.lengths[:, None])
+                logits = self.compiled(self.decoder, input_ids, self.cache)
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 raise CompilationError(
                     "compile=True: torch.compile failed, for want of a C++ compiler perhaps; install g++ or leave "
@@ -296,12 +298,12 @@ class _Cached:
         return logits
 
 
-def _one_token(decoder: Decoder, input_ids: Tensor, cache: KeyValueCache, positions: Tensor) -> Tensor:
-    return decoder.logits(decoder.run(input_ids, cache, cache.next_span(positions))[:, -1]).float()
+def _one_token(decoder: Decoder, input_ids: Tensor, cache: KeyValueCache) -> Tensor:
+    return decoder.logits(decoder.run(input_ids, cache, cache.next_span())[:, -1]).float()
 
 
 @functools.cache
-def _compiled_step(device_type: str) -> Callable[[Decoder, Tensor, KeyValueCache, Tensor], Tensor]:
+def _compiled_step(device_type: str) -> Callable[[Decoder, Tensor, KeyValueCache], Tensor]:
     """`_one_token` compiled once a process, for every decoder."""
     # On a processor a step is so short that allocating its results from Python takes a tenth of it.
     return torch.compile(_one_token, options={"cpp_wrapper": True} if device_type == "cpu" else None)

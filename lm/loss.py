@@ -100,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # Of all tokens but the target: the sum of their probabilities, and of their rows by these.
                 others, other_rows = torch.zeros_like(log_sum), torch.zeros_like(inputs, dtype=wide)
                 parts = []
-                for block, holders in zip(blocks, _holders(target, blocks), strict=True):
+                for block, holders in zip(blocks, _holders(target, blocks, order is not None), strict=True):
                     shape = count, block.stop - block.start
                     logits = logits_buffer[: shape[0] * shape[1]].view(shape)
                     probs = probs_buffer[count * block.start : count * block.stop].view(shape)
@@ -165,9 +165,9 @@ def _order(targets: Tensor, weights: Tensor | None) -> Tensor | None:
     return order if weights is None else order[weights[order] != 0]
 
 
-def _holders(target: Tensor, blocks: list[slice]) -> list[slice]:
+def _holders(target: Tensor, blocks: list[slice], ordered: bool) -> list[slice]:
     """For each block the rows whose target (n, 1) may stand in it: exactly these where they are sorted, else all."""
-    if target.device.type != "cpu":
+    if not ordered:
         return [slice(0, len(target))] * len(blocks)
     ends = torch.tensor([block.stop for block in blocks])
     stops = torch.searchsorted(target[:, 0].contiguous(), ends).tolist()

@@ -173,8 +173,7 @@ class Attention(nn.Module):
             key, value = cache.write(layer, span, key, value)
             mask, causal = span.mask, span.causal
         query = query.transpose(1, 2)
-        one = cache is not None and x.shape[1] == 1 and x.device.type == "cpu"
-        if one and (torch.compiler.is_compiling() if len(x) == 1 else mask is not None):
+        if mask is not None and x.shape[1] == 1 and x.device.type == "cpu":
             mixed = attend_one(query, key, value, mask)
         else:
             mixed = attention(query, key, value, mask, causal)  # (B, heads, T, head_dim)
@@ -266,7 +265,7 @@ class Decoder(nn.Module):
 
     def compile_blocks(self) -> None:
         """Let training run its blocks in code that torch.compile makes at the first step: once for all of them, and for
-        sequences of any length, so that a run that goes on in another process computes the same to the bit."""
+        batches of any shape, so that a run that goes on in another process, from another batch, has the same code."""
         self.compiled_block = torch.compile(Block.__call__, dynamic=True)
 
     @property
@@ -310,7 +309,12 @@ class Decoder(nn.Module):
         positions = slice(input_ids.shape[1]) if span is None else span.positions
         cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)  # (1 or B, T, 1, head_dim)
         x = self.dropout(self.embedding(input_ids))  # (B, T, H)
-        call = self.compiled_block if self.compiled_block is not None and self.training else Block.__call__
+        call = Block.__call__
+        if self.compiled_block is not None and self.training:
+            call = self.compiled_block
+            # Else a length that equals a width by chance would be taken for it, and another length compiled anew.
+            for tensor in (x, cos, sin, self.cos, self.sin):
+                torch._dynamo.mark_static(tensor, tensor.ndim - 1)
         for layer, block in enumerate(self.blocks):
             x = call(block, x, cos, sin, cache, span, layer)
         return self.norm(x)

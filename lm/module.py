@@ -124,9 +124,7 @@ class LanguageModel(LightningModule):
         if self.compile_blocks and can_compile(self.device.type):
             self.decoder.compile_blocks()
         elif self.compile_blocks:
-            note = (
-                "note: model.compile finds no compiler here (g++; Triton on a GPU), so that training is a little slower"
-            )
+            note = "note: model.compile does not work here (no g++, Python headers or Triton): training in plain code"
             rank_zero_only(console.print)(note)
 
     def _new_window(self) -> None:
@@ -172,8 +170,8 @@ class LanguageModel(LightningModule):
         self.log("train/loss", loss_sum / tokens.clamp(min=1), prog_bar=True)
         self._new_window()
 
-    def check_optimizer(self, trainer: Trainer) -> None:
-        """See that the optimizer and its schedule suit the run.
+    def check_trainer(self, trainer: Trainer) -> None:
+        """See that the optimizer, its schedule and compiling suit the run.
 
         Raises:
             InputError: They do not.
@@ -193,7 +191,7 @@ class LanguageModel(LightningModule):
             )
 
     def configure_optimizers(self) -> dict[str, Any]:
-        self.check_optimizer(self.trainer)
+        self.check_trainer(self.trainer)
         total_steps = self.trainer.estimated_stepping_batches
         # Under 16-mixed the gradients must be unscaled before they are clipped, which a fused optimizer does too late.
         fused = self.trainer.precision != "16-mixed"

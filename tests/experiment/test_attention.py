@@ -54,6 +54,17 @@ def test_what_is_hidden_has_no_influence_and_no_gradient():
     assert torch.equal(attention(query, key, value, mask), attention(query, key, changed, mask))
 
 
+def test_inputs_of_different_types_under_autocast_stay_on_torchs_kernel():
+    """As a layer gives them that multiplies its result by a number in float32."""
+    query, key, value = make_inputs()[0]
+    inputs = [query, key, value.detach().float().requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = values_and_gradients(attention, inputs)
+        expected = values_and_gradients(F.scaled_dot_product_attention, inputs)
+    for left, right in zip(ours, expected, strict=True):
+        assert left.dtype == right.dtype and torch.equal(left, right)
+
+
 @pytest.mark.parametrize(("dtype", "length"), [(torch.float32, 7), (torch.bfloat16, LONGEST + 1)])
 def test_float32_and_long_sequences_stay_on_torchs_kernel(dtype, length):
     inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in make_inputs(keys=length, length=length)[0]]

@@ -1,5 +1,6 @@
 """Decoding against transformers' generate and against itself under other settings."""
 
+import copy
 import itertools
 import math
 
@@ -10,6 +11,7 @@ from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsW
 
 from lm.generation import GenerationConfig, _argmax, generate
 from lm.model import Decoder, DecoderConfig
+from lm.quantization import quantize
 from lm.sampling import filter_logits, penalize_repetition
 from tests.references import in_transformers
 
@@ -306,12 +308,30 @@ def test_the_likeliest_token_is_the_first_of_the_largest_logits(vocab_size):
     assert torch.equal(_argmax(logits), logits.argmax(-1))
 
 
-def test_the_compiled_step_gives_the_same_tokens():
-    """One layer, as compiling takes long; past the context, so that the cache is filled anew."""
+def test_the_compiled_step_gives_the_same_tokens(monkeypatch):
+    """One layer, as compiling takes long; the cache grows, rows leave it, and it is filled anew past the context."""
+    monkeypatch.setattr("lm.generation.GROWTH", 5)
     decoder = make_decoder(num_layers=1, num_kv_heads=2)
-    settings = {"temperature": 1.0, "max_new_tokens": 100, "sliding_window": True}
+    settings = {"temperature": 1.0, "max_new_tokens": 100, "sliding_window": True, "eos_id": 7}
+    lengths = set()
     for prompts in PROMPTS[:1], PROMPTS[1:4]:  # several rows go through matrices that oneDNN has packed
-        assert tokens(decoder, prompts, **settings, compile=True) == tokens(decoder, prompts, **settings)
+        stories = tokens(decoder, prompts, **settings)
+        lengths |= set(map(len, stories))
+        assert tokens(decoder, prompts, **settings, compile=True) == stories
+    assert len(lengths) == 4 and max(lengths) > CONTEXT
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_the_compiled_step_reads_weights_of_fewer_bits(weights):
+    decoder = make_decoder(num_layers=1, vocab_size=64)
+    rounded = copy.deepcopy(decoder)
+    with torch.no_grad():
+        for name, parameter in rounded.named_parameters():
+            if parameter.ndim == 2 and name != "embedding.weight":
+                quantized, scale = quantize(parameter)
+                exact = parameter.bfloat16().float() if weights == "bfloat16" else quantized * scale[:, None]
+                parameter.copy_(exact)
+    assert tokens(decoder, PROMPTS[:1], weights=weights, compile=True) == tokens(rounded, PROMPTS[:1])
 
 
 def test_a_missing_compiler_is_one_clear_line():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 from lm.cache import KeyValueCache
@@ -71,21 +72,27 @@ def test_gradients_equal_transformers(variant):
         assert error < 1e-4, name
 
 
-def test_compiled_blocks_give_the_same_hidden_states_and_gradients():
-    """For sequences of several lengths, with one piece of code."""
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_compiled_blocks_give_the_same_hidden_states_and_gradients(dtype, tolerance):
+    """For batches of several shapes and for all layers, with one piece of code."""
     decoder = make_decoder(scale=2.0, num_kv_heads=2).train()
-    results = {}
-    for compiled in (False, True):
-        if compiled:
-            decoder.compile_blocks()
-        for length in (8, 33):
-            hidden = decoder.hidden_states(random_ids(3, length))
-            decoder.zero_grad()
-            hidden.sin().sum().backward()
-            results[compiled, length] = [hidden, *(p.grad.clone() for p in decoder.parameters())]
-    for length in (8, 33):
-        for left, right in zip(results[True, length], results[False, length], strict=True):
-            assert (left - right).norm() <= 1e-5 * right.norm()
+
+    def outcome(batch_size: int, length: int) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            hidden = decoder.hidden_states(random_ids(batch_size, length))
+        decoder.zero_grad()
+        hidden.sin().sum().backward()
+        return [hidden, *(parameter.grad.clone() for parameter in decoder.parameters())]
+
+    shapes = (3, 8), (5, 33)
+    plain = [outcome(*shape) for shape in shapes]
+    torch._dynamo.reset()
+    counters["stats"].clear()
+    decoder.compile_blocks()
+    for expected, shape in zip(plain, shapes, strict=True):
+        for left, right in zip(outcome(*shape), expected, strict=True):
+            assert (left - right).norm() <= tolerance * right.norm()
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("num_kv_heads", [6, 2])
