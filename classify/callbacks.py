@@ -164,7 +164,7 @@ Sorts English film reviews into {", ".join(h.label_names)}. Trained with {by}; t
 |---|---|
 | base model | {h.name} |
 | data | {data.path}: {data.sizes["train"] or "all"} reviews, seed {data.seed} |
-| text | at most {data.max_length} tokens, truncation {data.truncation} |
+| text | at most {data.max_length} tokens, {data.eval_max_length} in evaluation, truncation {data.truncation} |
 | adapter | r {h.r}, alpha {h.lora_alpha:g}, dropout {h.lora_dropout:g}, on {h.target_modules} |
 | trained in full | {", ".join(h.modules_to_save)} |
 | trainable parameters | {trainable:,} of {total:,} |

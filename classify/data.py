@@ -96,6 +96,7 @@ class IMDB(ResumableDataModule):
         validation_size: int | None = 1000,
         test_size: int | None = 1000,
         max_length: int = 256,
+        eval_max_length: int | None = None,
         padding: Padding = "longest",
         truncation: Truncation = "head",
         batch_size: int = 16,
@@ -113,6 +114,7 @@ class IMDB(ResumableDataModule):
             validation_size: Reviews to draw for validation; null takes all of a split the source has.
             test_size: Reviews to draw for testing; null takes all of a split the source has.
             max_length: Tokens a review at most, with the two special ones.
+            eval_max_length: The same outside of training, where more costs little; null: max_length.
             padding: To the longest of the batch, batches drawn by length; or all to max_length.
             truncation: The part of a longer review that is kept: its head, its tail, or both ends.
             batch_size: Reviews a training step and process.
@@ -127,10 +129,12 @@ class IMDB(ResumableDataModule):
         self.order_seed = seed if order_seed is None else order_seed
         self.sizes = dict(zip(SPLITS, (train_size, validation_size, test_size), strict=True))
         self.max_length, self.padding, self.truncation = max_length, padding, truncation
+        self.eval_max_length = max_length if eval_max_length is None else eval_max_length
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.given_label_names = label_names
         for name, value, least in (
-            ("max_length", max_length, 3), ("batch_size", batch_size, 1), ("eval_batch_size", eval_batch_size, 1),
+            ("max_length", max_length, 3), ("eval_max_length", self.eval_max_length, 3),
+            ("batch_size", batch_size, 1), ("eval_batch_size", eval_batch_size, 1),
             *((f"{split}_size", size, 2) for split, size in self.sizes.items() if size is not None),
         ):  # fmt: skip
             if value < least:
@@ -197,7 +201,8 @@ class IMDB(ResumableDataModule):
                 np.load(self.folder / f"{stem}_{part}.npy") for part in ("tokens", "offsets", "labels")
             )
         special = (self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id)
-        return TokenizedReviews(tokens, offsets, labels, special, self.max_length, self.padding, self.truncation)
+        max_length = self.max_length if split == "train" else self.eval_max_length
+        return TokenizedReviews(tokens, offsets, labels, special, max_length, self.padding, self.truncation)
 
     def train_dataloader(self) -> DataLoader:
         dataset = self.dataset("train")

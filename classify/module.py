@@ -143,8 +143,10 @@ class ReviewClassifier(LightningModule):
         longest = getattr(self.model.config, "max_position_embeddings", None)
         if data is None or not hasattr(data, "tokenizer"):
             return
-        if longest is not None and data.max_length > longest:
-            raise InputError(f"data.max_length {data.max_length} is more than the {longest} positions of the model")
+        for option in ("max_length", "eval_max_length"):
+            if longest is not None and getattr(data, option) > longest:
+                value = getattr(data, option)
+                raise InputError(f"data.{option} {value} is more than the {longest} positions of the model")
         if len(data.tokenizer) > self.model.config.vocab_size:
             raise InputError(
                 f"data.tokenizer {data.tokenizer_name!r} has {len(data.tokenizer)} tokens, the model "

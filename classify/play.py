@@ -61,7 +61,8 @@ class Critic:
         file = checkpoint.resolve().parent.parent / CONFIG
         try:
             data = yaml.safe_load(file.read_text(encoding="utf-8"))["data"]
-            self.max_length, self.truncation = data["max_length"], data["truncation"]
+            self.max_length = data.get("eval_max_length") or data["max_length"]
+            self.truncation = data["truncation"]
             self.tokenizer = load_tokenizer(data["tokenizer"] or self.module.hparams.name)
         except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
             raise InputError(f"{file} does not tell how {checkpoint} reads texts: expected the run's own") from error
@@ -116,9 +117,7 @@ def show(critic: Critic, text: str) -> str:
     notes = [f'<span class="legend"><i style="background: var(--for)"></i>spoke for {escaped(label)}</span>',
              '<span class="legend"><i style="background: var(--against)"></i>spoke against</span>']  # fmt: skip
     if verdict.kept < verdict.tokens:
-        notes.append(
-            f"<span>cut to max_length {critic.max_length}: {verdict.kept} of {verdict.tokens} tokens were read</span>"
-        )
+        notes.append(f"<span>cut to {critic.max_length} tokens: {verdict.kept} of {verdict.tokens} were read</span>")
     if not critic.checkpoint.is_file():
         notes.append("<span>its checkpoint is gone from the disk: this came from memory</span>")
     return (

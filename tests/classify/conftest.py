@@ -53,6 +53,7 @@ def small_run(tiny_bert: Path) -> list[str]:
         "--data.validation_size=20",
         "--data.test_size=12",
         "--data.max_length=32",
+        "--data.eval_max_length=40",
         "--data.batch_size=8",
         "--trainer.accelerator=cpu",
         "--trainer.max_epochs=1",

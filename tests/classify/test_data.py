@@ -43,6 +43,12 @@ def test_truncation_keeps_the_head_the_tail_or_both_ends(truncation, kept):
     assert dataset(truncation=truncation)[[0]]["input_ids"].tolist() == [[1, 10, 11, 12, 13, 2]]
 
 
+def test_evaluation_may_read_more_of_a_review_than_training(tiny_bert):
+    data = IMDB("demo", str(tiny_bert), 48, 21, 12, max_length=10, eval_max_length=24)
+    widths = {split: data.dataset(split).lengths.max() for split in ("train", "validation", "test")}
+    assert widths == {"train": 10, "validation": 24, "test": 24}
+
+
 @pytest.mark.parametrize("lengths", [None, LENGTHS])
 def test_an_epoch_holds_each_review_once_in_another_order_each_time(lengths):
     plan = training_plan(1000, 16, 1, lengths, (0, 0))

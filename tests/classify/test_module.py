@@ -204,6 +204,7 @@ def refused(capsys, *args: str) -> str:
         (["--model.learning_rate=0"], "learning_rate"),
         (["--model.warmup=1"], "warmup"),
         (["--data.max_length=65"], "max_length 65.*64 positions"),
+        (["--data.eval_max_length=65"], "eval_max_length 65.*64 positions"),
         (["--data.train_size=100000"], "train_size"),
         (["--model.adapter=qlora"], "custom"),
     ],

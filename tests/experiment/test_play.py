@@ -205,7 +205,7 @@ def test_a_long_review_is_judged_by_what_the_run_reads_of_it(runs: Path) -> None
     critic = Critic("custom", runs / "custom" / "checkpoints" / "best.ckpt")
     words = ["brilliant", "dull"] * 20
     page = show_verdict(critic, " ".join(words))
-    assert f"cut to max_length {MAX_LENGTH}: 22 of 40 tokens were read" in page
+    assert f"cut to {MAX_LENGTH} tokens: 22 of 40 were read" in page
     (pale,) = re.findall('<span class="cut">(.*?)</span>', page)
     assert pale.split() == words[11:-11]
     ids = critic.tokenizer(" ".join(words[:11] + words[-11:]), return_tensors="pt")
