@@ -105,6 +105,20 @@ class KeyValueCache:
         slots = positions if lengths is None else positions.masked_fill(new >= added[:, None], self.capacity)
         return CacheSpan(positions.clamp(max=self.capacity - 1), slots, visible, mask, False, after, added)
 
+    @classmethod
+    def of(cls, buffers: Sequence[Tensor], lengths: Tensor) -> "KeyValueCache":
+        """The cache that consists of these tensors, for code that is given tensors alone: of it, `next_span` and
+        `write` may be called."""
+        cache = cls.__new__(cls)
+        cache._layers = [list(buffers[i : i + 2]) for i in range(0, len(buffers), 2)]
+        cache.lengths = lengths
+        return cache
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """Keys and values of each layer in turn, (B, kv_heads, capacity + 1, head_dim)."""
+        return list(itertools.chain.from_iterable(self._layers))
+
     @staticmethod
     def _mask(positions: Tensor, visible: int) -> Tensor:
         return (torch.arange(visible, device=positions.device) <= positions[:, :, None])[:, None]
@@ -131,20 +145,20 @@ class KeyValueCache:
     def mark_dynamic(self) -> None:
         """Let torch.compile make code for every number of rows and every capacity at once."""
         torch._dynamo.maybe_mark_dynamic(self.lengths, 0)
-        for stored in itertools.chain.from_iterable(self._layers):
+        for stored in self.buffers:
             torch._dynamo.maybe_mark_dynamic(stored, 0)
             torch._dynamo.mark_dynamic(stored, 2)
 
     def next_span(self) -> CacheSpan:
         """Where one more token a row goes, to be called within compiled code: tensors alone say so, and attention reads
-        the whole capacity, so that all steps share what was compiled for one. Counted by `advance_one`."""
+        the whole capacity, so that all steps share what was compiled for one. That code adds 1 to `lengths`; on the
+        host, `advance_one` counts."""
         slots = self._layers[0][0].shape[2] - 1  # the capacity, which as a number would become part of the code
         positions = self.lengths[:, None]
         return CacheSpan(positions, positions, slots, self._mask(positions, slots), False)
 
     def advance_one(self) -> None:
-        """Count one more token a row."""
-        self.lengths += 1
+        """Count one more token a row that compiled code has written."""
         self._lengths = [held + 1 for held in self._lengths]
 
     def advance(self, span: CacheSpan) -> None:

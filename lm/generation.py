@@ -11,7 +11,6 @@ again. The window is cut once it is full, not shifted at each step, because a sh
 would have to be recomputed; cached and recomputed decoding see the same windows.
 """
 
-import functools
 import hashlib
 import math
 from collections import Counter
@@ -23,16 +22,13 @@ import torch
 from torch import Tensor
 
 from lm.cache import KeyValueCache
+from lm.compilation import CompiledStep
 from lm.model import Decoder
 from lm.quantization import WeightFormat, prepare
-from lm.sampling import filter_logits, penalize_repetition
+from lm.sampling import filter_logits, likeliest, penalize_repetition
 
 GROWTH = 64  # tokens that a cache read by compiled code gains at a time
 PACKED_FROM = 16  # tokens to come, from which laying out the matrices anew pays for itself
-
-
-class CompilationError(ValueError):
-    """The decoding step could not be compiled on this machine."""
 
 
 @dataclass
@@ -55,7 +51,7 @@ class GenerationConfig:
         weights: How the decoder's matrices are stored while decoding, on a processor: "bfloat16" and "int8" read a
             half and a quarter of the bytes and change the story a little (see lm/quantization.py); null leaves them.
         compile: Compile the step of one token with torch.compile: fewer and faster kernels, the same tokens. Needs a
-            C++ compiler, the cache, and about half a minute for the first story of a process.
+            C++ compiler, the cache, and about half a minute once (see lm/compilation.py).
 
     Raises:
         ValueError: If a number is out of range.
@@ -148,11 +144,11 @@ def generate(
         next_logits = _Cached(fast, rows, config) if config.use_cache else _Recomputed(fast)
         active = rows
         while active:
-            logits = next_logits(active)
+            logits, greedy = next_logits(active)
             if on_logits is not None:
                 for row, of_row in zip(active, logits, strict=True):
                     on_logits(row.index, of_row)
-            for row, token in zip(active, _choose(logits, active, config), strict=True):
+            for row, token in zip(active, _choose(logits, greedy, active, config), strict=True):
                 row.add(token)
                 row.finish_reason = _finish_reason(row, decoder, config, eos_id, decode)
                 if on_token is not None:
@@ -232,8 +228,8 @@ class _Recomputed:
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
 
-    def __call__(self, rows: list[_Row]) -> Tensor:
-        """(B, V) in float32."""
+    def __call__(self, rows: list[_Row]) -> tuple[Tensor, Tensor]:
+        """(B, V) in float32, and the likeliest tokens (B,)."""
         input_ids, lengths = _pad([row.window for row in rows], self.decoder)
         return _last_logits(self.decoder, self.decoder.hidden_states(input_ids), lengths)
 
@@ -246,13 +242,12 @@ class _Cached:
         longest = max((len(row.window) for row in rows), default=1)
         context = decoder.config.max_sequence_length
         self.capacity = min(longest + config.max_new_tokens - 1, context)  # the last token is never read back
-        self.compiled = _compiled_step(decoder.embedding.weight.device.type) if config.compile else None
-        self.compiled_rows = 0
+        self.compiled = CompiledStep(decoder, len(rows)) if config.compile and rows else None
         self.cache: KeyValueCache | None = None
         self.held: dict[int, int] = {}  # row index: tokens of its window in the cache
 
-    def __call__(self, rows: list[_Row]) -> Tensor:
-        """(B, V) in float32."""
+    def __call__(self, rows: list[_Row]) -> tuple[Tensor, Tensor]:
+        """(B, V) in float32, and the likeliest tokens (B,)."""
         if any(len(row.window) != self.held.get(row.index, -1) + 1 for row in rows):
             # At the start, and again where a window was cut: its keys hold old positions.
             device, dtype = self.decoder.embedding.weight.device, self.decoder.embedding.weight.dtype
@@ -262,7 +257,6 @@ class _Cached:
             # Compiled code reads the whole capacity, which therefore grows with the stories.
             capacity = self.capacity if self.compiled is None else min(self.capacity, input_ids.shape[1] + GROWTH)
             self.cache = KeyValueCache(self.decoder.config, len(rows), capacity, dtype, device)
-            self.compiled_rows = 0
         else:
             if len(rows) < len(self.held):
                 places = {index: place for place, index in enumerate(self.held)}
@@ -271,42 +265,13 @@ class _Cached:
         refilled = input_ids.shape[1] > 1 or not self.held
         self.held = {row.index: len(row.window) for row in rows}
         if self.compiled is not None and not refilled:
-            return self._step(input_ids)
+            if max(self.held.values()) > self.cache.capacity:
+                self.cache.grow(min(self.cache.capacity + GROWTH, self.capacity))
+            result = self.compiled(input_ids, self.cache)
+            self.cache.advance_one()
+            return result
         hidden = self.decoder.hidden_states(input_ids, self.cache, lengths)
         return _last_logits(self.decoder, hidden, lengths)
-
-    def _step(self, input_ids: Tensor) -> Tensor:
-        # After the first step of a batch its guards hold: the same decoder, cache and shapes. To check them again
-        # would take a tenth of the time.
-        known = len(input_ids) == self.compiled_rows
-        if max(self.held.values()) > self.cache.capacity:
-            self.cache.grow(min(self.cache.capacity + GROWTH, self.capacity))
-            known = False
-        if not known:
-            self.cache.mark_dynamic()
-            torch._dynamo.maybe_mark_dynamic(input_ids, 0)
-        self.compiled_rows = len(input_ids)
-        with torch.compiler.set_stance(skip_guard_eval_unsafe=known):
-            try:
-                logits = self.compiled(self.decoder, input_ids, self.cache)
-            except torch._dynamo.exc.BackendCompilerFailed as error:
-                raise CompilationError(
-                    "compile=True: torch.compile failed, for want of a C++ compiler perhaps; install g++ or leave "
-                    "compile out"
-                ) from error
-        self.cache.advance_one()
-        return logits
-
-
-def _one_token(decoder: Decoder, input_ids: Tensor, cache: KeyValueCache) -> Tensor:
-    return decoder.logits(decoder.run(input_ids, cache, cache.next_span())[:, -1]).float()
-
-
-@functools.cache
-def _compiled_step(device_type: str) -> Callable[[Decoder, Tensor, KeyValueCache], Tensor]:
-    """`_one_token` compiled once a process, for every decoder."""
-    # On a processor a step is so short that allocating its results from Python takes a tenth of it.
-    return torch.compile(_one_token, options={"cpp_wrapper": True} if device_type == "cpu" else None)
 
 
 def _pad(windows: list[list[int]], decoder: Decoder) -> tuple[Tensor, Tensor | None]:
@@ -319,21 +284,24 @@ def _pad(windows: list[list[int]], decoder: Decoder) -> tuple[Tensor, Tensor | N
     return input_ids, torch.tensor([len(window) for window in windows], device=device)
 
 
-def _last_logits(decoder: Decoder, hidden: Tensor, lengths: Tensor | None) -> Tensor:
-    """Logits (B, V), float32, of each row's last hidden state: the head is the dearest product of a step."""
+def _last_logits(decoder: Decoder, hidden: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Logits (B, V), float32, of each row's last hidden state, for the head is the dearest product of a step; and the
+    likeliest tokens (B,)."""
     rows = torch.arange(len(hidden), device=hidden.device)
     last = hidden[:, -1] if lengths is None else hidden[rows, lengths - 1]
-    return decoder.logits(last).float()
+    logits = decoder.logits(last).float()
+    return logits, likeliest(logits)
 
 
-def _choose(logits: Tensor, rows: list[_Row], config: GenerationConfig) -> list[int]:
-    """The next token of each row."""
-    if not logits.amax(-1).isfinite().all():
+def _choose(logits: Tensor, greedy: Tensor, rows: list[_Row], config: GenerationConfig) -> list[int]:
+    """The next token of each row, of its logits and their likeliest token."""
+    tokens = greedy.tolist()
+    if min(tokens) < 0:
         raise ValueError("the decoder's logits are not finite: its weights are broken; use an earlier checkpoint")
     if config.repetition_penalty != 1:
         logits = penalize_repetition(logits, [row.token_ids for row in rows], config.repetition_penalty)
     if config.temperature == 0:
-        return _argmax(logits).tolist()
+        return tokens if config.repetition_penalty == 1 else likeliest(logits).tolist()
     # Divided by the temperature after the maximum is taken off, or a tiny temperature would overflow.
     logits = (logits - logits.amax(-1, keepdim=True)) / config.temperature
     logits = filter_logits(logits, config.top_k, config.top_p, config.min_p)
@@ -343,16 +311,6 @@ def _choose(logits: Tensor, rows: list[_Row], config: GenerationConfig) -> list[
     cumulative = logits.softmax(-1).cumsum(-1)
     reached = draws.to(logits.device)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, reached, right=True).squeeze(1).tolist()
-
-
-def _argmax(logits: Tensor, block_size: int = 64) -> Tensor:
-    """`logits.argmax(-1)` of logits (B, V), the first of equals: of blocks first, since torch compares the elements of
-    a row one by one, but takes the maxima of many short rows at the processor's full width."""
-    if logits.shape[-1] % block_size:
-        return logits.argmax(-1)
-    blocks = logits.unflatten(-1, (-1, block_size))
-    block = blocks.amax(-1).argmax(-1)
-    return block * block_size + blocks[torch.arange(len(logits), device=logits.device), block].argmax(-1)
 
 
 def _check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], sliding_window: bool) -> None:

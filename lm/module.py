@@ -17,7 +17,8 @@ from experiment.clipping import clip_gradients
 from experiment.console import console
 from experiment.errors import InputError
 from experiment.hardware import can_compile, fast_bfloat16
-from lm.generation import CompilationError, GenerationConfig, generate
+from lm.compilation import CompilationError
+from lm.generation import GenerationConfig, generate
 from lm.loss import linear_cross_entropy, token_losses
 from lm.model import Decoder, DecoderConfig
 from lm.optim import OptimizerConfig, learning_rate_factor, make_optimizer

@@ -61,15 +61,17 @@ class DecodingLinear(nn.Module):
 
     def __init__(self, weight: Tensor, format: WeightFormat) -> None:
         super().__init__()
-        self.scale: Tensor | None = None
+        self.format = format
         self.packed: Tensor | None = None
         if format == "int8":
             quantized, scale = quantize(weight)
             # torch's kernel reads whole blocks, past the end of a row that is not of such a length.
             self.padding = -weight.shape[1] % BLOCK
-            self.weight, self.scale = F.pad(quantized, (0, self.padding)), scale.bfloat16()
+            weight, scale = F.pad(quantized, (0, self.padding)), scale.bfloat16()
         else:
-            self.weight = weight.detach().to(getattr(torch, format))
+            weight, scale = weight.detach().to(getattr(torch, format)), None
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
 
     def pack(self) -> None:
         """Make products with several rows fast, for a copy of the matrix."""
@@ -91,6 +93,12 @@ class DecodingLinear(nn.Module):
         return product.view(*x.shape[:-1], -1)
 
 
+def weight_format(decoder: Decoder) -> WeightFormat | None:
+    """How a decoder that `prepare` made stores its matrices; None of any other."""
+    layer = decoder.blocks[0].attention.qkv
+    return layer.format if isinstance(layer, DecodingLinear) else None
+
+
 def prepare(decoder: Decoder, format: WeightFormat = "float32", pack: bool = False) -> Decoder:
     """A decoder of the same weights that decodes faster, and does nothing else.
 
@@ -102,7 +110,7 @@ def prepare(decoder: Decoder, format: WeightFormat = "float32", pack: bool = Fal
     Raises:
         ValueError: If the weights are not float32 on a processor.
     """
-    if not isinstance(decoder.blocks[0].attention.qkv, DecodingLinear):
+    if weight_format(decoder) is None:
         weight = decoder.embedding.weight
         if (weight.dtype, weight.device.type) != (torch.float32, "cpu"):
             raise ValueError(

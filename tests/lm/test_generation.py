@@ -9,10 +9,10 @@ import torch
 import torch._inductor.config
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from lm.generation import GenerationConfig, _argmax, generate
+from lm.generation import GenerationConfig, generate
 from lm.model import Decoder, DecoderConfig
 from lm.quantization import quantize
-from lm.sampling import filter_logits, penalize_repetition
+from lm.sampling import filter_logits, likeliest, penalize_repetition
 from tests.references import in_transformers
 
 VOCAB_SIZE, CONTEXT = 61, 48
@@ -305,7 +305,10 @@ def test_decoding_in_bfloat16_works_with_and_without_cache():
 def test_the_likeliest_token_is_the_first_of_the_largest_logits(vocab_size):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(-50, 50, (7, vocab_size), generator=generator).float()  # many equals
-    assert torch.equal(_argmax(logits), logits.argmax(-1))
+    assert torch.equal(likeliest(logits), logits.argmax(-1))
+    for row, broken in enumerate((math.nan, math.inf, -math.inf)):
+        logits[row, 5 if row < 2 else slice(None)] = broken
+    assert (likeliest(logits) == -1).tolist() == [True] * 3 + [False] * 4
 
 
 def test_the_compiled_step_gives_the_same_tokens(monkeypatch):
@@ -319,6 +322,16 @@ def test_the_compiled_step_gives_the_same_tokens(monkeypatch):
         lengths |= set(map(len, stories))
         assert tokens(decoder, prompts, **settings, compile=True) == stories
     assert len(lengths) == 4 and max(lengths) > CONTEXT
+
+
+def test_compiled_code_is_made_once_for_a_shape_and_reads_the_weights_of_each_decoder(monkeypatch):
+    first, second = (make_decoder(scale, num_layers=1, vocab_size=64) for scale in (6.0, 5.0))
+    expected = tokens(first, PROMPTS[:1]), tokens(second, PROMPTS[:1])
+    assert expected[0] != expected[1]
+    assert tokens(first, PROMPTS[:1], compile=True) == expected[0]
+    monkeypatch.delattr("lm.compilation._build")
+    assert tokens(second, PROMPTS[:1], compile=True) == expected[1]
+    assert tokens(first, PROMPTS[:1], compile=True) == expected[0]
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
