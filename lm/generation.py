@@ -28,6 +28,7 @@ from lm.quantization import WeightFormat, prepare
 from lm.sampling import filter_logits, likeliest, penalize_repetition
 
 GROWTH = 64  # tokens that a cache read by compiled code gains at a time
+STEPPED = 8  # tokens of a prompt that compiled code takes one by one as fast as plain code takes them all
 PACKED_FROM = 16  # tokens to come, from which laying out the matrices anew pays for itself
 
 
@@ -248,30 +249,46 @@ class _Cached:
 
     def __call__(self, rows: list[_Row]) -> tuple[Tensor, Tensor]:
         """(B, V) in float32, and the likeliest tokens (B,)."""
-        if any(len(row.window) != self.held.get(row.index, -1) + 1 for row in rows):
+        refilled = any(len(row.window) != self.held.get(row.index, -1) + 1 for row in rows)
+        if refilled:
             # At the start, and again where a window was cut: its keys hold old positions.
-            device, dtype = self.decoder.embedding.weight.device, self.decoder.embedding.weight.dtype
-            if torch.is_autocast_enabled(device.type):
-                dtype = torch.get_autocast_dtype(device.type)
-            input_ids, lengths = _pad([row.window for row in rows], self.decoder)
-            # Compiled code reads the whole capacity, which therefore grows with the stories.
-            capacity = self.capacity if self.compiled is None else min(self.capacity, input_ids.shape[1] + GROWTH)
-            self.cache = KeyValueCache(self.decoder.config, len(rows), capacity, dtype, device)
+            new = [row.window for row in rows]
+            self.cache = self._empty_cache(len(rows), max(map(len, new)))
         else:
+            new = [row.window[-1:] for row in rows]
             if len(rows) < len(self.held):
                 places = {index: place for place, index in enumerate(self.held)}
                 self.cache.keep([places[row.index] for row in rows])
-            input_ids, lengths = _pad([row.window[-1:] for row in rows], self.decoder)
-        refilled = input_ids.shape[1] > 1 or not self.held
         self.held = {row.index: len(row.window) for row in rows}
-        if self.compiled is not None and not refilled:
-            if max(self.held.values()) > self.cache.capacity:
-                self.cache.grow(min(self.cache.capacity + GROWTH, self.capacity))
-            result = self.compiled(input_ids, self.cache)
-            self.cache.advance_one()
+        short = len(rows) == 1 and len(new[0]) <= min(STEPPED, self.capacity - 1)
+        if self.compiled is not None and (short or not refilled):
+            for tokens in zip(*new, strict=True):
+                result = self._step(tokens)
             return result
+        input_ids, lengths = _pad(new, self.decoder)
         hidden = self.decoder.hidden_states(input_ids, self.cache, lengths)
         return _last_logits(self.decoder, hidden, lengths)
+
+    def _empty_cache(self, num_rows: int, longest: int) -> KeyValueCache:
+        device, dtype = self.decoder.embedding.weight.device, self.decoder.embedding.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        # Compiled code reads the whole capacity, which therefore grows with the stories.
+        capacity = self.capacity if self.compiled is None else min(self.capacity, longest + GROWTH)
+        return KeyValueCache(self.decoder.config, num_rows, capacity, dtype, device)
+
+    def _step(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """One more token a row, by compiled code."""
+        if max(self.held.values()) > self.cache.capacity:
+            self.cache.grow(min(self.cache.capacity + GROWTH, self.capacity))
+        device = self.decoder.embedding.weight.device
+        if len(tokens) == 1:  # quicker than from a list
+            input_ids = torch.full((1, 1), tokens[0], device=device)
+        else:
+            input_ids = torch.tensor(tokens, device=device)[:, None]
+        result = self.compiled(input_ids, self.cache)
+        self.cache.advance_one()
+        return result
 
 
 def _pad(windows: list[list[int]], decoder: Decoder) -> tuple[Tensor, Tensor | None]:
