@@ -3,13 +3,12 @@
 For one story on a processor a step of a small decoder takes about a millisecond, and torch.compile's way from Python to
 the compiled code and back takes half a millisecond more. There the step is machine code that AOTInductor makes once for
 a shape of decoder and keeps in tinylab's cache folder, where later processes find it ready; it reads the decoder's own
-weights, and takes from Python one call with the tensors that change. Several stories at a time, and a GPU, go through
-torch.compile.
+weights, and takes from Python one call with the tensors that change. Several stories at a time, a GPU, autocast and
+other types than float32 go through torch.compile.
 """
 
 import functools
 import hashlib
-import inspect
 import sys
 import warnings
 import weakref
@@ -36,7 +35,11 @@ from lm.quantization import WeightFormat, prepare, weight_format
 from lm.sampling import likeliest
 
 PACKAGE = "step.pt2"
-SOURCES: tuple[ModuleType, ...] = (experiment.attention, lm.cache, lm.fused, lm.model, lm.quantization, lm.sampling)
+SOURCES: list[ModuleType] = [experiment.attention, lm.cache, lm.fused, lm.model, lm.quantization, lm.sampling]
+# What the step consists of, as it was when it was imported: other code makes another step.
+DIGEST = hashlib.sha256(
+    b"".join(Path(module.__file__).read_bytes() for module in (*SOURCES, sys.modules[__name__]))
+).hexdigest()
 COMPILER_FAILED = (
     torch._dynamo.exc.BackendCompilerFailed,
     torch._inductor.exc.CppCompileError,
@@ -63,18 +66,20 @@ class CompiledStep:
 
     Raises:
         CompilationError: There is no compiler.
+        InputError: The cache folder cannot be written.
     """
 
     def __init__(self, decoder: Decoder, num_rows: int) -> None:
         self.decoder = decoder
-        alone = num_rows == 1 and not torch.is_autocast_enabled("cpu")
-        self.format = weight_format(decoder) if alone else None
+        weight = decoder.embedding.weight
+        plain = (weight.dtype, weight.device.type) == (torch.float32, "cpu") and not torch.is_autocast_enabled("cpu")
+        self.format = weight_format(decoder) if plain and num_rows == 1 else None
         self.known: tuple[KeyValueCache | None, int, int] = (None, 0, 0)
         if self.format is not None:
             self.code = _machine_code(_package(decoder, self.format))
             self.weights = _weights(decoder, self.code.loader)
         else:
-            self.compiled = _compiled_step(decoder.embedding.weight.device.type)
+            self.compiled = _compiled_step(weight.device.type)
 
     def __call__(self, input_ids: Tensor, cache: KeyValueCache) -> tuple[Tensor, Tensor]:
         """One more token a row, input_ids (B, 1), which the cache then holds, but for its count on the host."""
@@ -127,13 +132,16 @@ class _MachineCode:
     def __init__(self, package: Path) -> None:
         self.loader = torch._inductor.aoti_load_package(str(package)).loader
         self.lock = Lock()
+        # The code never lets go of the tensors that it was given: these stay, what they hold changes.
+        self.slots: dict[str, Tensor] = {}
         self.bound: Callable[[], CompiledStep | None] = lambda: None
 
     def run(self, step: CompiledStep, inputs: list[Tensor]) -> list[Tensor]:
         with self.lock:
             if self.bound() is not step:
-                # Bare addresses of the weights, which the step keeps alive.
-                self.loader.load_constants(step.weights, False, True, True)
+                for name, weight in step.weights.items():
+                    self.slots.setdefault(name, torch.empty_like(weight)).set_(weight)
+                self.loader.load_constants(self.slots, False, True, True)
                 self.bound = weakref.ref(step)
             return self.loader.boxed_run(inputs)
 
@@ -144,19 +152,18 @@ _machine_code = functools.cache(_MachineCode)
 def _weights(decoder: Decoder, loader: torch._C._aoti.AOTIModelPackageLoader) -> dict[str, Tensor]:
     step = _Step(decoder)
     tensors = {**dict(step.named_parameters()), **dict(step.named_buffers())}
-    return {name: tensors[name].detach() for name in loader.get_constant_fqns()}
+    return {name: tensors[name].detach().contiguous() for name in loader.get_constant_fqns()}
 
 
 def _package(decoder: Decoder, format: WeightFormat) -> Path:
     """The machine code for decoders of this shape, without weights: in the cache, made if need be."""
-    source = "".join(inspect.getsource(module) for module in (*SOURCES, sys.modules[__name__]))
     key = {
         "decoder": asdict(decoder.config),
         "weights": format,
         "threads": torch.get_num_threads(),
         "processor": dict(torch.cpu.get_capabilities()),
         "torch": str(torch.__version__),
-        "source": hashlib.sha256(source.encode()).hexdigest(),
+        "source": DIGEST,
     }
     return cached_folder("steps", key, lambda folder: _build(decoder, format, folder / PACKAGE)) / PACKAGE
 
@@ -165,8 +172,8 @@ def _package(decoder: Decoder, format: WeightFormat) -> Path:
 @torch.no_grad()
 def _build(decoder: Decoder, format: WeightFormat, package: Path) -> None:
     # Weights of its own, since export cannot look at those that were made in inference mode.
-    with torch.random.fork_rng(devices=[]):
-        step = _Step(prepare(Decoder(decoder.config).eval(), format))
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        step = _Step(prepare(Decoder(decoder.config).float().eval(), format))
     cache = KeyValueCache(decoder.config, 1, 2)
     slots = torch.export.Dim("slots", min=3)
     inputs = (torch.zeros(1, 1, dtype=torch.int64), cache.lengths, cache.buffers)

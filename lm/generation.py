@@ -28,7 +28,7 @@ from lm.quantization import WeightFormat, prepare
 from lm.sampling import filter_logits, likeliest, penalize_repetition
 
 GROWTH = 64  # tokens that a cache read by compiled code gains at a time
-STEPPED = 8  # tokens of a prompt that compiled code takes one by one as fast as plain code takes them all
+STEPPED = 4  # tokens of a prompt that compiled code takes one by one sooner than plain code takes them all
 PACKED_FROM = 16  # tokens to come, from which laying out the matrices anew pays for itself
 
 
@@ -52,7 +52,8 @@ class GenerationConfig:
         weights: How the decoder's matrices are stored while decoding, on a processor: "bfloat16" and "int8" read a
             half and a quarter of the bytes and change the story a little (see lm/quantization.py); null leaves them.
         compile: Compile the step of one token with torch.compile: fewer and faster kernels, the same tokens. Needs a
-            C++ compiler, the cache, and about half a minute once (see lm/compilation.py).
+            C++ compiler, the cache, and about half a minute: once for one story at a time on a processor, whose code is
+            kept (see lm/compilation.py), else in each process.
 
     Raises:
         ValueError: If a number is out of range.
@@ -127,6 +128,8 @@ def generate(
     Raises:
         ValueError: If a prompt is empty, holds an unknown id or is longer than the context without a sliding
             window, or `config.stop` is given without `decode`; and if the decoder's logits are not finite.
+        CompilationError: `config.compile` finds no compiler; a ValueError too.
+        InputError: `config.compile` cannot write tinylab's cache folder.
     """
     _check_prompts(decoder, prompts, config.sliding_window)
     if config.stop and decode is None:
@@ -243,7 +246,8 @@ class _Cached:
         longest = max((len(row.window) for row in rows), default=1)
         context = decoder.config.max_sequence_length
         self.capacity = min(longest + config.max_new_tokens - 1, context)  # the last token is never read back
-        self.compiled = CompiledStep(decoder, len(rows)) if config.compile and rows else None
+        self.compile, self.num_rows = config.compile, len(rows)
+        self.compiled: CompiledStep | None = None
         self.cache: KeyValueCache | None = None
         self.held: dict[int, int] = {}  # row index: tokens of its window in the cache
 
@@ -260,8 +264,9 @@ class _Cached:
                 places = {index: place for place, index in enumerate(self.held)}
                 self.cache.keep([places[row.index] for row in rows])
         self.held = {row.index: len(row.window) for row in rows}
-        short = len(rows) == 1 and len(new[0]) <= min(STEPPED, self.capacity - 1)
-        if self.compiled is not None and (short or not refilled):
+        on_processor = self.decoder.embedding.weight.device.type == "cpu"
+        short = on_processor and len(rows) == 1 and len(new[0]) <= min(STEPPED, self.capacity - 1)
+        if self.compile and (short or not refilled):
             for tokens in zip(*new, strict=True):
                 result = self._step(tokens)
             return result
@@ -274,11 +279,13 @@ class _Cached:
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         # Compiled code reads the whole capacity, which therefore grows with the stories.
-        capacity = self.capacity if self.compiled is None else min(self.capacity, longest + GROWTH)
+        capacity = min(self.capacity, longest + GROWTH) if self.compile else self.capacity
         return KeyValueCache(self.decoder.config, num_rows, capacity, dtype, device)
 
     def _step(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """One more token a row, by compiled code."""
+        """One more token a row, by compiled code, which is made when it is first needed."""
+        if self.compiled is None:
+            self.compiled = CompiledStep(self.decoder, self.num_rows)
         if max(self.held.values()) > self.cache.capacity:
             self.cache.grow(min(self.cache.capacity + GROWTH, self.capacity))
         device = self.decoder.embedding.weight.device
@@ -318,7 +325,7 @@ def _choose(logits: Tensor, greedy: Tensor, rows: list[_Row], config: Generation
     if config.repetition_penalty != 1:
         logits = penalize_repetition(logits, [row.token_ids for row in rows], config.repetition_penalty)
     if config.temperature == 0:
-        return tokens if config.repetition_penalty == 1 else likeliest(logits).tolist()
+        return tokens if config.repetition_penalty == 1 else logits.argmax(-1).tolist()
     # Divided by the temperature after the maximum is taken off, or a tiny temperature would overflow.
     logits = (logits - logits.amax(-1, keepdim=True)) / config.temperature
     logits = filter_logits(logits, config.top_k, config.top_p, config.min_p)
