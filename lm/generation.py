@@ -21,15 +21,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lm.cache import KeyValueCache
-from lm.compilation import CompiledStep
 from lm.model import Decoder
-from lm.quantization import WeightFormat, prepare
-from lm.sampling import filter_logits, likeliest, penalize_repetition
-
-GROWTH = 64  # tokens that a cache read by compiled code gains at a time
-STEPPED = 4  # tokens of a prompt that compiled code takes one by one sooner than plain code takes them all
-PACKED_FROM = 16  # tokens to come, from which laying out the matrices anew pays for itself
+from lm.next_logits import Cached, Recomputed, laid_out
+from lm.quantization import WeightFormat
+from lm.sampling import filter_logits, penalize_repetition
 
 
 @dataclass
@@ -144,11 +139,11 @@ def generate(
     training = decoder.training
     decoder.eval()
     try:
-        fast = _prepared(decoder, len(rows), config)
-        next_logits = _Cached(fast, rows, config) if config.use_cache else _Recomputed(fast)
+        fast = laid_out(decoder, len(rows), config.max_new_tokens, config.weights, config.compile)
+        next_logits = Cached(fast, config.max_new_tokens, config.compile) if config.use_cache else Recomputed(fast)
         active = rows
         while active:
-            logits, greedy = next_logits(active)
+            logits, greedy = next_logits({row.index: row.window for row in active})
             if on_logits is not None:
                 for row, of_row in zip(active, logits, strict=True):
                     on_logits(row.index, of_row)
@@ -211,110 +206,6 @@ def _finish_reason(
     if len(row.window) > decoder.config.max_sequence_length and not config.sliding_window:
         return "length"
     return None
-
-
-def _prepared(decoder: Decoder, num_rows: int, config: GenerationConfig) -> Decoder:
-    """The decoder with its matrices laid out for decoding, where that pays."""
-    weight = decoder.embedding.weight
-    # A subclass is how FSDP marks a decoder whose weights are not all here.
-    plain = type(decoder) is Decoder and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if config.weights is None and not (plain and weight.device.type == "cpu"):
-        return decoder
-    pack = num_rows > 1 and config.max_new_tokens >= PACKED_FROM
-    if config.weights is None and not config.compile and not pack:
-        return decoder
-    return prepare(decoder, config.weights or "float32", pack)
-
-
-class _Recomputed:
-    """Logits of the next tokens from the whole windows: the baseline."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
-
-    def __call__(self, rows: list[_Row]) -> tuple[Tensor, Tensor]:
-        """(B, V) in float32, and the likeliest tokens (B,)."""
-        input_ids, lengths = _pad([row.window for row in rows], self.decoder)
-        return _last_logits(self.decoder, self.decoder.hidden_states(input_ids), lengths)
-
-
-class _Cached:
-    """Logits of the next tokens from the last tokens and a cache of all before."""
-
-    def __init__(self, decoder: Decoder, rows: list[_Row], config: GenerationConfig) -> None:
-        self.decoder = decoder
-        longest = max((len(row.window) for row in rows), default=1)
-        context = decoder.config.max_sequence_length
-        self.capacity = min(longest + config.max_new_tokens - 1, context)  # the last token is never read back
-        self.compile, self.num_rows = config.compile, len(rows)
-        self.compiled: CompiledStep | None = None
-        self.cache: KeyValueCache | None = None
-        self.held: dict[int, int] = {}  # row index: tokens of its window in the cache
-
-    def __call__(self, rows: list[_Row]) -> tuple[Tensor, Tensor]:
-        """(B, V) in float32, and the likeliest tokens (B,)."""
-        refilled = any(len(row.window) != self.held.get(row.index, -1) + 1 for row in rows)
-        if refilled:
-            # At the start, and again where a window was cut: its keys hold old positions.
-            new = [row.window for row in rows]
-            self.cache = self._empty_cache(len(rows), max(map(len, new)))
-        else:
-            new = [row.window[-1:] for row in rows]
-            if len(rows) < len(self.held):
-                places = {index: place for place, index in enumerate(self.held)}
-                self.cache.keep([places[row.index] for row in rows])
-        self.held = {row.index: len(row.window) for row in rows}
-        on_processor = self.decoder.embedding.weight.device.type == "cpu"
-        short = on_processor and len(rows) == 1 and len(new[0]) <= min(STEPPED, self.capacity - 1)
-        if self.compile and (short or not refilled):
-            for tokens in zip(*new, strict=True):
-                result = self._step(tokens)
-            return result
-        input_ids, lengths = _pad(new, self.decoder)
-        hidden = self.decoder.hidden_states(input_ids, self.cache, lengths)
-        return _last_logits(self.decoder, hidden, lengths)
-
-    def _empty_cache(self, num_rows: int, longest: int) -> KeyValueCache:
-        device, dtype = self.decoder.embedding.weight.device, self.decoder.embedding.weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        # Compiled code reads the whole capacity, which therefore grows with the stories.
-        capacity = min(self.capacity, longest + GROWTH) if self.compile else self.capacity
-        return KeyValueCache(self.decoder.config, num_rows, capacity, dtype, device)
-
-    def _step(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """One more token a row, by compiled code, which is made when it is first needed."""
-        if self.compiled is None:
-            self.compiled = CompiledStep(self.decoder, self.num_rows)
-        if max(self.held.values()) > self.cache.capacity:
-            self.cache.grow(min(self.cache.capacity + GROWTH, self.capacity))
-        device = self.decoder.embedding.weight.device
-        if len(tokens) == 1:  # quicker than from a list
-            input_ids = torch.full((1, 1), tokens[0], device=device)
-        else:
-            input_ids = torch.tensor(tokens, device=device)[:, None]
-        result = self.compiled(input_ids, self.cache)
-        self.cache.advance_one()
-        return result
-
-
-def _pad(windows: list[list[int]], decoder: Decoder) -> tuple[Tensor, Tensor | None]:
-    """Ids (B, T), padded on the right, and lengths (B,), None where all are equal."""
-    device = decoder.embedding.weight.device
-    longest = max(map(len, windows))
-    input_ids = torch.tensor([window + [0] * (longest - len(window)) for window in windows], device=device)
-    if all(len(window) == longest for window in windows):
-        return input_ids, None
-    return input_ids, torch.tensor([len(window) for window in windows], device=device)
-
-
-def _last_logits(decoder: Decoder, hidden: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Logits (B, V), float32, of each row's last hidden state, for the head is the dearest product of a step; and the
-    likeliest tokens (B,)."""
-    rows = torch.arange(len(hidden), device=hidden.device)
-    last = hidden[:, -1] if lengths is None else hidden[rows, lengths - 1]
-    logits = decoder.logits(last).float()
-    return logits, likeliest(logits)
 
 
 def _choose(logits: Tensor, greedy: Tensor, rows: list[_Row], config: GenerationConfig) -> list[int]:

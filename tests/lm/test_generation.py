@@ -313,7 +313,7 @@ def test_the_likeliest_token_is_the_first_of_the_largest_logits(vocab_size):
 
 def test_the_compiled_step_gives_the_same_tokens(monkeypatch):
     """One layer, as compiling takes long; the cache grows, rows leave it, and it is filled anew past the context."""
-    monkeypatch.setattr("lm.generation.GROWTH", 5)
+    monkeypatch.setattr("lm.next_logits.GROWTH", 5)
     decoder = make_decoder(num_layers=1, num_kv_heads=2)
     settings = {"temperature": 1.0, "max_new_tokens": 100, "sliding_window": True, "eos_id": 7}
     lengths = set()
