@@ -31,6 +31,7 @@ from experiment.errors import InputError
 Line = dict[str, Any]  # what a run left: its key, name and seed, and its figures
 Columns = Mapping[str, tuple[str, str]]  # name of a figure: title of its column, format
 RESERVED = ("--run_dir", "--ckpt_path", "--seed_everything")  # flags of fit that each run has its own of
+STOPPED = "stopped; go on with the same command"
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def fit(package: str, arguments: Sequence[str], run_dir: Path) -> Line:
 
     Raises:
         InputError: The run fails.
+        SystemExit: The run was asked to stop.
     """
     resumed = (run_dir / "checkpoints" / "last.ckpt").exists()
     command = [sys.executable, "-m", package, "fit", *arguments, f"--run_dir={run_dir}", "--ckpt_path=last"]
@@ -129,6 +131,9 @@ def fit(package: str, arguments: Sequence[str], run_dir: Path) -> Line:
         process.wait()
         raise
     process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode in (128 + signal.SIGINT, 128 + signal.SIGTERM):  # the run alone was asked to stop
+        console.print(STOPPED)
+        sys.exit(process.returncode)
     if process.returncode != 0:
         raise InputError(f"the run {run_dir} ended with exit code {process.returncode}: see above; {' '.join(command)}")
     return {
@@ -229,5 +234,5 @@ def command_line() -> Iterator[None]:
         print(f"error: {place} cannot be written ({error.strerror}): choose another with --out", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        console.print("stopped; go on with the same command")
+        console.print(STOPPED)
         sys.exit(130)

@@ -47,6 +47,18 @@ def test_comparison_that_is_stopped_lets_its_run_save(in_tmp: Path) -> None:
         assert Path("saved").read_text() == number.name
 
 
+def test_comparison_stops_with_its_run_where_the_run_alone_is_asked_to(in_tmp: Path) -> None:
+    Path("stand_in.py").write_text(STAND_IN)
+    command = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", sys.executable, "-c", COMPARISON]  # as nohup … & does
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    assert process.stdout.readline() == "training\n"
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 130 and "go on with the same command" in output
+    assert Path("saved").read_text() == "SIGINT"
+
+
 def test_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").write_text('\n{"key": "a", "loss": 1}\n{"key": "b", "curve": {"x": [1]}\n{"key": "c"}')
     assert read_results(tmp_path) == {"a": {"key": "a", "loss": 1}, "c": {"key": "c"}}
