@@ -65,7 +65,13 @@ def parameter_shape(config: DecoderConfig, name: str) -> tuple[int, ...]:
 
 
 def split_weights(decoder: Decoder) -> dict[str, Tensor]:
-    """The decoder's weights under Hugging Face's names, in float32 on the CPU."""
+    """The decoder's weights under Hugging Face's names, in float32 on the CPU.
+
+    Raises:
+        InputError: If it has what no other program knows.
+    """
+    if decoder.config.value_residual:
+        raise InputError("value_residual=True: no other program knows such a model; train without it to export")
     state = decoder.state_dict()
     weights = {}
     for ours, parts in parameter_names(decoder.config).items():
@@ -102,13 +108,14 @@ def to_hugging_face(decoder: Decoder, tokenizer: StoryTokenizer, folder: str | P
         folder: Made, whole or not at all; must not hold anything yet.
 
     Raises:
-        InputError: If the folder holds something, or the tokenizer is another model's.
+        InputError: If the folder holds something, the tokenizer is another model's, or no model there has the
+            decoder's values.
     """
     folder = Path(folder)
     check_vocabulary(decoder.config, tokenizer)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists already; give a folder that is new or empty")
-    config = decoder.config
+    weights, config = split_weights(decoder), decoder.config
     description = {
         "architectures": ["Qwen3ForCausalLM" if config.query_key_norm else "LlamaForCausalLM"],
         "model_type": "qwen3" if config.query_key_norm else "llama",
@@ -145,7 +152,7 @@ def to_hugging_face(decoder: Decoder, tokenizer: StoryTokenizer, folder: str | P
         tokenizer.save(partial)
         (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n")
         (partial / "generation_config.json").write_text(json.dumps(defaults, indent=2) + "\n")
-        save_file(split_weights(decoder), partial / "model.safetensors", metadata={"format": "pt"})
+        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
         partial.replace(folder)
 
 

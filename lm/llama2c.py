@@ -78,6 +78,7 @@ def to_llama2c(decoder: Decoder, tokenizer: StoryTokenizer, path: str | Path) ->
     """
     path, config = Path(path), decoder.config
     check_vocabulary(config, tokenizer)
+    weights, half = split_weights(decoder), config.head_dim // 2
     for name, found, expected in (
         ("rope_theta", config.rope_theta, _ROPE_THETA),
         ("rms_norm_eps", config.rms_norm_eps, _RMS_NORM_EPS),
@@ -90,7 +91,6 @@ def to_llama2c(decoder: Decoder, tokenizer: StoryTokenizer, path: str | Path) ->
             f"vocab_size={config.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens, and llama2.c needs "
             "as many; export to Hugging Face instead"
         )
-    weights, half = split_weights(decoder), config.head_dim // 2
     cos, sin = rotary_tables(config.max_sequence_length, config.head_dim, config.rope_theta)
     weights["rotary tables"] = torch.cat((cos[:, :half], sin[:, half:]))
     sizes = config.hidden_size, config.intermediate_size, config.num_layers, config.num_heads, config.kv_heads

@@ -51,6 +51,8 @@ class DecoderConfig:
         dropout: Probability of dropping an element of the embeddings and of each residual branch in training.
         query_key_norm: Whether queries and keys go through an RMSNorm of each head before they are turned, as in
             Qwen3 (arXiv:2505.09388): such a model exports as that one and is no LLaMA.
+        value_residual: Whether each later layer mixes its values with the first layer's, in two learned shares that
+            begin at a half (Zhou et al. 2024, arXiv:2410.17897): no other program knows such a model.
         zero_initialization: Whether each residual branch ends in a matrix of zeros at first, so that a block starts as
             the identity (Zhang et al. 2019, arXiv:1901.09321).
 
@@ -70,6 +72,7 @@ class DecoderConfig:
     tie_embeddings: bool = True
     dropout: float = 0.0
     query_key_norm: bool = False
+    value_residual: bool = False
     zero_initialization: bool = False
 
     def __post_init__(self) -> None:
@@ -140,7 +143,7 @@ def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Ten
 class Attention(nn.Module):
     """Causal attention of `num_heads` queries over `num_kv_heads` keys and values, with rotary positions."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_heads, config.kv_heads
         self.head_dim = config.head_dim
@@ -151,33 +154,40 @@ class Attention(nn.Module):
         if config.query_key_norm:
             self.query_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.key_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.value_shares = None
+        if config.value_residual and layer > 0:
+            self.value_shares = nn.Parameter(torch.empty(2))  # of this layer's values, of the first's
 
     def forward(
         self,
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
+        first_value: Tensor | None = None,
         cache: "KeyValueCache | None" = None,
         span: "CacheSpan | None" = None,
         layer: int = 0,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """The branch (B, T, H) of x (B, T, H), and the values (B, T, kv_heads, head_dim) that it attended to here."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, heads + 2 kv_heads, head_dim)
         if self.query_norm is not None:
             query, key, value = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
             qkv = torch.cat((self.query_norm(query).to(qkv), self.key_norm(key).to(qkv), value), dim=2)
         cos, sin = cos.to(qkv.dtype), sin.to(qkv.dtype)
         query, key, value = split_and_rotate(qkv, self.num_heads, self.num_kv_heads, cos, sin)
+        if self.value_shares is not None:
+            value = value * self.value_shares[0] + first_value * self.value_shares[1]
         if cache is None:
-            key, value, mask, causal = key.transpose(1, 2), value.transpose(1, 2), None, True
+            key, values, mask, causal = key.transpose(1, 2), value.transpose(1, 2), None, True
         else:
-            key, value = cache.write(layer, span, key, value)
+            key, values = cache.write(layer, span, key, value)
             mask, causal = span.mask, span.causal
         query = query.transpose(1, 2)
         if mask is not None and x.shape[1] == 1 and x.device.type == "cpu":
-            mixed = attend_one(query, key, value, mask)
+            mixed = attend_one(query, key, values, mask)
         else:
-            mixed = attention(query, key, value, mask, causal)  # (B, heads, T, head_dim)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+            mixed = attention(query, key, values, mask, causal)  # (B, heads, T, head_dim)
+        return self.out(mixed.transpose(1, 2).flatten(2)), value
 
 
 class SwiGLU(nn.Module):
@@ -196,10 +206,10 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """One pre-norm layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, layer)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.feed_forward = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -209,12 +219,15 @@ class Block(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
+        first_value: Tensor | None = None,
         cache: "KeyValueCache | None" = None,
         span: "CacheSpan | None" = None,
         layer: int = 0,
-    ) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, cache, span, layer))
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream (B, T, H) after the block, and the attention's values."""
+        mixed, value = self.attention(self.attention_norm(x), cos, sin, first_value, cache, span, layer)
+        x = x + self.dropout(mixed)
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), value
 
 
 class Decoder(nn.Module):
@@ -232,7 +245,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = None
         if not config.tie_embeddings:
@@ -240,7 +253,7 @@ class Decoder(nn.Module):
         cos, sin = rotary_tables(config.max_sequence_length, config.head_dim, config.rope_theta)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.compiled_block: Callable[..., Tensor] | None = None
+        self.compiled_block: Callable[..., tuple[Tensor, Tensor]] | None = None
         self.initialize()
 
     @torch.no_grad()
@@ -250,6 +263,7 @@ class Decoder(nn.Module):
         | weight                         | value                                                             |
         |--------------------------------|-------------------------------------------------------------------|
         | norms                          | 1                                                                 |
+        | value_shares                   | 0.5                                                               |
         | embedding, head                | N(0, 0.02)                                                        |
         | qkv, gate_up                   | N(0, 0.02)                                                        |
         | out, down (end of each branch) | N(0, 0.02 / sqrt(2 num_layers)): the residual sum keeps its size; |
@@ -259,6 +273,8 @@ class Decoder(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
+            elif name.endswith("value_shares"):
+                parameter.fill_(0.5)
             else:
                 is_residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
                 parameter.normal_(0.0, residual_std if is_residual else 0.02)
@@ -310,13 +326,19 @@ class Decoder(nn.Module):
         cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)  # (1 or B, T, 1, head_dim)
         x = self.dropout(self.embedding(input_ids))  # (B, T, H)
         call = Block.__call__
-        if self.compiled_block is not None and self.training:
+        compiled = self.compiled_block is not None and self.training
+        if compiled:
             call = self.compiled_block
             # Else a length that equals a width by chance would be taken for it, and another length compiled anew.
             for tensor in (x, cos, sin, self.cos, self.sin):
                 torch._dynamo.mark_static(tensor, tensor.ndim - 1)
+        first_value = None
         for layer, block in enumerate(self.blocks):
-            x = call(block, x, cos, sin, cache, span, layer)
+            x, value = call(block, x, cos, sin, first_value, cache, span, layer)
+            if self.config.value_residual and layer == 0:
+                first_value = value
+                if compiled:
+                    torch._dynamo.mark_static(first_value, [2, 3])
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

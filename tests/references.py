@@ -1,6 +1,9 @@
 """The decoder's twin in transformers, which tests compare it with."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from lm.model import Decoder
@@ -59,4 +62,21 @@ def in_transformers(decoder: Decoder, **changes) -> PreTrainedModel:
         for name, parameter in reference.named_parameters():
             source, rows = weights_in_transformers(decoder)[name]
             parameter.copy_(ours[source][rows])
+    if config.value_residual:
+        _mix_values(reference, [block.attention.value_shares for block in decoder.blocks])
     return reference
+
+
+def _mix_values(reference: PreTrainedModel, shares: Sequence[Tensor | None]) -> None:
+    """Let each later layer mix its values with the first layer's, as Zhou et al. (2024, arXiv:2410.17897) do."""
+    first = []
+
+    def mix(layer: int, value: Tensor) -> Tensor:
+        if layer == 0:
+            first[:] = [value]
+            return value
+        own, others = shares[layer].detach()
+        return own * value + others * first[0]
+
+    for layer, block in enumerate(reference.model.layers):
+        block.self_attn.v_proj.register_forward_hook(lambda _, inputs, value, layer=layer: mix(layer, value))

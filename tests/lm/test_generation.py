@@ -338,7 +338,7 @@ def test_compiled_code_is_made_once_for_a_shape_and_reads_the_weights_of_each_de
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 def test_the_compiled_step_reads_weights_of_fewer_bits(weights):
-    decoder = make_decoder(num_layers=1, vocab_size=64)
+    decoder = make_decoder(num_layers=2, vocab_size=64, value_residual=True)
     rounded = copy.deepcopy(decoder)
     with torch.no_grad():
         for name, parameter in rounded.named_parameters():

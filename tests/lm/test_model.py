@@ -25,6 +25,7 @@ VARIANTS = [
     {"num_kv_heads": 1, "tie_embeddings": False, "rope_theta": 100.0, "rms_norm_eps": 1e-6},
     {"num_heads": 2, "hidden_size": 64, "intermediate_size": 33, "num_layers": 1},
     {"num_kv_heads": 2, "query_key_norm": True},  # Qwen3
+    {"num_kv_heads": 2, "value_residual": True},
 ]
 
 
@@ -36,6 +37,8 @@ def make_decoder(seed: int = 0, scale: float = 5.0, **changes) -> Decoder:
         for name, parameter in decoder.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.uniform_(0.5, 1.5)
+            elif name.endswith("value_shares"):
+                parameter.uniform_(-1.0, 1.0)
             else:
                 parameter.mul_(scale)
     return decoder
@@ -72,10 +75,13 @@ def test_gradients_equal_transformers(variant):
         assert error < 1e-4, name
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_compiled_blocks_give_the_same_hidden_states_and_gradients(dtype, tolerance):
-    """For batches of several shapes and for all layers, with one piece of code."""
-    decoder = make_decoder(scale=2.0, num_kv_heads=2).train()
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "value_residual"), [(torch.float32, 1e-5, True), (torch.bfloat16, 2e-2, False)]
+)
+def test_compiled_blocks_give_the_same_hidden_states_and_gradients(dtype, tolerance, value_residual):
+    """For batches of several shapes and for all layers, with one piece of code; with two where the first layer is none
+    that mixes values."""
+    decoder = make_decoder(scale=2.0, num_kv_heads=2, value_residual=value_residual).train()
 
     def outcome(batch_size: int, length: int) -> list[torch.Tensor]:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -92,7 +98,7 @@ def test_compiled_blocks_give_the_same_hidden_states_and_gradients(dtype, tolera
     for expected, shape in zip(plain, shapes, strict=True):
         for left, right in zip(outcome(*shape), expected, strict=True):
             assert (left - right).norm() <= tolerance * right.norm()
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == 1 + value_residual
 
 
 @pytest.mark.parametrize("num_kv_heads", [6, 2])
@@ -198,10 +204,10 @@ def test_a_cache_refuses_to_overflow_and_stays_usable():
             decoder(ids[:, 8:], cache, torch.tensor([2, 0]))
 
 
-@pytest.mark.parametrize("num_kv_heads", [6, 2])
+@pytest.mark.parametrize("variant", [{"num_kv_heads": 6}, {"num_kv_heads": 2}, {"value_residual": True}])
 @pytest.mark.parametrize("pieces", [[64], [1] * 64, [10, 1, 1, 5, 1, 46], [63, 1]])
-def test_cached_logits_equal_uncached(num_kv_heads, pieces):
-    decoder = make_decoder(num_kv_heads=num_kv_heads)
+def test_cached_logits_equal_uncached(variant, pieces):
+    decoder = make_decoder(**variant)
     ids = random_ids(2, 64)
     cache = KeyValueCache(decoder.config, batch_size=2, capacity=64)
     with torch.no_grad():
