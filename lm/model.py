@@ -168,7 +168,20 @@ class Attention(nn.Module):
         span: "CacheSpan | None" = None,
         layer: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """The branch (B, T, H) of x (B, T, H), and the values (B, T, kv_heads, head_dim) that it attended to here."""
+        """The branch of x, and the values that attention mixed.
+
+        Args:
+            x: (B, T, H).
+            cos: (1 or B, T, 1, head_dim), of `rotary_tables`, as is sin.
+            sin: As cos.
+            first_value: (B, T, kv_heads, head_dim), the values of the first layer, with `value_residual`.
+            cache: Where keys and values are kept, for the tokens of span.
+            span: Where in the cache they go.
+            layer: Which of the cache's layers this is.
+
+        Returns:
+            (B, T, H), and the values of these T tokens (B, T, kv_heads, head_dim).
+        """
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, heads + 2 kv_heads, head_dim)
         if self.query_norm is not None:
             query, key, value = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
@@ -224,7 +237,7 @@ class Block(nn.Module):
         span: "CacheSpan | None" = None,
         layer: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream (B, T, H) after the block, and the attention's values."""
+        """The residual stream (B, T, H) after the block, and the values, as of `Attention`."""
         mixed, value = self.attention(self.attention_norm(x), cos, sin, first_value, cache, span, layer)
         x = x + self.dropout(mixed)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), value

@@ -75,7 +75,7 @@ def _mix_values(reference: PreTrainedModel, shares: Sequence[Tensor | None]) -> 
         if layer == 0:
             first[:] = [value]
             return value
-        own, others = shares[layer].detach()
+        own, others = shares[layer]
         return own * value + others * first[0]
 
     for layer, block in enumerate(reference.model.layers):

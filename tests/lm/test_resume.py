@@ -15,8 +15,13 @@ from tests.runs import STEPS, TINY, assert_same_run, checkpoint, kill_and_resume
 
 CASES = {
     "packed": ["--data.packing=true"],
-    "muon": ["--data.packing=true", "--model.optimizer.muon_learning_rate=0.02", "--model.decoder.query_key_norm=true"],
-    "compiled": ["--data.packing=true", "--model.compile=true", "--model.decoder.value_residual=true"],
+    "muon": [
+        "--data.packing=true",
+        "--model.optimizer.muon_learning_rate=0.02",
+        "--model.decoder.query_key_norm=true",
+        "--model.decoder.value_residual=true",
+    ],
+    "compiled": ["--data.packing=true", "--model.compile=true"],
     "streamed": ["--data.packing=true", "--data.streaming=true"],
     "unpacked-accumulated": ["--data.packing=false", "--trainer.accumulate_grad_batches=2"],
 }
