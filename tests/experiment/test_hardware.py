@@ -12,23 +12,30 @@ from tests.runs import TINY, write_stories
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="needs Linux's list of instructions")
-def test_bfloat16_is_chosen_on_a_cpu_with_its_instructions_and_on_no_other() -> None:
-    flags = next(
-        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), ""
-    ).split()
-    assert fast_bfloat16("cpu") == any(name in flags for name in ("avx512_bf16", "amx_bf16", "amx_tile"))
+def test_bfloat16_is_chosen_on_a_cpu_that_is_fast_at_it_and_on_no_other() -> None:
+    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    described = {name.strip(): value.split() for name, _, value in lines}
+    flags = described.get("flags", [])
+    amd = "avx512_bf16" in flags and described["vendor_id"] != ["GenuineIntel"]
+    assert fast_bfloat16("cpu") == (amd or "amx_tile" in flags)
 
 
 @pytest.mark.parametrize(
-    ("instructions", "precision"),
-    [((False, False), "32-true"), ((True, False), "bf16-mixed"), ((False, True), "bf16-mixed")],
+    ("avx512_bf16", "amx", "name", "precision"),
+    [
+        (False, False, "AMD EPYC", "32-true"),
+        (True, False, "AMD EPYC", "bf16-mixed"),
+        (True, False, "Intel Xeon", "32-true"),
+        (True, True, "Intel Xeon", "bf16-mixed"),
+    ],
 )
 def test_a_run_takes_the_precision_that_is_fast_unless_told_otherwise(
-    instructions: tuple[bool, bool], precision: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+    avx512_bf16: bool, amx: bool, name: str, precision: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The one machine at hand has one answer; the other ones are put in its place.
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions[0])
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: instructions[1])
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name})
     assert default_precision("cpu") == precision
     arguments = ["fit", f"--data.path={write_stories(Path('stories'))}", *TINY, "--trainer.fast_dev_run=1"]
     assert main([*arguments, "--run_dir=run"]).trainer.precision == precision
