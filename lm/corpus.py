@@ -107,6 +107,12 @@ def sliding_windows(offsets: np.ndarray, sequence_length: int) -> Windows:
     return Windows(start, length, np.where(order > 0, sequence_length - stride, 0), story)
 
 
+def join_windows(*kinds: Windows) -> Windows:
+    """The windows of several kinds, one kind after the other; which story they are from is dropped."""
+    start, length, skip = (np.concatenate(column) for column in zip(*(kind[:3] for kind in kinds), strict=True))
+    return Windows(start, length, skip)
+
+
 class WindowBatches(Dataset):
     """``self[indices]`` is the batch of these windows, padded on the right; pads are told by position, never by id.
 

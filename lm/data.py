@@ -21,7 +21,16 @@ from experiment.errors import InputError
 from experiment.progress import console, progress
 from experiment.sources import load_texts, source_fingerprint
 from experiment.streams import blocks, stream_texts
-from lm.corpus import CHUNK, Corpus, WindowBatches, first_windows, packed_windows, sliding_windows, write_corpus
+from lm.corpus import (
+    CHUNK,
+    Corpus,
+    WindowBatches,
+    first_windows,
+    join_windows,
+    packed_windows,
+    sliding_windows,
+    write_corpus,
+)
 from lm.prompts import PromptBatches, read_prompts
 from lm.stories import demo_stories
 from lm.streaming import StoryStream, StreamProgress
@@ -49,6 +58,8 @@ class TinyStories(ResumableDataModule):
         sequence_length: Tokens that the model sees at once.
         packing: Join the training stories into full sequences, so that no token is lost. Otherwise each story is
             a sequence of its own, cut off or padded.
+        beginnings: With packing, train each story's first sequence_length tokens as a sequence of its own, too: an
+            epoch is then the whole text and, once more, what ``report`` evaluates.
         batch_size: Training sequences a step and process.
         eval_batch_size: Sequences a step and process of validation, test and prediction; results do not depend on it.
         evaluation: ``full``, every token of every story predicted exactly once, or ``report``, only the first
@@ -71,6 +82,7 @@ class TinyStories(ResumableDataModule):
         vocab_size: int = 32768,
         sequence_length: int = 128,
         packing: bool = False,
+        beginnings: bool = False,
         batch_size: int = 32,
         eval_batch_size: int = 64,
         evaluation: Evaluation = "full",
@@ -87,11 +99,17 @@ class TinyStories(ResumableDataModule):
                 raise InputError(f"data.{name} {value}: expected at least {minimum}")
         if evaluation not in get_args(Evaluation):
             raise InputError(f"data.evaluation {evaluation!r}: expected {' or '.join(get_args(Evaluation))}")
+        if beginnings and (streaming or not packing):
+            raise InputError(
+                f"data.beginnings true adds to packed text that is not streamed, but data.packing is {packing} and "
+                f"data.streaming {streaming}: change them, or leave out data.beginnings"
+            )
         self.path = path
         self.tokenizer_name = tokenizer
         self.vocab_size = vocab_size
         self.sequence_length = sequence_length
         self.packing = packing
+        self.beginnings = beginnings
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.evaluation = evaluation
@@ -188,10 +206,10 @@ class TinyStories(ResumableDataModule):
         if self.streaming:
             return self._stream()
         corpus = self.corpus("train")
+        windows = first_windows(corpus.offsets, self.sequence_length)
         if self.packing:
-            windows = packed_windows(len(corpus.tokens), self.sequence_length)
-        else:
-            windows = first_windows(corpus.offsets, self.sequence_length)
+            packed = packed_windows(len(corpus.tokens), self.sequence_length)
+            windows = join_windows(packed, windows) if self.beginnings else packed
         data = WindowBatches(corpus, windows, self.tokenizer, self.sequence_length)
 
         @lru_cache(maxsize=1)  # it is asked for its length many times

@@ -22,7 +22,9 @@ def main(
     seconds: float = 5.0,
 ) -> None:
     """Goes through epochs of the training loader for some seconds and prints the tokens that count, per second."""
-    data = TinyStories(path, tokenizer, vocab_size, sequence_length, packing, batch_size, num_workers=num_workers)
+    data = TinyStories(
+        path, tokenizer, vocab_size, sequence_length, packing, batch_size=batch_size, num_workers=num_workers
+    )
     data.setup("fit")
     loader = data.train_dataloader()
     next(iter(loader))  # maps the file and starts the workers
