@@ -177,6 +177,16 @@ def test_packed_epoch_holds_every_token_of_the_corpus(module, source):
     assert sorted(pairs) == sorted(map(list, pairwise(stream)))
 
 
+def test_epoch_with_beginnings_is_all_text_and_each_beginning_once_more(module, source):
+    def epoch(**options) -> list:
+        data = module(sequence_length=48, **options)
+        data.setup("fit")
+        return counted(data.train_dataloader())
+
+    expected = epoch(packing=True) + epoch(packing=False)
+    assert sorted(epoch(packing=True, beginnings=True)) == sorted(expected)
+
+
 @pytest.mark.parametrize("evaluation", ["full", "report"])
 def test_evaluation_does_not_depend_on_batch_size(module, evaluation):
     results = []
@@ -411,6 +421,12 @@ def test_missing_prompts_are_refused(module, prompts):
 def test_values_out_of_range_are_refused(module, option, value):
     with pytest.raises(InputError, match=f"data.{option} .*{value}"):
         module(**{option: value})
+
+
+@pytest.mark.parametrize("options", [{"packing": False}, {"packing": True, "streaming": True}])
+def test_beginnings_are_refused_where_they_would_be_dropped(module, options):
+    with pytest.raises(InputError, match=r"data\.beginnings true"):
+        module(beginnings=True, **options)
 
 
 def test_sources_that_cannot_be_used_are_refused(tmp_path, tokenizer_folder):

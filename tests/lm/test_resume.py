@@ -17,6 +17,7 @@ CASES = {
     "packed": ["--data.packing=true"],
     "muon": [
         "--data.packing=true",
+        "--data.beginnings=true",
         "--model.optimizer.muon_learning_rate=0.02",
         "--model.decoder.query_key_norm=true",
         "--model.decoder.value_residual=true",
