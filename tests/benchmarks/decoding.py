@@ -9,6 +9,7 @@ tokenizer of as many tokens as the decoder has.
 
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -178,6 +179,8 @@ def main(
         llama2c: Binary of llama2.c's run.c, which decodes one story in float32.
         tokenizer: For llama2c: of 32,768 tokens.
     """
+    if llama2c is not None and tokenizer is None:
+        sys.exit("--llama2c needs --tokenizer, of 32,768 tokens, which it reads its words from")
     contenders = decode_contenders(batch_size, new_tokens, formats, peers)
     with tempfile.TemporaryDirectory() as folder:
         if llama2c is not None:

@@ -47,7 +47,7 @@ class LightningTurns(Callback):
 
 
 def tinylab(measured: Callable[..., None], work: Work) -> None:
-    """Our training, as configs/lm/tinystories.yaml sets it up, with its metrics.csv."""
+    """Our training of the same decoder by AdamW, with its metrics.csv."""
     quiet_libraries()
     torch.manual_seed(0)
     optimizer = OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant", warmup_steps=0)
