@@ -206,11 +206,10 @@ class TinyStories(ResumableDataModule):
         if self.streaming:
             return self._stream()
         corpus = self.corpus("train")
-        windows = first_windows(corpus.offsets, self.sequence_length)
-        if self.packing:
-            packed = packed_windows(len(corpus.tokens), self.sequence_length)
-            windows = join_windows(packed, windows) if self.beginnings else packed
-        data = WindowBatches(corpus, windows, self.tokenizer, self.sequence_length)
+        kinds = [packed_windows(len(corpus.tokens), self.sequence_length)] if self.packing else []
+        if self.beginnings or not self.packing:
+            kinds.append(first_windows(corpus.offsets, self.sequence_length))
+        data = WindowBatches(corpus, join_windows(*kinds), self.tokenizer, self.sequence_length)
 
         @lru_cache(maxsize=1)  # it is asked for its length many times
         def shuffled(epoch: int) -> list[np.ndarray]:

@@ -180,7 +180,8 @@ def main(
         tokenizer: For llama2c: of 32,768 tokens.
     """
     if llama2c is not None and tokenizer is None:
-        sys.exit("--llama2c needs --tokenizer, of 32,768 tokens, which it reads its words from")
+        print("error: --llama2c needs --tokenizer, one of 32,768 tokens: name its folder", file=sys.stderr)
+        sys.exit(2)
     contenders = decode_contenders(batch_size, new_tokens, formats, peers)
     with tempfile.TemporaryDirectory() as folder:
         if llama2c is not None:
