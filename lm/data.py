@@ -59,7 +59,8 @@ class TinyStories(ResumableDataModule):
         packing: Join the training stories into full sequences, so that no token is lost. Otherwise each story is
             a sequence of its own, cut off or padded.
         beginnings: With packing, train each story's first sequence_length tokens as a sequence of its own, too: an
-            epoch is then the whole text and, once more, what ``report`` evaluates.
+            epoch is then the whole text and after it, once more, what ``report`` evaluates; the second epoch begins
+            with the latter.
         batch_size: Training sequences a step and process.
         eval_batch_size: Sequences a step and process of validation, test and prediction; results do not depend on it.
         evaluation: ``full``, every token of every story predicted exactly once, or ``report``, only the first
@@ -214,6 +215,8 @@ class TinyStories(ResumableDataModule):
         @lru_cache(maxsize=1)  # it is asked for its length many times
         def shuffled(epoch: int) -> list[np.ndarray]:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(data))
+            if self.beginnings:  # the order turns each epoch, so that a little more than one still ends on beginnings
+                order = order[np.argsort((order >= len(kinds[0].start)) ^ (epoch % 2 == 1), kind="stable")]
             return _in_batches(order, self.batch_size)
 
         return self._loader(data, self.resumable(BatchSchedule(shuffled, drop_uneven=True)))

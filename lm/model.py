@@ -53,8 +53,8 @@ class DecoderConfig:
             Qwen3 (arXiv:2505.09388): such a model exports as that one and is no LLaMA.
         value_residual: Whether each later layer mixes its values with the first layer's, in two learned shares that
             begin at a half (Zhou et al. 2024, arXiv:2410.17897): no other program knows such a model.
-        zero_initialization: Whether each residual branch ends in a matrix of zeros at first, so that a block starts as
-            the identity (Zhang et al. 2019, arXiv:1901.09321).
+        embedding_shortcut: Whether the embedding is added again before each block, in learned shares of the stream and
+            of it that begin at 1 and 0 (the x0 of https://github.com/KellerJordan/modded-nanogpt): nor such a one.
 
     Raises:
         ValueError: If the numbers do not make a decoder.
@@ -73,7 +73,7 @@ class DecoderConfig:
     dropout: float = 0.0
     query_key_norm: bool = False
     value_residual: bool = False
-    zero_initialization: bool = False
+    embedding_shortcut: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -259,6 +259,9 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.shortcut_shares = None
+        if config.embedding_shortcut:  # for each block two: of the stream, of the embedding
+            self.shortcut_shares = nn.Parameter(torch.empty(2 * config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = None
         if not config.tie_embeddings:
@@ -277,17 +280,19 @@ class Decoder(nn.Module):
         |--------------------------------|-------------------------------------------------------------------|
         | norms                          | 1                                                                 |
         | value_shares                   | 0.5                                                               |
+        | shortcut_shares                | 1 and 0 of each pair: no shortcut yet                             |
         | embedding, head                | N(0, 0.02)                                                        |
         | qkv, gate_up                   | N(0, 0.02)                                                        |
         | out, down (end of each branch) | N(0, 0.02 / sqrt(2 num_layers)): the residual sum keeps its size; |
-        |                                | 0 with `zero_initialization`                                      |
         """
-        residual_std = 0.0 if self.config.zero_initialization else 0.02 / math.sqrt(2 * self.config.num_layers)
+        residual_std = 0.02 / math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
             elif name.endswith("value_shares"):
                 parameter.fill_(0.5)
+            elif name == "shortcut_shares":
+                parameter.copy_(torch.tensor([1.0, 0.0]).repeat(self.config.num_layers))
             else:
                 is_residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
                 parameter.normal_(0.0, residual_std if is_residual else 0.02)
@@ -345,8 +350,13 @@ class Decoder(nn.Module):
             # Else a length that equals a width by chance would be taken for it, and another length compiled anew.
             for tensor in (x, cos, sin, self.cos, self.sin):
                 torch._dynamo.mark_static(tensor, tensor.ndim - 1)
-        first_value = None
+        embedded, first_value = x, None
         for layer, block in enumerate(self.blocks):
+            if self.shortcut_shares is not None:
+                own, shortcut = self.shortcut_shares[2 * layer : 2 * layer + 2].to(x.dtype)
+                x = own * x + shortcut * embedded
+                if compiled:
+                    torch._dynamo.mark_static(x, 2)
             x, value = call(block, x, cos, sin, first_value, cache, span, layer)
             if self.config.value_residual and layer == 0:
                 first_value = value

@@ -187,6 +187,16 @@ def test_epoch_with_beginnings_is_all_text_and_each_beginning_once_more(module, 
     assert sorted(epoch(packing=True, beginnings=True)) == sorted(expected)
 
 
+def test_beginnings_end_the_first_epoch_and_begin_the_second(module, source):
+    data = module(sequence_length=48, packing=True, beginnings=True, batch_size=1)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    starts = {tuple(story[:4]) for story in story_ids(source, "train")}
+    first, second = ([tuple(batch["input_ids"][0, :4].tolist()) in starts for batch in loader] for _ in range(2))
+    assert all(first[-20:]) and all(second[:20])  # 20 stories
+    assert not all(first[:20]) and not all(second[-20:])
+
+
 @pytest.mark.parametrize("evaluation", ["full", "report"])
 def test_evaluation_does_not_depend_on_batch_size(module, evaluation):
     results = []
