@@ -70,9 +70,8 @@ def split_weights(decoder: Decoder) -> dict[str, Tensor]:
     Raises:
         InputError: If it has what no other program knows.
     """
-    for name in ("value_residual", "embedding_shortcut"):
-        if getattr(decoder.config, name):
-            raise InputError(f"{name}=True: no other program knows such a model; train without it to export")
+    if decoder.config.value_residual:
+        raise InputError("value_residual=True: no other program knows such a model; train without it to export")
     state = decoder.state_dict()
     weights = {}
     for ours, parts in parameter_names(decoder.config).items():

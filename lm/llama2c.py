@@ -69,8 +69,8 @@ def to_llama2c(decoder: Decoder, tokenizer: StoryTokenizer, path: str | Path) ->
     """Write a checkpoint (version 0, float32) that llama2.c's `run` loads, and its tokenizer beside it.
 
     Args:
-        decoder: With rope_theta 10000 and rms_norm_eps 1e-5, which are constants of llama2.c, and without
-            query_key_norm, value_residual and embedding_shortcut.
+        decoder: With rope_theta 10000 and rms_norm_eps 1e-5, which are constants of llama2.c, and neither
+            query_key_norm nor value_residual.
         tokenizer: Written to the same folder, under the name of `llama2c_tokenizer_path`.
         path: The file to write.
 

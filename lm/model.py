@@ -53,8 +53,6 @@ class DecoderConfig:
             Qwen3 (arXiv:2505.09388): such a model exports as that one and is no LLaMA.
         value_residual: Whether each later layer mixes its values with the first layer's, in two learned shares that
             begin at a half (Zhou et al. 2024, arXiv:2410.17897): no other program knows such a model.
-        embedding_shortcut: Whether the embedding is added again before each block, in learned shares of the stream and
-            of it that begin at 1 and 0 (the x0 of https://github.com/KellerJordan/modded-nanogpt): nor such a one.
 
     Raises:
         ValueError: If the numbers do not make a decoder.
@@ -73,7 +71,6 @@ class DecoderConfig:
     dropout: float = 0.0
     query_key_norm: bool = False
     value_residual: bool = False
-    embedding_shortcut: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -259,9 +256,6 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.shortcut_shares = None
-        if config.embedding_shortcut:  # for each block two: of the stream, of the embedding
-            self.shortcut_shares = nn.Parameter(torch.empty(2 * config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = None
         if not config.tie_embeddings:
@@ -280,7 +274,6 @@ class Decoder(nn.Module):
         |--------------------------------|-------------------------------------------------------------------|
         | norms                          | 1                                                                 |
         | value_shares                   | 0.5                                                               |
-        | shortcut_shares                | 1 and 0 of each pair: no shortcut yet                             |
         | embedding, head                | N(0, 0.02)                                                        |
         | qkv, gate_up                   | N(0, 0.02)                                                        |
         | out, down (end of each branch) | N(0, 0.02 / sqrt(2 num_layers)): the residual sum keeps its size; |
@@ -291,8 +284,6 @@ class Decoder(nn.Module):
                 parameter.fill_(1.0)
             elif name.endswith("value_shares"):
                 parameter.fill_(0.5)
-            elif name == "shortcut_shares":
-                parameter.copy_(torch.tensor([1.0, 0.0]).repeat(self.config.num_layers))
             else:
                 is_residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
                 parameter.normal_(0.0, residual_std if is_residual else 0.02)
@@ -350,13 +341,8 @@ class Decoder(nn.Module):
             # Else a length that equals a width by chance would be taken for it, and another length compiled anew.
             for tensor in (x, cos, sin, self.cos, self.sin):
                 torch._dynamo.mark_static(tensor, tensor.ndim - 1)
-        embedded, first_value = x, None
+        first_value = None
         for layer, block in enumerate(self.blocks):
-            if self.shortcut_shares is not None:
-                own, shortcut = self.shortcut_shares[2 * layer : 2 * layer + 2].to(x.dtype)
-                x = own * x + shortcut * embedded
-                if compiled:
-                    torch._dynamo.mark_static(x, 2)
             x, value = call(block, x, cos, sin, first_value, cache, span, layer)
             if self.config.value_residual and layer == 0:
                 first_value = value

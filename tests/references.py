@@ -64,22 +64,7 @@ def in_transformers(decoder: Decoder, **changes) -> PreTrainedModel:
             parameter.copy_(ours[source][rows])
     if config.value_residual:
         _mix_values(reference, [block.attention.value_shares for block in decoder.blocks])
-    if config.embedding_shortcut:
-        _add_embedding(reference, decoder.shortcut_shares)
     return reference
-
-
-def _add_embedding(reference: PreTrainedModel, shares: Tensor) -> None:
-    """Let each layer read its share of the stream and its share of the embedding."""
-    first = []
-    reference.model.embed_tokens.register_forward_hook(
-        lambda _, inputs, embedded: first.__setitem__(slice(None), [embedded])
-    )
-    for layer, block in enumerate(reference.model.layers):
-        own, shortcut = shares[2 * layer], shares[2 * layer + 1]
-        block.register_forward_pre_hook(
-            lambda _, inputs, own=own, shortcut=shortcut: (own * inputs[0] + shortcut * first[0], *inputs[1:])
-        )
 
 
 def _mix_values(reference: PreTrainedModel, shares: Sequence[Tensor | None]) -> None:

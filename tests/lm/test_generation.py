@@ -337,12 +337,7 @@ def test_compiled_code_is_made_once_for_a_shape_and_reads_the_weights_of_each_de
 
 
 @pytest.mark.parametrize(
-    ("weights", "changes"),
-    [
-        ("bfloat16", {}),
-        ("int8", {}),
-        ("bfloat16", {"num_layers": 2, "value_residual": True, "embedding_shortcut": True}),
-    ],
+    ("weights", "changes"), [("bfloat16", {}), ("int8", {}), ("bfloat16", {"num_layers": 2, "value_residual": True})]
 )
 def test_the_compiled_step_reads_weights_of_fewer_bits(weights, changes):
     decoder = make_decoder(**{"num_layers": 1, "vocab_size": 64, **changes})

@@ -21,7 +21,6 @@ CASES = {
         "--model.optimizer.muon_learning_rate=0.02",
         "--model.decoder.query_key_norm=true",
         "--model.decoder.value_residual=true",
-        "--model.decoder.embedding_shortcut=true",
     ],
     "compiled": ["--data.packing=true", "--model.compile=true"],
     "streamed": ["--data.packing=true", "--data.streaming=true"],
