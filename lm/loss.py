@@ -5,9 +5,10 @@ in float32, and autograd keeps several of that size. Here losses and both gradie
 made in the forward pass; backward only scales what is already there. It is the idea of Cut Your Losses (Wijmans et
 al. 2024, arXiv:2411.09009) and of Liger's kernel (Hsu et al. 2024, arXiv:2410.10989) in plain torch, for every device.
 
-A chunk goes over the vocabulary in blocks whose logits stay in the processor's cache until their softmax is taken and
-multiplied by the matrix again; the blocks' sums are joined as in online softmax (Milakov & Gimelshein 2018,
+On a processor a chunk goes over the vocabulary in blocks whose logits stay in the cache until their softmax is taken
+and multiplied by the matrix again; the blocks' sums are joined as in online softmax (Milakov & Gimelshein 2018,
 arXiv:1805.02867). Rows of probabilities are kept for one chunk, since the gradient of the matrix needs the whole sum.
+For a GPU such a block is too little work: there chunks are larger, and each takes the whole vocabulary at once.
 
 The price: a forward pass under grad costs the whole gradient even if backward is never called, so evaluation uses
 `token_losses`.
@@ -20,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 CHUNK_SIZE = 512  # rows; each chunk reads the matrix anew and adds to all of its gradient
 BLOCK_SIZE = 2048  # of the vocabulary
+GPU_CHUNK_SIZE = 4096
 
 
 def linear_cross_entropy(
@@ -27,7 +29,7 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     weights: Tensor | None = None,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """Sum over tokens of `weights * -log softmax(hidden @ weight.T)[target]`, differentiable in hidden and weight.
 
@@ -40,7 +42,8 @@ def linear_cross_entropy(
         targets: (N,) int64 in [0, V), also where the weight is 0.
         weights: (N,) float weight of each token; 0 ignores it. None weighs all 1. Not differentiated.
         chunk_size: Rows whose probabilities exist at one time; memory beyond the gradients is little more than
-            chunk_size * V numbers of the products' type.
+            chunk_size * V numbers of the products' type on a processor, with some of float32 beside them on a GPU.
+            None: 512 on a processor, 4,096 on a GPU.
 
     Returns:
         The weighted sum, a scalar; divide by the sum of weights for a mean.
@@ -48,6 +51,8 @@ def linear_cross_entropy(
     Raises:
         ValueError: If the shapes do not fit or chunk_size is not positive.
     """
+    if chunk_size is None:
+        chunk_size = CHUNK_SIZE if _on_processor(hidden) else GPU_CHUNK_SIZE
     _check(hidden, weight, targets, weights, chunk_size)
     if not torch.is_grad_enabled():
         losses = token_losses(hidden, weight, targets, chunk_size)
@@ -56,11 +61,14 @@ def linear_cross_entropy(
 
 
 @torch.no_grad()
-def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int = 256) -> Tensor:
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int | None = None) -> Tensor:
     """`-log softmax(hidden @ weight.T)[target]` in nats of each token, (N,) in float32 (float64 for float64).
 
-    Without gradient, for evaluation. Arguments, types and errors as in `linear_cross_entropy`.
+    Without gradient, for evaluation. Arguments, types and errors as in `linear_cross_entropy`, but for chunks half as
+    large on a processor.
     """
+    if chunk_size is None:
+        chunk_size = CHUNK_SIZE // 2 if _on_processor(hidden) else GPU_CHUNK_SIZE
     _check(hidden, weight, targets, None, chunk_size)
     dtype = _product_dtype(hidden)
     wide = torch.promote_types(dtype, torch.float32)
@@ -76,75 +84,11 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: in
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, weights, chunk_size):
-        dtype = _product_dtype(hidden)
-        wide = torch.promote_types(dtype, torch.float32)
-        order = _order(targets, weights)
-        num_tokens, vocab_size = len(targets) if order is None else len(order), len(weight)
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-        loss = hidden.new_zeros((), dtype=wide)
-        matrix = weight.to(dtype)
-        blocks = _chunks(vocab_size, BLOCK_SIZE)
-        # Made once: buffers of this size freed in each round would be faulted in again in the next.
-        size = min(chunk_size, num_tokens)
-        logits_buffer = hidden.new_empty(size * min(BLOCK_SIZE, vocab_size), dtype=wide)
-        probs_buffer = hidden.new_empty(size * vocab_size, dtype=dtype)
+        make = _in_blocks if _on_processor(hidden) else _at_once
+        matrix, needed = weight.to(_product_dtype(hidden)), ctx.needs_input_grad[:2]
         with torch.autocast(hidden.device.type, enabled=False):
-            for chunk in _chunks(num_tokens, chunk_size):
-                rows = chunk if order is None else order[chunk]
-                inputs, target = hidden[rows].to(dtype), targets[rows].unsqueeze(1)
-                count = len(inputs)
-                log_sum = hidden.new_full((count, 1), -torch.inf, dtype=wide)  # log sum exp of the blocks so far
-                target_logit = torch.zeros_like(log_sum)
-                # Of all tokens but the target: the sum of their probabilities, and of their rows by these.
-                others, other_rows = torch.zeros_like(log_sum), torch.zeros_like(inputs, dtype=wide)
-                parts = []
-                for block, holders in zip(blocks, _holders(target, blocks, order is not None), strict=True):
-                    shape = count, block.stop - block.start
-                    logits = logits_buffer[: shape[0] * shape[1]].view(shape)
-                    probs = probs_buffer[count * block.start : count * block.stop].view(shape)
-                    if dtype == wide:
-                        torch.mm(inputs, matrix[block].T, out=logits)
-                        largest = torch.softmax(logits, dim=-1, out=probs).amax(-1, keepdim=True)
-                    else:
-                        logits.copy_(inputs @ matrix[block].T)
-                        exact = torch.softmax(logits, dim=-1)
-                        largest = exact.amax(-1, keepdim=True)
-                        probs.copy_(exact)
-                    # log sum exp = max - log(largest probability), which cannot underflow: it is at least 1 / V.
-                    log_part = logits.amax(-1, keepdim=True) - largest.log()
-                    parts.append((block, probs, log_part))
-                    mass = torch.ones_like(log_sum)
-                    if holders.start < holders.stop:
-                        # The target is taken out: its probability less 1 would be lost in rounding where it is near 1.
-                        held, held_logit, place = probs[holders], target_logit[holders], target[holders] - block.start
-                        inside = (place >= 0) & (place < shape[1])
-                        place = place.clamp(0, shape[1] - 1)
-                        held_logit.copy_(torch.where(inside, logits[holders].gather(1, place), held_logit))
-                        held.scatter_(1, place, held.gather(1, place).masked_fill_(inside, 0))
-                        mass[holders] = held.sum(-1, keepdim=True, dtype=wide)
-                    before, log_sum = log_sum, torch.logaddexp(log_sum, log_part)
-                    old, new = (before - log_sum).exp_(), (log_part - log_sum).exp_()
-                    others.mul_(old).addcmul_(mass, new)
-                    if needs_hidden:
-                        other_rows.mul_(old).addcmul_(probs @ matrix[block], new)
-                # The gradient of the logits is softmax minus one-hot. The weights of tokens, and what turns a block's
-                # softmax into that of all, are multiplied into thin (n, H) factors: no further pass over (n, V).
-                scale = 1.0 if weights is None else weights[rows].unsqueeze(1).to(wide)
-                loss += ((log_sum - target_logit) * scale).sum()
-                if needs_hidden:
-                    grad_hidden[rows] = ((other_rows - matrix[target[:, 0]] * others) * scale).to(hidden.dtype)
-                if needs_weight:
-                    factor = inputs * scale
-                    for block, probs, log_part in parts:
-                        part = factor * (log_part - log_sum).exp_()
-                        if dtype == wide:
-                            grad_weight[block].addmm_(probs.T, part)
-                        else:
-                            grad_weight[block] += probs.T @ part.to(dtype)
-                    grad_weight.index_add_(0, target[:, 0], factor * others, alpha=-1)
-        if needs_weight:
+            loss, grad_hidden, grad_weight = make(hidden, matrix, targets, weights, chunk_size, *needed)
+        if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
@@ -156,19 +100,129 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def _order(targets: Tensor, weights: Tensor | None) -> Tensor | None:
-    """The tokens that count, sorted by target, so that few chunks have targets in a block; None, which is all as they
-    stand, where finding them would make the host wait for the device."""
-    if targets.device.type != "cpu":
-        return None
+LossAndGradients = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def _in_blocks(
+    hidden: Tensor,
+    matrix: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    chunk_size: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> LossAndGradients:
+    """On a processor."""
+    dtype, wide = matrix.dtype, torch.promote_types(matrix.dtype, torch.float32)
+    # Sorted by target, so that few chunks have targets in a block; and only the tokens that count.
     order = targets.argsort(stable=True)
-    return order if weights is None else order[weights[order] != 0]
+    if weights is not None:
+        order = order[weights[order] != 0]
+    num_tokens, vocab_size = len(order), len(matrix)
+    grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+    grad_weight = torch.zeros_like(matrix, dtype=wide) if needs_weight else None
+    loss = hidden.new_zeros((), dtype=wide)
+    blocks = _chunks(vocab_size, BLOCK_SIZE)
+    # Made once: buffers of this size freed in each round would be faulted in again in the next.
+    size = min(chunk_size, num_tokens)
+    logits_buffer = hidden.new_empty(size * min(BLOCK_SIZE, vocab_size), dtype=wide)
+    probs_buffer = hidden.new_empty(size * vocab_size, dtype=dtype)
+    for chunk in _chunks(num_tokens, chunk_size):
+        rows = order[chunk]
+        inputs, target = hidden[rows].to(dtype), targets[rows].unsqueeze(1)
+        count = len(inputs)
+        log_sum = hidden.new_full((count, 1), -torch.inf, dtype=wide)  # log sum exp of the blocks so far
+        target_logit = torch.zeros_like(log_sum)
+        # Of all tokens but the target: the sum of their probabilities, and of their rows by these.
+        others, other_rows = torch.zeros_like(log_sum), torch.zeros_like(inputs, dtype=wide)
+        parts = []
+        for block, holders in zip(blocks, _holders(target, blocks), strict=True):
+            shape = count, block.stop - block.start
+            logits = logits_buffer[: shape[0] * shape[1]].view(shape)
+            probs = probs_buffer[count * block.start : count * block.stop].view(shape)
+            if dtype == wide:
+                torch.mm(inputs, matrix[block].T, out=logits)
+                largest = torch.softmax(logits, dim=-1, out=probs).amax(-1, keepdim=True)
+            else:
+                logits.copy_(inputs @ matrix[block].T)
+                exact = torch.softmax(logits, dim=-1)
+                largest = exact.amax(-1, keepdim=True)
+                probs.copy_(exact)
+            # log sum exp = max - log(largest probability), which cannot underflow: it is at least 1 / V.
+            log_part = logits.amax(-1, keepdim=True) - largest.log()
+            parts.append((block, probs, log_part))
+            mass = torch.ones_like(log_sum)
+            if holders.start < holders.stop:
+                # The target is taken out: its probability less 1 would be lost in rounding where it is near 1.
+                place = target[holders] - block.start
+                target_logit[holders] = logits[holders].gather(1, place)
+                mass[holders] = probs[holders].scatter_(1, place, 0).sum(-1, keepdim=True, dtype=wide)
+            before, log_sum = log_sum, torch.logaddexp(log_sum, log_part)
+            old, new = (before - log_sum).exp_(), (log_part - log_sum).exp_()
+            others.mul_(old).addcmul_(mass, new)
+            if needs_hidden:
+                other_rows.mul_(old).addcmul_(probs @ matrix[block], new)
+        # The gradient of the logits is softmax minus one-hot. The weights of tokens, and what turns a block's
+        # softmax into that of all, are multiplied into thin (n, H) factors: no further pass over (n, V).
+        scale = 1.0 if weights is None else weights[rows].unsqueeze(1).to(wide)
+        loss += ((log_sum - target_logit) * scale).sum()
+        if needs_hidden:
+            grad_hidden[rows] = ((other_rows - matrix[target[:, 0]] * others) * scale).to(hidden.dtype)
+        if needs_weight:
+            factor = inputs * scale
+            for block, probs, log_part in parts:
+                part = factor * (log_part - log_sum).exp_()
+                if dtype == wide:
+                    grad_weight[block].addmm_(probs.T, part)
+                else:
+                    grad_weight[block] += probs.T @ part.to(dtype)
+            grad_weight.index_add_(0, target[:, 0], factor * others, alpha=-1)
+    return loss, grad_hidden, grad_weight
 
 
-def _holders(target: Tensor, blocks: list[slice], ordered: bool) -> list[slice]:
-    """For each block the rows whose target (n, 1) may stand in it: exactly these where they are sorted, else all."""
-    if not ordered:
-        return [slice(0, len(target))] * len(blocks)
+def _at_once(
+    hidden: Tensor,
+    matrix: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    chunk_size: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> LossAndGradients:
+    """On a GPU: few kernels, none of which adds in an order of its own, and no waiting for one."""
+    dtype, wide = matrix.dtype, torch.promote_types(matrix.dtype, torch.float32)
+    grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+    grad_weight = torch.zeros_like(matrix, dtype=wide) if needs_weight else None
+    loss = hidden.new_zeros((), dtype=wide)
+    for rows in _chunks(len(targets), chunk_size):
+        inputs, target = hidden[rows], targets[rows].unsqueeze(1)
+        if weights is not None:  # an ignored token may hold nan, which times 0 is nan
+            scale = weights[rows].unsqueeze(1).to(wide)
+            inputs = inputs.masked_fill(scale == 0, 0)
+        inputs = inputs.to(dtype)
+        logits = (inputs @ matrix.T).to(wide)
+        log_sum = logits.logsumexp(-1, keepdim=True)
+        losses = log_sum - logits.gather(1, target)
+        probs = logits.sub_(log_sum).exp_().scatter_(1, target, 0)
+        # The gradient of the target's logit, softmax minus 1, by the others: softmax may be 1 in rounding.
+        probs.scatter_(1, target, -probs.sum(-1, keepdim=True))
+        if weights is not None:
+            losses, probs = losses * scale, probs.mul_(scale)
+        loss += losses.sum()
+        probs = probs.to(dtype)
+        if needs_hidden:
+            grad_hidden[rows] = (probs @ matrix).to(hidden.dtype)
+        if needs_weight:
+            grad_weight += probs.T @ inputs
+    return loss, grad_hidden, grad_weight
+
+
+def _on_processor(hidden: Tensor) -> bool:
+    return hidden.device.type == "cpu"
+
+
+def _holders(target: Tensor, blocks: list[slice]) -> list[slice]:
+    """For each block the rows whose target (n, 1), sorted, stands in it."""
     ends = torch.tensor([block.stop for block in blocks])
     stops = torch.searchsorted(target[:, 0].contiguous(), ends).tolist()
     return [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]

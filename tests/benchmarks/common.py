@@ -20,6 +20,7 @@ from experiment.hardware import fast_bfloat16
 
 ROUNDS = 5
 BENCH = Path("runs/bench")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALLOCATOR = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")  # set by the Makefile; a peer's user does not set them
 
 
@@ -176,11 +177,12 @@ def processor() -> str:
 
 
 def machine() -> str:
-    """Processor, threads, and the versions of what is measured."""
+    """The GPU, if that is used, processor, threads, and the versions of what is measured."""
+    gpu = f"{torch.cuda.get_device_name()}; " if DEVICE == "cuda" else ""
     bf16 = "bf16 instructions" if fast_bfloat16() else "no bf16 instructions"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "transformers", "peft", "numpy"))
     return (
-        f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {bf16}; {platform.system()}, "
+        f"{gpu}{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {bf16}; {platform.system()}, "
         f"Python {platform.python_version()}, {packages}"
     )
 

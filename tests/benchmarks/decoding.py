@@ -7,6 +7,7 @@ tokens, or the benchmark ends with an error. run.c is to be built with `gcc -Ofa
 tokenizer of as many tokens as the decoder has.
 """
 
+import copy
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from common import ROUNDS, Row, alternate, make_row, report
+from common import DEVICE, ROUNDS, Row, alternate, make_row, report
 from jsonargparse import auto_cli
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -34,7 +35,7 @@ FORMATS: dict[str, WeightFormat] = {"float32": "float32", "bf16": "bfloat16", "i
 
 def make_decoder(config: DecoderConfig = SHAPE) -> Decoder:
     torch.manual_seed(0)
-    return Decoder(config).eval()
+    return Decoder(config).eval().to(DEVICE)
 
 
 def make_transformers(decoder: Decoder, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
@@ -58,7 +59,14 @@ def make_transformers(decoder: Decoder, dtype: torch.dtype = torch.float32) -> L
         )
     )
     model.load_state_dict(split_weights(decoder), strict=not config.tie_embeddings)
-    return model.eval().to(dtype)
+    return model.eval().to(DEVICE, dtype)
+
+
+def on_gpu(decoder: Decoder, format: str) -> Decoder:
+    """The decoder in float32 or, a copy, in bf16: fewer bits are for a processor."""
+    if format == "int8":
+        raise RuntimeError("int8 is decoded on a processor: leave it out of --formats")
+    return decoder if format == "float32" else copy.deepcopy(decoder).to(torch.bfloat16)
 
 
 def make_prompts(batch_size: int) -> list[list[int]]:
@@ -94,7 +102,7 @@ def peer(model: LlamaForCausalLM, prompts: list[list[int]], new_tokens: int) -> 
 
 
 def transformers_tokens(model: LlamaForCausalLM, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    ids = torch.tensor(prompts)
+    ids = torch.tensor(prompts, device=DEVICE)
     with torch.inference_mode():
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
     return out[:, ids.shape[1] :].tolist()
@@ -138,7 +146,7 @@ def decode_contenders(
         contenders["ours float32 eager"] = ours(decoder, prompts, new_tokens, tokens)
     for name in formats:
         expected = tokens if name == "float32" else None
-        prepared = prepare(decoder, FORMATS[name])
+        prepared = prepare(decoder, FORMATS[name]) if DEVICE == "cpu" else on_gpu(decoder, name)
         contenders[f"ours {name}"] = ours(prepared, prompts, new_tokens, expected, compile=True)
     for measure in contenders.values():
         measure()

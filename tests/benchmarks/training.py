@@ -54,7 +54,8 @@ def tinylab(measured: Callable[..., None], work: Work) -> None:
     module = LanguageModel(work.decoder, optimizer, compile=True)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            accelerator="cpu",
+            accelerator="auto",
+            devices=1,
             max_steps=10**6,
             precision=work.precision,
             gradient_clip_val=1.0,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from common import Turns
+from common import DEVICE, Turns
 from torch.utils.data import Dataset
 
 from experiment.quiet import quiet_libraries
@@ -87,7 +87,7 @@ def transformers_trainer(measured: Callable[..., None], work: Work) -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             output_dir=folder,
-            use_cpu=True,
+            use_cpu=DEVICE == "cpu",
             bf16=work.precision == "bf16-mixed",
             per_device_train_batch_size=work.batch_size,
             train_sampling_strategy="sequential",

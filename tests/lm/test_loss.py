@@ -25,10 +25,13 @@ def direct(hidden, weight, targets, weights):
     return (losses * weights).sum()
 
 
-@pytest.fixture(params=[5, 2048])
+@pytest.fixture(params=[5, 2048, None])
 def block_size(request, monkeypatch):
-    """The vocabulary in many blocks, the last of them smaller, and in one."""
-    monkeypatch.setattr("lm.loss.BLOCK_SIZE", request.param)
+    """The vocabulary in many blocks, the last of them smaller, in one, and at once, as on a GPU."""
+    if request.param is None:
+        monkeypatch.setattr("lm.loss._on_processor", lambda hidden: False)
+    else:
+        monkeypatch.setattr("lm.loss.BLOCK_SIZE", request.param)
 
 
 @pytest.mark.usefixtures("block_size")
@@ -69,6 +72,7 @@ def test_a_factor_that_needs_no_gradient_gets_none(needed):
     torch.testing.assert_close(inputs[needed].grad, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("block_size")
 def test_a_token_as_unlikely_as_can_be_has_a_finite_loss():
     hidden, weight = torch.tensor([[300.0]], requires_grad=True), torch.tensor([[1.0], [-1.0]])
     loss = linear_cross_entropy(hidden, weight, torch.tensor([1]))
@@ -92,6 +96,7 @@ def test_ignored_tokens_change_nothing_whatever_they_hold():
     assert (grads[0][weights == 0] == 0).all()
 
 
+@pytest.mark.usefixtures("block_size")
 def test_a_batch_of_ignored_tokens_has_loss_and_gradients_of_zero():
     hidden, weight, targets, weights = make_inputs()
     loss = linear_cross_entropy(hidden, weight, targets, torch.zeros_like(weights))
@@ -167,6 +172,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.usefixtures("block_size")
 @pytest.mark.parametrize("autocast", [True, False])
 def test_no_tensor_is_larger_than_a_chunk_of_logits(autocast):
     """Against a direct loss that makes all logits, so that the measure is known to see them."""
@@ -187,6 +193,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(autocast):
     assert largest["ours"] == largest["token_losses"] == chunk_size * vocab_size
 
 
+@pytest.mark.usefixtures("block_size")
 def test_what_backward_keeps_is_no_larger_than_the_gradients():
     hidden, weight, targets, _ = make_inputs()
     kept = []

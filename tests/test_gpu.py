@@ -1,0 +1,116 @@
+"""On a CUDA GPU everything gives what it gives on a processor; skipped where there is none."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lm.generation import GenerationConfig, generate
+from lm.loss import linear_cross_entropy, token_losses
+from lm.model import Decoder, DecoderConfig
+from lm.muon import orthogonalize
+from tests.processes import Commands
+from tests.runs import STEPS, TINY, assert_same_run, kill_and_resume, rows, write_stories
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+GPU = ["--trainer.accelerator=gpu", "--trainer.devices=1"]
+CONFIG = DecoderConfig(
+    vocab_size=3000, hidden_size=64, intermediate_size=172, num_layers=3, num_heads=4, num_kv_heads=2,
+    max_sequence_length=64, query_key_norm=True, value_residual=True,
+)  # fmt: skip
+PROMPTS = [[1, 5, 9], [1, 7], [1, 2, 3, 4, 5, 6]]
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    torch.manual_seed(0)
+    decoder = Decoder(CONFIG).eval()
+    with torch.no_grad():  # far from uniform, so that the likeliest token stands clear of the next
+        for parameter in decoder.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return decoder
+
+
+def test_logits_and_gradients_equal_those_of_the_processor(decoder: Decoder) -> None:
+    ids = torch.randint(CONFIG.vocab_size, (5, 33), generator=torch.Generator().manual_seed(1))
+    found = {}
+    for device in ("cpu", "cuda"):
+        decoder.to(device).zero_grad()
+        logits = decoder(ids.to(device))
+        logits.logsumexp(-1).sum().backward()
+        found[device] = logits.detach().cpu(), {n: p.grad.to("cpu", copy=True) for n, p in decoder.named_parameters()}
+    decoder.cpu().zero_grad()
+    torch.testing.assert_close(found["cuda"][0], found["cpu"][0], atol=2e-4, rtol=1e-4)
+    for name, gradient in found["cpu"][1].items():
+        error = (found["cuda"][1][name] - gradient).norm() / gradient.norm()
+        assert error < 1e-4, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("num_tokens", [70, 5000])
+def test_loss_and_gradients_equal_autograd(autocast: bool, num_tokens: int) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(num_tokens, 64, device="cuda", requires_grad=True)
+    weight = torch.randn(5000, 64, device="cuda", requires_grad=True)
+    targets = torch.randint(5000, (num_tokens,), device="cuda")
+    weights = (torch.rand(num_tokens, device="cuda") > 0.3).float()
+    (F.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="none") * weights).sum().backward()
+    expected = [hidden.grad.clone(), weight.grad.clone()]
+    hidden.grad = weight.grad = None
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        linear_cross_entropy(hidden, weight, targets, weights).backward()
+        losses = token_losses(hidden, weight, targets)
+    tolerance = 2e-2 if autocast else 1e-5
+    for found, right in zip((hidden.grad, weight.grad), expected, strict=True):
+        assert (found - right).norm() < tolerance * right.norm()
+    right = F.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="none")
+    assert (losses - right).norm() < tolerance * right.norm()
+
+
+def test_muon_orthogonalizes_as_on_the_processor() -> None:
+    matrices = torch.randn(3, 40, 100, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(orthogonalize(matrices.cuda()).cpu(), orthogonalize(matrices), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_stories_equal_those_of_the_processor(
+    decoder: Decoder, prompts: list[list[int]], temperature: float, compile: bool
+) -> None:
+    config = {"max_new_tokens": 50, "temperature": temperature}
+    expected = [row.token_ids for row in generate(decoder.cpu(), prompts, GenerationConfig(use_cache=False, **config))]
+    try:
+        found = generate(decoder.cuda(), prompts, GenerationConfig(compile=compile, **config))
+    finally:
+        decoder.cpu()
+    assert [row.token_ids for row in found] == expected
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        ["--model.optimizer.muon_learning_rate=0.02", "--model.decoder.value_residual=true"],
+        ["--model.compile=true"],
+        ["--data.packing=true", "--trainer.accumulate_grad_batches=2", "--trainer.precision=32-true"],
+    ],
+)
+def test_killed_run_resumes_to_the_same_losses_and_weights(extra: list[str], commands: Commands, in_tmp: Path) -> None:
+    arguments = [f"--data.path={write_stories(in_tmp / 'stories')}", *TINY, *GPU, *extra]
+    commands.run("fit", *arguments, "--run_dir=whole", folder=in_tmp)
+    kill_and_resume(commands, [*arguments, "--run_dir=run"], STEPS, seed=0)
+    assert_same_run(Path("run"), Path("whole"))
+
+
+def test_training_has_the_losses_of_the_processor(commands: Commands, in_tmp: Path) -> None:
+    arguments = [f"--data.path={write_stories(in_tmp / 'stories')}", *TINY, "--model.decoder.dropout=0"]
+    arguments += ["--trainer.precision=32-true", "--model.optimizer.muon_learning_rate=0.02"]
+    commands.run("fit", *arguments, "--run_dir=cpu", folder=in_tmp)
+    commands.run("fit", *arguments, *GPU, "--run_dir=gpu", folder=in_tmp)
+    for left, right in zip(rows(Path("cpu")), rows(Path("gpu")), strict=True):
+        assert float(left["train/loss"]) == pytest.approx(float(right["train/loss"]), abs=2e-3)
+        if left["val/loss"]:
+            assert float(left["val/loss"]) == pytest.approx(float(right["val/loss"]), abs=2e-3)
