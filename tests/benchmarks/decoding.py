@@ -194,7 +194,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         if llama2c is not None:
             weights = Path(folder) / "model.bin"
-            to_llama2c(make_decoder(), load_tokenizer(tokenizer), weights)
+            to_llama2c(make_decoder().cpu(), load_tokenizer(tokenizer), weights)
             contenders["llama2.c"] = run_c(llama2c, weights, new_tokens)
             contenders["llama2.c"]()
         results = alternate(contenders, rounds)
