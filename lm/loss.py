@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 CHUNK_SIZE = 512  # rows; each chunk reads the matrix anew and adds to all of its gradient
 BLOCK_SIZE = 2048  # of the vocabulary
-GPU_CHUNK_SIZE = 4096
+GPU_CHUNK_SIZE = 4096  # rows; with the vocabulary of 32,768 half a GiB of logits in float32
 
 
 def linear_cross_entropy(
@@ -84,11 +84,15 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: in
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, weights, chunk_size):
-        make = _in_blocks if _on_processor(hidden) else _at_once
-        matrix, needed = weight.to(_product_dtype(hidden)), ctx.needs_input_grad[:2]
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        matrix = weight.to(_product_dtype(hidden))
+        wide = torch.promote_types(matrix.dtype, torch.float32)
+        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        add_up = _by_blocks if _on_processor(hidden) else _at_once
         with torch.autocast(hidden.device.type, enabled=False):
-            loss, grad_hidden, grad_weight = make(hidden, matrix, targets, weights, chunk_size, *needed)
-        if grad_weight is not None:
+            loss = add_up(hidden, matrix, targets, weights, chunk_size, grad_hidden, grad_weight)
+        if needs_weight:
             grad_weight = grad_weight.to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
@@ -100,27 +104,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *grads, None, None, None
 
 
-LossAndGradients = tuple[Tensor, Tensor | None, Tensor | None]
-
-
-def _in_blocks(
+def _by_blocks(
     hidden: Tensor,
     matrix: Tensor,
     targets: Tensor,
     weights: Tensor | None,
     chunk_size: int,
-    needs_hidden: bool,
-    needs_weight: bool,
-) -> LossAndGradients:
-    """On a processor."""
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+) -> Tensor:
+    """The loss on a processor, its gradients written into grad_hidden (N, H) and grad_weight (V, H) where given."""
     dtype, wide = matrix.dtype, torch.promote_types(matrix.dtype, torch.float32)
     # Sorted by target, so that few chunks have targets in a block; and only the tokens that count.
     order = targets.argsort(stable=True)
     if weights is not None:
         order = order[weights[order] != 0]
     num_tokens, vocab_size = len(order), len(matrix)
-    grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-    grad_weight = torch.zeros_like(matrix, dtype=wide) if needs_weight else None
     loss = hidden.new_zeros((), dtype=wide)
     blocks = _chunks(vocab_size, BLOCK_SIZE)
     # Made once: buffers of this size freed in each round would be faulted in again in the next.
@@ -160,15 +159,15 @@ def _in_blocks(
             before, log_sum = log_sum, torch.logaddexp(log_sum, log_part)
             old, new = (before - log_sum).exp_(), (log_part - log_sum).exp_()
             others.mul_(old).addcmul_(mass, new)
-            if needs_hidden:
+            if grad_hidden is not None:
                 other_rows.mul_(old).addcmul_(probs @ matrix[block], new)
         # The gradient of the logits is softmax minus one-hot. The weights of tokens, and what turns a block's
         # softmax into that of all, are multiplied into thin (n, H) factors: no further pass over (n, V).
         scale = 1.0 if weights is None else weights[rows].unsqueeze(1).to(wide)
         loss += ((log_sum - target_logit) * scale).sum()
-        if needs_hidden:
+        if grad_hidden is not None:
             grad_hidden[rows] = ((other_rows - matrix[target[:, 0]] * others) * scale).to(hidden.dtype)
-        if needs_weight:
+        if grad_weight is not None:
             factor = inputs * scale
             for block, probs, log_part in parts:
                 part = factor * (log_part - log_sum).exp_()
@@ -177,7 +176,7 @@ def _in_blocks(
                 else:
                     grad_weight[block] += probs.T @ part.to(dtype)
             grad_weight.index_add_(0, target[:, 0], factor * others, alpha=-1)
-    return loss, grad_hidden, grad_weight
+    return loss
 
 
 def _at_once(
@@ -186,13 +185,11 @@ def _at_once(
     targets: Tensor,
     weights: Tensor | None,
     chunk_size: int,
-    needs_hidden: bool,
-    needs_weight: bool,
-) -> LossAndGradients:
-    """On a GPU: few kernels, none of which adds in an order of its own, and no waiting for one."""
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+) -> Tensor:
+    """As `_by_blocks`, on a GPU: few kernels, none of which adds in an order of its own, and no waiting for one."""
     dtype, wide = matrix.dtype, torch.promote_types(matrix.dtype, torch.float32)
-    grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-    grad_weight = torch.zeros_like(matrix, dtype=wide) if needs_weight else None
     loss = hidden.new_zeros((), dtype=wide)
     for rows in _chunks(len(targets), chunk_size):
         inputs, target = hidden[rows], targets[rows].unsqueeze(1)
@@ -210,11 +207,11 @@ def _at_once(
             losses, probs = losses * scale, probs.mul_(scale)
         loss += losses.sum()
         probs = probs.to(dtype)
-        if needs_hidden:
+        if grad_hidden is not None:
             grad_hidden[rows] = (probs @ matrix).to(hidden.dtype)
-        if needs_weight:
+        if grad_weight is not None:
             grad_weight += probs.T @ inputs
-    return loss, grad_hidden, grad_weight
+    return loss
 
 
 def _on_processor(hidden: Tensor) -> bool:
