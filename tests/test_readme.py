@@ -1,4 +1,4 @@
-"""Every command that README.md gives is run, shrunk to a second or two, in its order and in one working directory."""
+"""Every command of README.md and docs/ is run, shrunk to a second or two, in order and in one working directory."""
 
 import json
 import os
@@ -22,7 +22,9 @@ from tests.classify.conftest import save_tiny_bert
 from tests.runs import TINY, write_stories
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+# In the order in which a reader meets them: the demo's run, for one, is trained by the page that explains runs.
+PAGES = [ROOT / "docs" / "configuration.md", ROOT / "README.md", *sorted((ROOT / "docs").glob("[!c]*.md"))]
+README = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 LM = [*TINY, "--data.path=stories", "--model.decoder.max_sequence_length=64", "--trainer.max_steps=2",
       "--trainer.val_check_interval=2", "--samples.every_n_steps=0"]  # fmt: skip
 CLASSIFY = ["--model.name=bert", "--data.path=demo", "--data.train_size=16", "--data.validation_size=8",
@@ -133,7 +135,7 @@ def test_every_command_of_the_readme_works(
     save_tiny_bert(workspace / "bert")
     shared = ROOT.parent / "shared"
     if shared.is_dir():
-        (tmp_path / "shared").symlink_to(shared)
+        (workspace / "stories260K").symlink_to(shared / "models" / "stories260K")
     commands = commands_of(README)
     assert len(commands) > 20
     for command in commands:
@@ -144,6 +146,16 @@ def test_every_command_of_the_readme_works(
         except Exception as error:
             printed = capsys.readouterr()
             pytest.fail(f"{command}\n{type(error).__name__}: {error}\n{printed.err[-1000:]}", pytrace=False)
+
+
+def test_links_between_pages_lead_to_files() -> None:
+    for page in PAGES:
+        links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
+        assert not [link for link in links if not (page.parent / link).exists()], page
+
+
+def test_pages_name_nothing_outside_the_repository() -> None:
+    assert "../shared" not in README
 
 
 def test_files_and_targets_that_the_readme_names_exist() -> None:
