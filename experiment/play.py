@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import gradio as gr
 
 HEAD = Path(__file__).with_name("play.html")
-TABS = {"decoder": "lm", "adapter": "classify"}  # by a hyperparameter that only this package's checkpoints have
 PORT = 7860
 FONTS = ("system-ui", "-apple-system", "'Segoe UI'", "Roboto", "'DejaVu Sans'", "sans-serif")  # what the machine has
 
@@ -40,22 +39,18 @@ def newest_demo() -> list[Path]:
 
 
 def find_tabs(runs: Sequence[Path]) -> dict[str, dict[str, Path]]:
-    """By package, in the order of TABS, the checkpoints of its runs, each under a name that tells it apart.
+    """By package, in the order of PACKAGES, the checkpoints of its runs, each under a name that tells it apart.
 
     Raises:
         InputError: A folder has no checkpoint, or one that no package knows.
     """
-    from experiment.run import find_checkpoint, read_checkpoint
+    from experiment.run import PACKAGES, find_checkpoint, package_of
 
-    found: dict[str, dict[str, Path]] = {package: {} for package in TABS.values()}
+    found: dict[str, dict[str, Path]] = {package: {} for package in PACKAGES.values()}
     names = [run.resolve().name for run in runs]
     for run, name in zip(runs, names, strict=True):
         checkpoint = find_checkpoint(run)
-        hyperparameters = read_checkpoint(checkpoint).get("hyper_parameters", {})
-        package = next((package for key, package in TABS.items() if key in hyperparameters), None)
-        if package is None:
-            raise InputError(f"{checkpoint} is of no known model: expected one that fit of lm or classify has written")
-        found[package][name if names.count(name) == 1 else str(run)] = checkpoint
+        found[package_of(checkpoint)][name if names.count(name) == 1 else str(run)] = checkpoint
     return {package: checkpoints for package, checkpoints in found.items() if checkpoints}
 
 

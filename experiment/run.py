@@ -17,6 +17,7 @@ from experiment.errors import InputError
 from experiment.launch import agreed
 
 CONFIG = "config.yaml"
+PACKAGES = {"decoder": "lm", "adapter": "classify"}  # by a hyperparameter that only this package's checkpoints have
 RUN_DIR_VARIABLE = "TINYLAB_RUN_DIR"  # tells the folder to the processes that Lightning starts beside the first
 
 
@@ -168,6 +169,19 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     if not isinstance(checkpoint.get("global_step", 0), int):
         raise InputError(f"ckpt_path {file} is no Lightning checkpoint: its global_step is no number of steps")
     return checkpoint
+
+
+def package_of(file: Path) -> str:
+    """The package whose `fit` has written a checkpoint: lm or classify.
+
+    Raises:
+        InputError: The file cannot be read, or is of neither.
+    """
+    hyperparameters = read_checkpoint(file).get("hyper_parameters", {})
+    package = next((package for key, package in PACKAGES.items() if key in hyperparameters), None)
+    if package is None:
+        raise InputError(f"{file} is not a checkpoint of lm or classify: expected one that fit has written")
+    return package
 
 
 def check_fits(module: LightningModule, file: Path) -> None:

@@ -32,9 +32,9 @@ pytest.importorskip("gradio", reason="needs the extra play")
 
 from gradio_client import Client
 
-from classify.play import Critic
+from classify.demo import ClassifierDemo
 from classify.play import show as show_verdict
-from lm.play import Storyteller
+from lm.demo import LanguageModelDemo
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMEDRIVER = shutil.which("chromedriver")
@@ -156,7 +156,7 @@ def test_a_vanished_run_is_answered_for_from_memory(runs: Path, visitor: Client)
 
 
 def test_a_visitor_who_leaves_ends_the_story(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    teller = Storyteller(runs / "lm" / "checkpoints" / "last.ckpt")
+    teller = LanguageModelDemo(runs / "lm" / "checkpoints" / "last.ckpt")
     decode = teller.tokenizer.decode
 
     def decode_slowly(ids: list[int]) -> str:  # so that the story would take half a minute
@@ -164,7 +164,7 @@ def test_a_visitor_who_leaves_ends_the_story(runs: Path, monkeypatch: pytest.Mon
         return decode(ids)
 
     monkeypatch.setattr(teller.tokenizer, "decode", decode_slowly)
-    story = teller.tell("Tom", GenerationConfig(250, seed=1))
+    story = teller.stream("Tom", GenerationConfig(250, seed=1))
     next(story)
     story.close()
     wait(lambda: not any(thread.name == "story" for thread in threading.enumerate()), 8)
@@ -173,7 +173,7 @@ def test_a_visitor_who_leaves_ends_the_story(runs: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("adapter", ["custom", "peft"])
 def test_a_words_share_is_the_slope_of_the_log_odds(runs: Path, adapter: str) -> None:
     """Against the difference that growing the embeddings of the word's pieces a little makes, in float64."""
-    critic = Critic(adapter, runs / adapter / "checkpoints" / "best.ckpt")
+    critic = ClassifierDemo(runs / adapter / "checkpoints" / "best.ckpt", adapter)
     critic.module.double()
     vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "un": 5, "##watch": 6, "##able": 7, "film": 8, ",": 9}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
@@ -182,7 +182,7 @@ def test_a_words_share_is_the_slope_of_the_log_odds(runs: Path, adapter: str) ->
     critic.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
     text, pieces = "film, unwatchable film", [[8], [9], [5, 6, 7], [8]]
-    verdict = critic.judge(text)
+    verdict = critic.explain(text)
     assert [text[begin:end] for begin, end, _ in verdict.words] == ["film", ",", "unwatchable", "film"]
     ids = torch.tensor([[2, *(piece for word in pieces for piece in word), 3]])
     embeddings = critic.module.model.get_input_embeddings()(ids).detach()
@@ -202,7 +202,7 @@ def test_a_words_share_is_the_slope_of_the_log_odds(runs: Path, adapter: str) ->
 
 
 def test_a_long_review_is_judged_by_what_the_run_reads_of_it(runs: Path) -> None:
-    critic = Critic("custom", runs / "custom" / "checkpoints" / "best.ckpt")
+    critic = ClassifierDemo(runs / "custom" / "checkpoints" / "best.ckpt", "custom")
     words = ["brilliant", "dull"] * 20
     page = show_verdict(critic, " ".join(words))
     assert f"cut to {MAX_LENGTH} tokens: 22 of 40 were read" in page
@@ -210,7 +210,7 @@ def test_a_long_review_is_judged_by_what_the_run_reads_of_it(runs: Path) -> None
     assert pale.split() == words[11:-11]
     ids = critic.tokenizer(" ".join(words[:11] + words[-11:]), return_tensors="pt")
     expected = critic.module(ids["input_ids"], ids["attention_mask"]).softmax(-1)[0].tolist()
-    assert list(critic.judge(" ".join(words)).probabilities.values()) == pytest.approx(expected)
+    assert list(critic.explain(" ".join(words)).probabilities.values()) == pytest.approx(expected)
 
 
 def test_runs_that_are_not_there_are_told_in_one_line(in_tmp: Path, capsys: pytest.CaptureFixture) -> None:
@@ -334,7 +334,7 @@ def test_both_adapters_judge_the_same_review_side_by_side(browser: Browser, runs
     browser.click("Judge")
     wait(lambda: len(browser.all(".verdicts section")) == 2)
     for adapter, section in zip(("custom", "peft"), browser.all(".verdicts section"), strict=True):
-        critic = Critic(adapter, runs / adapter / "checkpoints" / "best.ckpt")
+        critic = ClassifierDemo(runs / adapter / "checkpoints" / "best.ckpt", adapter)
         ids = critic.tokenizer(review, return_tensors="pt")
         shares = critic.module(ids["input_ids"], ids["attention_mask"]).softmax(-1)[0].tolist()
         assert [bar.text for bar in section.find_elements("css selector", ".bars > span:nth-child(3n)")] == [

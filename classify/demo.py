@@ -1,0 +1,106 @@
+"""A trained classifier to use: it judges a text and says which words spoke for the label."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from classify.data import TokenizedReviews
+from classify.module import ReviewClassifier
+from classify.pretrained import load_tokenizer
+from experiment.errors import InputError
+from experiment.run import CONFIG, read_checkpoint
+
+
+@dataclass
+class Prediction:
+    """What a classifier says of a text.
+
+    Args:
+        probabilities: Of each class, by its name.
+        words: (begin, end, score) of each word of the text that was read: the score is what the word adds to the
+            log-odds of the likeliest class, to first order. Characters.
+        tokens: Of the whole text, without special tokens.
+        kept: As many of them were read.
+    """
+
+    probabilities: dict[str, float]
+    words: list[tuple[int, int, float]]
+    tokens: int
+    kept: int
+
+    @property
+    def label(self) -> str:
+        return max(self.probabilities, key=self.probabilities.get)
+
+
+class ClassifierDemo:
+    """A classifier from a checkpoint, for any number of visitors at once: nothing of it changes."""
+
+    def __init__(self, checkpoint: Path, name: str = "") -> None:
+        """
+        Args:
+            checkpoint: A file that fit has written, in its run's folder.
+            name: By which to tell it from others on one page.
+
+        Raises:
+            InputError: The checkpoint, its base model or its tokenizer cannot be read.
+        """
+        self.name, self.checkpoint = name, checkpoint
+        content = read_checkpoint(checkpoint)
+        self.module = ReviewClassifier(**content["hyper_parameters"])
+        self.module.on_load_checkpoint(content)
+        self.module.load_state_dict(content["state_dict"], strict=False)
+        self.module.eval()
+        file = checkpoint.resolve().parent.parent / CONFIG
+        try:
+            data = yaml.safe_load(file.read_text(encoding="utf-8"))["data"]
+            self.max_length = data.get("eval_max_length") or data["max_length"]
+            self.truncation = data["truncation"]
+            self.tokenizer = load_tokenizer(data["tokenizer"] or self.module.hparams.name)
+        except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+            raise InputError(f"{file} does not tell how {checkpoint} reads texts: expected the run's own") from error
+
+    def classify(self, text: str) -> dict[str, float]:
+        """The probability of each class, by its name; the likeliest first."""
+        probabilities = self.explain(text).probabilities
+        return dict(sorted(probabilities.items(), key=lambda item: -item[1]))
+
+    def explain(self, text: str) -> Prediction:
+        """Classify a text, and find the words that spoke for its class: gradient times input, on the embeddings.
+
+        The log-odds of the likeliest class are differentiated by the embedding of each token; the product with that
+        embedding, summed, is the token's share (Shrikumar et al. 2017, arXiv:1605.01713, section 2). The pieces of a
+        word are added up.
+        """
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+        )
+        ids = np.array(encoded["input_ids"], dtype=np.int64)
+        # Which tokens are read is told by the class that prepares the training's reviews.
+        special = (self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id)
+        places = self._read(np.arange(len(ids)), (-1, -1, -1))[1:-1]
+        input_ids = torch.from_numpy(self._read(ids, special))[None]
+        embeddings = self.module.model.get_input_embeddings()(input_ids).detach().requires_grad_()
+        logits = self.module.model(inputs_embeds=embeddings, attention_mask=torch.ones_like(input_ids)).logits[0]
+        label = logits.argmax()
+        others = torch.cat([logits[:label], logits[label + 1 :]])
+        (gradient,) = torch.autograd.grad(logits[label] - others.logsumexp(0), embeddings)
+        scores = (gradient * embeddings).sum(-1)[0, 1:-1].tolist()
+
+        words: dict[int, tuple[int, int, float]] = {}
+        for place, score in zip(places.tolist(), scores, strict=True):
+            (begin, end), number = encoded["offset_mapping"][place], encoded.word_ids()[place]
+            first, _, before = words.get(number, (begin, end, 0.0))
+            words[number] = (first, end, before + score)
+        probabilities = dict(zip(self.module.hparams.label_names, logits.softmax(0).tolist(), strict=True))
+        return Prediction(probabilities, list(words.values()), len(ids), len(places))
+
+    def _read(self, tokens: np.ndarray, special: tuple[int, int, int]) -> np.ndarray:
+        """The tokens (T,) as the model sees them: between special ones, and cut to the run's length."""
+        reviews = TokenizedReviews(
+            tokens, np.array([0, len(tokens)]), np.array([-1]), special, self.max_length, "longest", self.truncation
+        )
+        return reviews.sequence(0)

@@ -1,0 +1,80 @@
+"""The command `tinylab`, and the Python interface that the README shows."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tinylab
+from classify.__main__ import main as classify
+from experiment.errors import InputError
+from lm.__main__ import main as lm
+from tests.runs import TINY, write_stories
+from tinylab.__main__ import COMMANDS, main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, small_bert_run: list[str]) -> Path:
+    """The folder runs/ with a tiny lm/demo and classify/demo."""
+    folder = tmp_path_factory.mktemp("tinylab")
+    flags = [*TINY, f"--data.path={write_stories(folder / 'stories')}", "--trainer.max_steps=5"]
+    lm(["fit", *flags, f"--run_dir={folder / 'runs/lm/demo'}"])
+    classify(["fit", *small_bert_run, f"--run_dir={folder / 'runs/classify/demo'}"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small_bert_run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    from tests.classify.conftest import save_tiny_bert
+
+    sizes = ["--data.train_size=16", "--data.validation_size=8", "--data.test_size=8", "--data.max_length=32"]
+    bert = save_tiny_bert(tmp_path_factory.mktemp("bert"))
+    return [f"--model.name={bert}", "--data.path=demo", "--trainer.accelerator=cpu", "--trainer.max_epochs=1", *sizes]
+
+
+def test_python_of_the_readme_runs(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(runs)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["story"].startswith("Once upon a time")
+    assert sum(names["probabilities"].values()) == pytest.approx(1)
+    assert names["metrics"]["val/perplexity"] > 1
+
+
+def test_the_same_seed_tells_the_same_story(runs: Path) -> None:
+    first, second = (tinylab.load(runs / "runs/lm/demo").tell("Tom", temperature=1.0, seed=3) for _ in range(2))
+    assert first == second
+
+
+def test_the_likeliest_class_comes_first(runs: Path) -> None:
+    probabilities = list(tinylab.load(runs / "runs/classify/demo").classify("A good film.").values())
+    assert probabilities == sorted(probabilities, reverse=True)
+
+
+def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        tinylab.load(tmp_path)
+
+
+def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["trian"])
+    assert "'trian' is not a command: expected lm, classify" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert "usage:" in capsys.readouterr().out
+
+
+def test_help_needs_no_library() -> None:
+    code = "import sys; from tinylab.__main__ import main; main(['--help']); print('torch' in sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert "usage: tinylab" in printed and printed.endswith("False\n")

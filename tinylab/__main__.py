@@ -1,0 +1,45 @@
+"""
+usage: tinylab COMMAND [ARGUMENTS]
+
+A small laboratory for language models.
+
+commands:
+  lm         train, validate, test and use the language model
+  classify   train, validate, test and use the classifier
+  play       a local page to try runs
+  convert    models to and from transformers and llama2.c
+  decoding   compare ways of decoding on one model
+  report     the page of a run, or of several over each other
+
+`tinylab COMMAND --help` explains each. `python -m lm`, `python -m classify` and so on do the same.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "lm": "lm.__main__",
+    "classify": "classify.__main__",
+    "play": "experiment.play",
+    "convert": "lm.convert",
+    "decoding": "lm.decoding",
+    "report": "experiment.report",
+}  # each imported only when it is called, for some bring torch along
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run one of the commands; an unknown one ends with one line on stderr and exit code 2."""
+    args = list(sys.argv[1:] if args is None else args)
+    if args and args[0] in ("-h", "--help"):
+        print(__doc__.strip())
+    elif not args or args[0] not in COMMANDS:
+        found = f"{args[0]!r} is not a command" if args else "no command is given"
+        print(f"error: {found}: expected {', '.join(COMMANDS)}; --help explains them", file=sys.stderr)
+        sys.exit(2)
+    else:
+        import_module(COMMANDS[args[0]]).main(args[1:])
+
+
+if __name__ == "__main__":
+    main()
