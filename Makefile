@@ -18,7 +18,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint clean lm-fit lm-validate lm-test lm-predict \
   classify-fit classify-validate classify-test classify-predict table1 ablation recipes report decoding play sweep \
-  bench scaling
+  bench scaling pictures
 
 help: ## list the targets
 	@echo "usage: make TARGET [CONFIG=configs/lm/demo.yaml] [ARGS='--trainer.max_steps 100']"
@@ -111,6 +111,9 @@ bench: $(READY) ## speed and memory against transformers, PEFT and Lightning (a 
 
 scaling: $(READY) ## how the cost grows with batch, length, layers, vocabulary and corpus; plots in runs/bench
 	$(PY) tests/benchmarks/scaling.py
+
+pictures: $(READY) ## take the pictures of the README, of the newest demo's runs (needs Chromium and its driver)
+	PYTHONPATH=. $(PY) docs/pictures.py
 
 clean: ## remove caches and build leftovers; runs/ and .venv stay
 	rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info

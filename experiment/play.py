@@ -80,7 +80,7 @@ def open_page(runs: Sequence[Path], port: int | None = None) -> tuple["gr.Blocks
     # Quiet text in a grey that can be read; the theme's own is too pale.
     quiet = dict.fromkeys(("body_text_color_subdued", "block_info_text_color"), "*neutral_500")
     with gr.Blocks(title="tinylab", analytics_enabled=False) as page:
-        gr.HTML('<h1>tinylab</h1><p class="quiet">What the runs have learned, to try.</p>', elem_classes="head")
+        gr.HTML('<h1>tinylab</h1><p class="quiet">Try what the runs have learned.</p>', elem_classes="head")
         with gr.Tabs():
             for package, checkpoints in tabs.items():
                 import_module(f"{package}.play").add_tabs(checkpoints)

@@ -154,6 +154,13 @@ def test_links_between_pages_lead_to_files() -> None:
         assert not [link for link in links if not (page.parent / link).exists()], page
 
 
+def test_pictures_are_small_and_made_by_a_command() -> None:
+    script = (ROOT / "docs" / "pictures.py").read_text(encoding="utf-8")
+    pictures = list((ROOT / "docs" / "pictures").iterdir())
+    assert pictures
+    assert not [one.name for one in pictures if one.name not in script or one.stat().st_size > 200_000]
+
+
 def test_pages_name_nothing_outside_the_repository() -> None:
     assert "../shared" not in README
 
