@@ -134,6 +134,11 @@ class KeyValueCache:
         keys, values = self._layers[layer]
         return keys[:, :, : span.visible], values[:, :, : span.visible]
 
+    def clear(self) -> None:
+        """Forget all tokens."""
+        self.lengths.zero_()
+        self._lengths = [0] * len(self._lengths)
+
     def grow(self, capacity: int) -> None:
         """Make room for `capacity` tokens a row, no fewer than now and at most the model's context."""
         for layer in self._layers:
@@ -149,13 +154,21 @@ class KeyValueCache:
             torch._dynamo.maybe_mark_dynamic(stored, 0)
             torch._dynamo.mark_dynamic(stored, 2)
 
-    def next_span(self) -> CacheSpan:
-        """Where one more token a row goes, to be called within compiled code: tensors alone say so, and attention reads
-        the whole capacity, so that all steps share what was compiled for one. That code adds 1 to `lengths`; on the
-        host, `advance_one` counts."""
-        slots = self._layers[0][0].shape[2] - 1  # the capacity, which as a number would become part of the code
+    def next_span(self, slots: Tensor | None = None) -> CacheSpan:
+        """Where one more token a row goes, by tensors alone, so that all steps share what was compiled or captured for
+        one. The step adds 1 to `lengths`; on the host, `advance_one` counts.
+
+        Args:
+            slots: 0, 1, 2 … of as many slots as attention shall read, at least those that rows hold by now. Given them,
+                rows may outgrow the capacity: what they write then is never read. None reads the whole capacity.
+        """
+        capacity = self._layers[0][0].shape[2] - 1  # which as a number would become part of the code
         positions = self.lengths[:, None]
-        return CacheSpan(positions, positions, slots, self._mask(positions, slots), False)
+        if slots is None:
+            return CacheSpan(positions, positions, capacity, self._mask(positions, capacity), False)
+        mask = (slots <= positions[:, :, None])[:, None]
+        held = positions.clamp(max=capacity - 1)
+        return CacheSpan(held, positions.clamp(max=capacity), slots.shape[0], mask, False)
 
     def advance_one(self) -> None:
         """Count one more token a row that compiled code has written."""

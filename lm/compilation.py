@@ -79,7 +79,7 @@ class CompiledStep:
             self.code = _machine_code(_package(decoder, self.format))
             self.weights = _weights(decoder, self.code.loader)
         else:
-            self.compiled = _compiled_step(weight.device.type)
+            self.compiled = compiled_step(weight.device.type)
 
     def __call__(self, input_ids: Tensor, cache: KeyValueCache) -> tuple[Tensor, Tensor]:
         """One more token a row, input_ids (B, 1), which the cache then holds, but for its count on the host."""
@@ -100,15 +100,17 @@ class CompiledStep:
                 raise CompilationError from error
 
 
-def one_token(decoder: Decoder, input_ids: Tensor, cache: KeyValueCache) -> tuple[Tensor, Tensor]:
-    """What is compiled: see `CompiledStep`."""
-    logits = decoder.logits(decoder.run(input_ids, cache, cache.next_span())[:, -1]).float()
+def one_token(
+    decoder: Decoder, input_ids: Tensor, cache: KeyValueCache, slots: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What is compiled: see `CompiledStep`; slots as in `KeyValueCache.next_span`."""
+    logits = decoder.logits(decoder.run(input_ids, cache, cache.next_span(slots))[:, -1]).float()
     cache.lengths += 1
     return logits, likeliest(logits)
 
 
 @functools.cache
-def _compiled_step(device_type: str) -> Callable[[Decoder, Tensor, KeyValueCache], tuple[Tensor, Tensor]]:
+def compiled_step(device_type: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """`one_token` by torch.compile, once a process, for every decoder."""
     # On a processor a step is so short that allocating its results from Python takes a tenth of it.
     return torch.compile(one_token, options={"cpp_wrapper": True} if device_type == "cpu" else None)

@@ -39,8 +39,9 @@ def split_and_rotate(
 
 
 def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Attention of one token a story, on a processor: there, the kernel of `scaled_dot_product_attention` takes longer
-    to start than to run for a single story, and with a mask three times as long as plain products for many.
+    """Attention of one token a story, on a CPU or in compiled code. On a CPU the kernel of
+    `scaled_dot_product_attention` takes longer to start than to run for a single story, and with a mask three times as
+    long as plain products for many; on a GPU, torch.compile joins the sums with their neighbours.
 
     Args:
         query: (B, heads, 1, head_dim).
@@ -52,10 +53,10 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tenso
         (B, heads, 1, head_dim).
     """
     grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1)) * query.shape[-1] ** -0.5  # (B, kv_heads, group, D)
-    alone = len(query) == 1  # sums, which torch.compile joins with their neighbours
-    scores = (grouped.unsqueeze(3) * key.unsqueeze(2)).sum(-1) if alone else grouped @ key.mT
+    sums = len(query) == 1 or query.is_cuda  # which torch.compile joins with their neighbours
+    scores = (grouped.unsqueeze(3) * key.unsqueeze(2)).sum(-1) if sums else grouped @ key.mT
     probs = scores.masked_fill(~mask, -torch.inf).softmax(-1)  # (B, kv_heads, group, S)
-    mixed = (probs.unsqueeze(-1) * value.unsqueeze(2)).sum(-2) if alone else probs @ value
+    mixed = (probs.unsqueeze(-1) * value.unsqueeze(2)).sum(-2) if sums else probs @ value
     return mixed.flatten(1, 2).unsqueeze(2)
 
 

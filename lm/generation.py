@@ -14,17 +14,18 @@ would have to be recomputed; cached and recomputed decoding see the same windows
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lm.graph_steps import can_run_ahead, steps_for
 from lm.model import Decoder
 from lm.next_logits import Cached, Recomputed, laid_out
 from lm.quantization import WeightFormat
-from lm.sampling import filter_logits, penalize_repetition
+from lm.sampling import choose
 
 
 @dataclass
@@ -140,21 +141,24 @@ def generate(
     decoder.eval()
     try:
         fast = laid_out(decoder, len(rows), config.max_new_tokens, config.weights, config.compile)
-        next_logits = Cached(fast, config.max_new_tokens, config.compile) if config.use_cache else Recomputed(fast)
-        active = rows
-        while active:
-            logits, greedy = next_logits({row.index: row.window for row in active})
-            if on_logits is not None:
-                for row, of_row in zip(active, logits, strict=True):
-                    on_logits(row.index, of_row)
-            for row, token in zip(active, _choose(logits, greedy, active, config), strict=True):
+        if rows and config.use_cache and on_logits is None and can_run_ahead(fast):
+            steps = _ahead(fast, rows, config)
+        else:
+            steps = _in_turn(fast, rows, config, on_logits)
+        for tokens in steps:
+            for row, token in zip(rows, tokens, strict=True):
+                if row.finish_reason is not None:
+                    continue
+                if token < 0:
+                    raise ValueError(
+                        "the decoder's logits are not finite: its weights are broken; use an earlier checkpoint"
+                    )
                 row.add(token)
                 row.finish_reason = _finish_reason(row, decoder, config, eos_id, decode)
                 if on_token is not None:
                     on_token(row.index, token)
-            active = [row for row in active if row.finish_reason is None]
-            for row in active:
-                row.slide(decoder.config.max_sequence_length)
+                if row.finish_reason is None:
+                    row.slide(decoder.config.max_sequence_length)
     finally:
         decoder.train(training)
     return [Generation(row.new_tokens, row.finish_reason) for row in rows]
@@ -172,6 +176,10 @@ class _Row:
         digest = hashlib.sha256(repr((seed, repeat, list(prompt))).encode()).digest()
         # On the host, so that every device draws the same numbers.
         self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+    @property
+    def num_new(self) -> int:
+        return len(self.token_ids) - self.prompt_length
 
     @property
     def new_tokens(self) -> list[int]:
@@ -201,31 +209,67 @@ def _finish_reason(
         text = decode(row.token_ids)[len(decode(row.token_ids[: row.prompt_length])) :]
         if any(stop in text for stop in config.stop):
             return "stop"
-    if len(row.new_tokens) >= config.max_new_tokens:
+    if row.num_new >= config.max_new_tokens:
         return "length"
     if len(row.window) > decoder.config.max_sequence_length and not config.sliding_window:
         return "length"
     return None
 
 
-def _choose(logits: Tensor, greedy: Tensor, rows: list[_Row], config: GenerationConfig) -> list[int]:
-    """The next token of each row, of its logits and their likeliest token."""
-    tokens = greedy.tolist()
-    if min(tokens) < 0:
-        raise ValueError("the decoder's logits are not finite: its weights are broken; use an earlier checkpoint")
-    if config.repetition_penalty != 1:
-        logits = penalize_repetition(logits, [row.token_ids for row in rows], config.repetition_penalty)
+def _in_turn(
+    decoder: Decoder, rows: list[_Row], config: GenerationConfig, on_logits: Callable[[int, Tensor], None] | None
+) -> Iterator[list[int]]:
+    """The next token of every row, step by step, each fetched before the next is computed. Rows that ended are no
+    longer computed, and have -1."""
+    next_logits = Cached(decoder, config.max_new_tokens, config.compile) if config.use_cache else Recomputed(decoder)
+    while active := [row for row in rows if row.finish_reason is None]:
+        logits, greedy = next_logits({row.index: row.window for row in active})
+        if on_logits is not None:
+            for row, of_row in zip(active, logits, strict=True):
+                on_logits(row.index, of_row)
+        tokens = [-1] * len(rows)
+        draws, held = _draws(active, 1, config), _held(active, decoder, config)
+        draws = None if draws is None else draws[0].to(logits.device)
+        held = None if held is None else held.to(logits.device)
+        for row, token in zip(active, choose(logits, greedy, draws, held, config).tolist(), strict=True):
+            tokens[row.index] = token
+        yield tokens
+
+
+def _ahead(decoder: Decoder, rows: list[_Row], config: GenerationConfig) -> Iterator[list[int]]:
+    """As `_in_turn`, but the device is never waited for: it is given the next steps before the tokens of the last ones
+    are read. What a row is given after its end is surplus."""
+    context = decoder.config.max_sequence_length
+    # The last token is never read back.
+    capacity = min(max(len(row.window) for row in rows) + config.max_new_tokens - 1, context)
+    with steps_for(decoder, len(rows), capacity, config) as steps:
+        while active := [row for row in rows if row.finish_reason is None]:
+            # All rows end where they are full, or go on together from where the first of them is cut.
+            full = [context + 1 - len(row.window) for row in active]
+            left = [config.max_new_tokens - row.num_new for row in active]
+            count = min(*full, max(left)) if config.sliding_window else max(map(min, full, left))
+            windows = [row.window if row.finish_reason is None else [0] for row in rows]
+            for tokens in steps.run(decoder, windows, count, _draws(rows, count, config), _held(rows, decoder, config)):
+                yield tokens
+                if all(row.finish_reason is not None for row in active):
+                    break
+
+
+def _draws(rows: list[_Row], steps: int, config: GenerationConfig) -> Tensor | None:
+    """Random numbers (steps, B), each row's from its own generator; None for greedy decoding."""
     if config.temperature == 0:
-        return tokens if config.repetition_penalty == 1 else logits.argmax(-1).tolist()
-    # Divided by the temperature after the maximum is taken off, or a tiny temperature would overflow.
-    logits = (logits - logits.amax(-1, keepdim=True)) / config.temperature
-    logits = filter_logits(logits, config.top_k, config.top_p, config.min_p)
-    # By the inverse of the cumulative distribution: one number a row, drawn from its own generator. In float32, for
-    # not every device has float64; there a product with a number next to 1 may round up to the whole sum.
-    draws = torch.cat([torch.rand(1, generator=row.generator) for row in rows]).clamp(max=1 - 2**-22)
-    cumulative = logits.softmax(-1).cumsum(-1)
-    reached = draws.to(logits.device)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, reached, right=True).squeeze(1).tolist()
+        return None
+    return torch.stack([torch.rand(steps, generator=row.generator) for row in rows], dim=1)
+
+
+def _held(rows: list[_Row], decoder: Decoder, config: GenerationConfig) -> Tensor | None:
+    """(B, V), True for the tokens of each row's prompt and story; None where they are not penalized."""
+    if config.repetition_penalty == 1:
+        return None
+    held = torch.zeros(len(rows), decoder.config.vocab_size, dtype=torch.bool)
+    for of_row, row in zip(held, rows, strict=True):
+        of_row[row.token_ids] = True
+    return held
 
 
 def _check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], sliding_window: bool) -> None:

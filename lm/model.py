@@ -193,7 +193,7 @@ class Attention(nn.Module):
             key, values = cache.write(layer, span, key, value)
             mask, causal = span.mask, span.causal
         query = query.transpose(1, 2)
-        if mask is not None and x.shape[1] == 1 and x.device.type == "cpu":
+        if mask is not None and x.shape[1] == 1 and (x.device.type == "cpu" or torch.compiler.is_compiling()):
             mixed = attend_one(query, key, values, mask)
         else:
             mixed = attention(query, key, values, mask, causal)  # (B, heads, T, head_dim)

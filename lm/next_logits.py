@@ -46,8 +46,8 @@ class Recomputed:
 
     def __call__(self, windows: Mapping[int, Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Of each row's tokens: logits (B, V) in float32, and the likeliest tokens (B,)."""
-        input_ids, lengths = _pad(list(windows.values()), self.decoder)
-        return _last_logits(self.decoder, self.decoder.hidden_states(input_ids), lengths)
+        input_ids, lengths = pad(list(windows.values()), self.decoder)
+        return last_logits(self.decoder, self.decoder.hidden_states(input_ids), lengths)
 
 
 class Cached:
@@ -92,17 +92,15 @@ class Cached:
             for tokens in zip(*new, strict=True):
                 result = self._step(tokens)
             return result
-        input_ids, lengths = _pad(new, self.decoder)
+        input_ids, lengths = pad(new, self.decoder)
         hidden = self.decoder.hidden_states(input_ids, self.cache, lengths)
-        return _last_logits(self.decoder, hidden, lengths)
+        return last_logits(self.decoder, hidden, lengths)
 
     def _empty_cache(self, num_rows: int, longest: int) -> KeyValueCache:
-        device, dtype = self.decoder.embedding.weight.device, self.decoder.embedding.weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
+        device = self.decoder.embedding.weight.device
         # Compiled code reads the whole capacity, which therefore grows with the stories.
         capacity = min(self.capacity, longest + GROWTH) if self.compile else self.capacity
-        return KeyValueCache(self.decoder.config, num_rows, capacity, dtype, device)
+        return KeyValueCache(self.decoder.config, num_rows, capacity, cache_dtype(self.decoder), device)
 
     def _step(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
         """One more token a row, by compiled code, which is made when it is first needed."""
@@ -120,7 +118,14 @@ class Cached:
         return result
 
 
-def _pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Tensor | None]:
+def cache_dtype(decoder: Decoder) -> torch.dtype:
+    """Of keys and values: the decoder's, or that of autocast where it is on."""
+    weight = decoder.embedding.weight
+    autocast = torch.is_autocast_enabled(weight.device.type)
+    return torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+
+
+def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Tensor | None]:
     """Ids (B, T), padded on the right, and lengths (B,), None where all are equal."""
     device = decoder.embedding.weight.device
     longest = max(map(len, windows))
@@ -130,7 +135,7 @@ def _pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Te
     return input_ids, torch.tensor([len(window) for window in windows], device=device)
 
 
-def _last_logits(decoder: Decoder, hidden: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+def last_logits(decoder: Decoder, hidden: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """Logits (B, V), float32, of each row's last hidden state, for the head is the dearest product of a step; and the
     likeliest tokens (B,)."""
     rows = torch.arange(len(hidden), device=hidden.device)

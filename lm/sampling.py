@@ -1,9 +1,13 @@
 """What stands between logits and a token: the likeliest, filters, and the penalty on repetition."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lm.generation import GenerationConfig
 
 NUCLEUS = 256  # tokens that are looked at first
 
@@ -34,8 +38,10 @@ def filter_logits(
     if top_k is not None or top_p is not None:
         vocab_size = logits.shape[-1]
         kept = min(top_k or vocab_size, vocab_size)
-        # A nucleus is small, and a whole vocabulary slow to sort: first the likeliest, which mostly hold it.
-        for size in (min(NUCLEUS, kept), kept) if top_k is None else (kept,):
+        # A nucleus is small, and a whole vocabulary slow to sort: first the likeliest, which mostly hold it. On a GPU
+        # the host would have to wait to know.
+        few_first = top_k is None and logits.device.type == "cpu"
+        for size in (min(NUCLEUS, kept), kept) if few_first else (kept,):
             ordered, order = logits.topk(size)
             if top_p is None:
                 break
@@ -52,10 +58,44 @@ def filter_logits(
     return logits
 
 
-def penalize_repetition(logits: Tensor, token_ids: list[list[int]], penalty: float) -> Tensor:
-    """Divide the positive and multiply the negative logits (B, V) of the tokens that row b holds by the penalty."""
-    logits = logits.clone()
-    for row, ids in zip(logits, token_ids, strict=True):
-        held = torch.tensor(sorted(set(ids)), device=row.device)
-        row[held] = torch.where(row[held] > 0, row[held] / penalty, row[held] * penalty)
-    return logits
+def penalize_repetition(logits: Tensor, held: Tensor, penalty: float) -> Tensor:
+    """Divide the positive and multiply the negative logits (B, V) by the penalty where `held` (B, V) is True: for the
+    tokens that a row holds."""
+    return logits.where(~held, torch.where(logits > 0, logits / penalty, logits * penalty))
+
+
+def choose(
+    logits: Tensor, likeliest: Tensor, draws: Tensor | None, held: Tensor | None, config: "GenerationConfig"
+) -> Tensor:
+    """The next token (B,) of each row; -1 where `likeliest` says that its logits are not finite.
+
+    On a GPU the host does not wait for it, and what is computed depends on the configuration alone, so that it can be
+    part of a CUDA graph.
+
+    Args:
+        logits: (B, V), float32.
+        likeliest: (B,), of `likeliest`.
+        draws: (B,) random numbers in [0, 1), one a row; None where temperature is 0.
+        held: (B, V), True for the tokens that a row holds; None where there is no penalty.
+        config: Temperature, filters and penalty.
+    """
+    if config.repetition_penalty != 1:
+        logits = penalize_repetition(logits, held, config.repetition_penalty)
+    if config.temperature > 0:
+        tokens = sample(logits, draws, config)
+    elif config.repetition_penalty == 1:
+        return likeliest
+    else:
+        tokens = logits.argmax(-1)
+    return tokens.where(likeliest >= 0, -1)
+
+
+def sample(logits: Tensor, draws: Tensor, config: "GenerationConfig") -> Tensor:
+    """The token (B,) at which the cumulative distribution of each row reaches its draw."""
+    # Divided by the temperature after the maximum is taken off, or a tiny temperature would overflow.
+    logits = (logits - logits.amax(-1, keepdim=True)) / config.temperature
+    logits = filter_logits(logits, config.top_k, config.top_p, config.min_p)
+    cumulative = logits.softmax(-1).cumsum(-1)
+    # In float32, for not every device has float64; there a product with a number next to 1 may round up to the sum.
+    reached = draws.clamp(max=1 - 2**-22)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, reached, right=True).squeeze(1)

@@ -10,6 +10,7 @@ import torch._inductor.config
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lm.generation import GenerationConfig, generate
+from lm.graph_steps import LATE, GraphSteps
 from lm.model import Decoder, DecoderConfig
 from lm.quantization import quantize
 from lm.sampling import filter_logits, likeliest, penalize_repetition
@@ -194,13 +195,13 @@ def test_filters_leave_their_input_alone():
     logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
     before = logits.clone()
     filter_logits(logits, 2, 0.5, 0.5)
-    penalize_repetition(logits, [[1], [2, 2]], 2.0)
+    penalize_repetition(logits, logits > 0, 2.0)
     assert torch.equal(logits, before)
 
 
-def test_a_repeated_token_is_penalized_once():
-    logits = torch.tensor([[2.0, -2.0, 1.0]])
-    assert penalize_repetition(logits, [[0, 0, 1]], 2.0).tolist() == [[1.0, -4.0, 1.0]]
+def test_a_token_that_is_held_is_penalized():
+    logits, held = torch.tensor([[2.0, -2.0, 1.0]]), torch.tensor([[True, True, False]])
+    assert penalize_repetition(logits, held, 2.0).tolist() == [[1.0, -4.0, 1.0]]
 
 
 def test_temperature_zero_is_greedy_and_tiny_ones_come_to_the_same(decoder):
@@ -358,6 +359,74 @@ def test_a_missing_compiler_is_one_clear_line():
     ):
         tokens(make_decoder(num_layers=1, hidden_size=24), PROMPTS[:1], max_new_tokens=3, compile=True)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """Decoding as on a GPU: static buffers, tokens read late, rows that ended are carried along."""
+    monkeypatch.setattr("lm.graph_steps.DEVICES", {"cpu"})
+    monkeypatch.setattr("lm.graph_steps.SHORTEST", 8)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_decoding_ahead_of_the_host_gives_the_same_tokens(decoder, settings, request):
+    """Rows end by eos, full context and number of tokens; attention reads 8, 16, 32 and 48 slots."""
+    eos_id = tokens(decoder, PROMPTS[:1], **settings)[0][11]
+    config = GenerationConfig(**{"max_new_tokens": 60, **settings})
+    cases = [(PROMPTS, eos_id), (PROMPTS[2:3], None), (PROMPTS, None)]
+    expected = [generate(decoder, prompts, config, eos) for prompts, eos in cases]
+    assert len({result.finish_reason for results in expected for result in results}) == 2
+    request.getfixturevalue("ahead")
+    for (prompts, eos), results in zip(cases, expected, strict=True):
+        for _ in range(2):  # in new buffers, and in those of the call before
+            assert generate(decoder, prompts, config, eos) == results
+
+
+def test_tokens_read_late_stream_in_order_and_end_with_the_story(decoder, ahead, monkeypatch):
+    settings = {"temperature": 0, "max_new_tokens": 40, "stop": ["<7>"]}
+    steps = []
+    advance = GraphSteps._advance
+    monkeypatch.setattr(GraphSteps, "_advance", lambda self, *given: steps.append(self) or advance(self, *given))
+    eos_id = tokens(decoder, PROMPTS[:1])[0][5]
+    steps.clear()
+    heard = []
+    results = generate(
+        decoder, PROMPTS[:1], GenerationConfig(**settings), eos_id, lambda ids: "".join(f"<{i}>" for i in ids),
+        on_token=lambda row, token: heard.append(token),
+    )  # fmt: skip
+    assert heard == results[0].token_ids and results[0].finish_reason == "eos"
+    assert len(heard) < len(steps) < len(heard) + 2 * LATE, "surplus steps are few"
+
+
+def test_decoding_ahead_sees_weights_that_changed_in_place_or_moved(ahead):
+    decoder, other = make_decoder(), make_decoder(5.0)
+    expected = tokens(other, PROMPTS)
+    assert tokens(decoder, PROMPTS) != expected
+    decoder.load_state_dict(other.state_dict())
+    assert tokens(decoder, PROMPTS) == expected
+    decoder.load_state_dict(make_decoder().state_dict(), assign=True)
+    assert tokens(decoder, PROMPTS) == tokens(make_decoder(), PROMPTS)
+
+
+def test_broken_weights_are_reported_ahead_of_the_host_too(ahead):
+    broken = make_decoder()
+    with torch.no_grad():
+        broken.norm.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        generate(broken, PROMPTS, GenerationConfig())
+
+
+def test_two_threads_may_decode_ahead_with_one_decoder(decoder, ahead):
+    """The second to come has buffers of its own."""
+    inner = []
+
+    def interrupt(row, token):
+        if not inner:
+            inner.extend(tokens(decoder, PROMPTS[:1]))
+
+    config = GenerationConfig(temperature=0, max_new_tokens=30)
+    outer = generate(decoder, PROMPTS[:1], config, on_token=interrupt)
+    assert outer[0].token_ids == inner[0]
 
 
 def test_no_prompts_give_no_stories(decoder):
