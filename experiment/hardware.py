@@ -22,6 +22,11 @@ def fast_bfloat16(accelerator: str = "auto") -> bool:
     return False
 
 
+def default_device() -> torch.device:
+    """Where a model is used when nothing else is asked for: on the CUDA GPU, else on the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def default_precision(accelerator: str = "auto") -> str:
     """The trainer's precision where the user names none: ``bf16-mixed`` where that is fast, else ``32-true``."""
     return "bf16-mixed" if fast_bfloat16(accelerator) else "32-true"

@@ -21,6 +21,7 @@ from rich import box
 from rich.table import Table
 
 from experiment.errors import InputError
+from experiment.hardware import default_device
 from experiment.progress import console, progress
 from experiment.quiet import quiet_libraries
 from lm.convert import load_checkpoint
@@ -131,6 +132,8 @@ def measure(
     with progress("decoding", len(STRATEGIES)) as advance:
         for name, options in STRATEGIES.items():
             config = GenerationConfig(max_new_tokens=max_new_tokens, seed=seed, **options)
+            if decoder.embedding.weight.is_cuda:
+                generate(decoder, encoded, config, eos_id=tokenizer.eos_id)  # makes the graphs of this way
             begin = time.perf_counter()
             results = generate(decoder, encoded, config, eos_id=tokenizer.eos_id)
             seconds = time.perf_counter() - begin
@@ -249,6 +252,7 @@ def compare(
     checkpoint = find_checkpoint(Path(run).expanduser())
     folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
     decoder, story_tokenizer = load_checkpoint(checkpoint, tokenizer)
+    decoder.to(default_device())
     try:
         outcomes = measure(decoder, story_tokenizer, read_prompts(prompts or PROMPTS), max_new_tokens, seed)
     except InputError:

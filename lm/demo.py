@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from experiment.hardware import default_device
 from lm.convert import load_checkpoint
 from lm.generation import GenerationConfig, generate
 from lm.model import Decoder
@@ -61,6 +62,7 @@ class LanguageModelDemo:
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
         self.decoder, self.tokenizer = load_checkpoint(checkpoint)
+        self.decoder.to(default_device())
 
     def tell(self, beginning: str, **generation: Any) -> str:
         """A beginning with its continuation.
@@ -152,6 +154,7 @@ class _Choices:
         self.shown = len(tokenizer.decode(prompt))
 
     def weigh(self, row: int, logits: Tensor) -> None:
+        logits = logits.cpu()
         self.probabilities = logits.softmax(-1)
         if self.config.temperature == 0:
             self.drawn = (self.probabilities == self.probabilities.max()).float()

@@ -25,7 +25,7 @@ from lm.graph_steps import can_run_ahead, steps_for
 from lm.model import Decoder
 from lm.next_logits import Cached, Recomputed, laid_out
 from lm.quantization import WeightFormat
-from lm.sampling import choose
+from lm.sampling import LARGEST_DRAW, choose
 
 
 @dataclass
@@ -48,8 +48,8 @@ class GenerationConfig:
         weights: How the decoder's matrices are stored while decoding, on a processor: "bfloat16" and "int8" read a
             half and a quarter of the bytes and change the story a little (see lm/quantization.py); null leaves them.
         compile: Compile the step of one token with torch.compile: fewer and faster kernels, the same tokens. Needs a
-            C++ compiler, the cache, and about half a minute: once for one story at a time on a processor, whose code is
-            kept (see lm/compilation.py), else in each process.
+            C++ compiler (Triton on a GPU), the cache, and about half a minute: once for one story at a time on a
+            processor, whose code is kept (see lm/compilation.py), else in each process.
 
     Raises:
         ValueError: If a number is out of range.
@@ -259,7 +259,8 @@ def _draws(rows: list[_Row], steps: int, config: GenerationConfig) -> Tensor | N
     """Random numbers (steps, B), each row's from its own generator; None for greedy decoding."""
     if config.temperature == 0:
         return None
-    return torch.stack([torch.rand(steps, generator=row.generator) for row in rows], dim=1)
+    draws = torch.stack([torch.rand(steps, generator=row.generator) for row in rows], dim=1)
+    return draws.clamp(max=LARGEST_DRAW)
 
 
 def _held(rows: list[_Row], decoder: Decoder, config: GenerationConfig) -> Tensor | None:

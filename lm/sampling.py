@@ -1,6 +1,8 @@
 """What stands between logits and a token: the likeliest, filters, and the penalty on repetition."""
 
+import functools
 import math
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +12,7 @@ if TYPE_CHECKING:
     from lm.generation import GenerationConfig
 
 NUCLEUS = 256  # tokens that are looked at first
+LARGEST_DRAW = 1 - 2**-22  # in float32, for not every device has float64, more times a sum may round up to that sum
 
 
 def likeliest(logits: Tensor, block_size: int = 64) -> Tensor:
@@ -75,7 +78,7 @@ def choose(
     Args:
         logits: (B, V), float32.
         likeliest: (B,), of `likeliest`.
-        draws: (B,) random numbers in [0, 1), one a row; None where temperature is 0.
+        draws: (B,) random numbers in [0, `LARGEST_DRAW`], one a row; None where temperature is 0.
         held: (B, V), True for the tokens that a row holds; None where there is no penalty.
         config: Temperature, filters and penalty.
     """
@@ -91,11 +94,26 @@ def choose(
 
 
 def sample(logits: Tensor, draws: Tensor, config: "GenerationConfig") -> Tensor:
-    """The token (B,) at which the cumulative distribution of each row reaches its draw."""
+    """The token (B,) at which the cumulative distribution of each row reaches its draw; arguments as of `choose`."""
+    if logits.is_cuda and (kernel := _sampling_kernel()) is not None and logits.shape[-1] <= kernel.LARGEST:
+        return kernel.sample(logits, draws, config)
     # Divided by the temperature after the maximum is taken off, or a tiny temperature would overflow.
     logits = (logits - logits.amax(-1, keepdim=True)) / config.temperature
     logits = filter_logits(logits, config.top_k, config.top_p, config.min_p)
     cumulative = logits.softmax(-1).cumsum(-1)
-    # In float32, for not every device has float64; there a product with a number next to 1 may round up to the sum.
-    reached = draws.clamp(max=1 - 2**-22)[:, None] * cumulative[:, -1:]
+    reached = draws[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, reached, right=True).squeeze(1)
+
+
+@functools.cache
+def _sampling_kernel() -> ModuleType | None:
+    """lm/sampling_kernel.py, where Triton is there and makes code for this GPU: it is tried."""
+    try:
+        from lm import sampling_kernel
+        from lm.generation import GenerationConfig
+
+        sampling_kernel.sample(torch.zeros(1, 2, device="cuda"), torch.zeros(1, device="cuda"), GenerationConfig())
+        torch.cuda.synchronize()
+    except Exception:  # of many kinds: no Triton, no C compiler for its launcher, a GPU that is too old
+        return None
+    return sampling_kernel

@@ -1,18 +1,24 @@
 """On a CUDA GPU everything gives what it gives on a processor; skipped where there is none."""
 
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from lm import graph_steps
 from lm.generation import GenerationConfig, generate
 from lm.loss import linear_cross_entropy, token_losses
 from lm.model import Decoder, DecoderConfig
 from lm.muon import orthogonalize
+from lm.sampling import LARGEST_DRAW, sample
 from tests.processes import Commands
 from tests.runs import STEPS, TINY, assert_same_run, kill_and_resume, rows, write_stories
 
+if torch.cuda.is_available():
+    from lm import sampling_kernel  # needs Triton
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 GPU = ["--trainer.accelerator=gpu", "--trainer.devices=1"]
 CONFIG = DecoderConfig(
@@ -87,6 +93,89 @@ def test_stories_equal_those_of_the_processor(
     finally:
         decoder.cpu()
     assert [row.token_ids for row in found] == expected
+
+
+SAMPLING = [
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_p": 0.9},
+    {"temperature": 0.8, "top_k": 40},
+    {"temperature": 1.2, "top_k": 300, "top_p": 0.7, "min_p": 0.01, "repetition_penalty": 1.2},
+    {"temperature": 0, "repetition_penalty": 1.3},
+    {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 150, "sliding_window": True},
+]
+
+
+def stories(decoder: Decoder, prompts: list[list[int]], eos_id: int | None = None, **settings) -> list[list[int]]:
+    config = GenerationConfig(**{"max_new_tokens": 50, **settings})
+    return [result.token_ids for result in generate(decoder, prompts, config, eos_id)]
+
+
+@pytest.fixture
+def on_gpu(decoder: Decoder) -> Iterator[Decoder]:
+    yield decoder.cuda()
+    decoder.cpu()
+
+
+@pytest.mark.parametrize("settings", SAMPLING)
+def test_graphs_give_the_tokens_of_the_processor_with_every_filter(decoder, settings, monkeypatch) -> None:
+    monkeypatch.setattr("lm.graph_steps.SHORTEST", 16)  # several graphs
+    expected = stories(decoder.cpu(), PROMPTS, **settings)
+    eos_id = expected[0][20]
+    ended = stories(decoder, PROMPTS, eos_id, **settings)
+    try:
+        decoder.cuda()
+        for _ in range(2):  # captures, then replays what the call before captured
+            assert stories(decoder, PROMPTS, **settings) == expected
+        assert stories(decoder, PROMPTS, eos_id, **settings) == ended
+        ((_, steps),) = [kept for held, kept in graph_steps._kept.items() if held is decoder]
+        assert steps.on_gpu and steps.graphs, "the step was not captured"
+    finally:
+        decoder.cpu()
+
+
+def test_a_step_that_cannot_be_captured_is_called(on_gpu: Decoder, monkeypatch) -> None:
+    expected = stories(on_gpu, PROMPTS, temperature=0.7)
+    graph_steps._kept.clear()
+    one_token = graph_steps.one_token
+
+    def refuses(*given):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("not in a graph")
+        return one_token(*given)
+
+    monkeypatch.setattr(graph_steps, "one_token", refuses)
+    assert stories(on_gpu, PROMPTS, temperature=0.7) == expected
+    ((_, steps),) = graph_steps._kept.values()
+    assert not steps.on_gpu and not steps.graphs
+    graph_steps._kept.clear()
+
+
+@pytest.mark.parametrize("settings", SAMPLING[:4])
+def test_no_token_makes_the_host_wait(on_gpu: Decoder, settings) -> None:
+    stories(on_gpu, PROMPTS, **settings)  # compiles and captures
+    waits = []
+    for new_tokens in (10, 50):
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                stories(on_gpu, PROMPTS, **{**settings, "max_new_tokens": new_tokens})
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchroniz" in str(warning.message) for warning in caught))
+    assert waits[0] == waits[1], "more tokens, more waiting"
+
+
+@pytest.mark.parametrize("vocab_size", [61, 3000, 32768])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 20}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.5, "min_p": 0.02}])
+def test_the_sampling_kernel_draws_the_tokens_of_the_processor(vocab_size: int, settings: dict) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, draws = 3 * torch.randn(64, vocab_size, generator=generator), torch.rand(64, generator=generator)
+    draws[:2] = torch.tensor([0.0, LARGEST_DRAW])
+    config = GenerationConfig(temperature=0.9, **settings)
+    found = sampling_kernel.sample(logits.cuda(), draws.cuda(), config).cpu()
+    same = found == sample(logits, draws, config)
+    assert same.sum() >= 63, "rounding may turn one draw at a border"
 
 
 @pytest.mark.parametrize(
