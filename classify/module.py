@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
@@ -14,13 +13,13 @@ from classify.adapter_files import load_adapter, save_adapter
 from classify.dropout import use_fast_dropout
 from classify.lora import LoRAConfig, count_parameters, inject_lora, target_names, train_only
 from classify.pretrained import fingerprint, load_classifier
-from experiment.clipping import clip_gradients
 from experiment.errors import InputError
+from experiment.step_sums import StepModule
 
 Adapter = Literal["custom", "peft", "none", "head"]
 
 
-class ReviewClassifier(LightningModule):
+class ReviewClassifier(StepModule):
     """A pretrained BERT that sorts reviews into classes, adapted in one of four ways.
 
     Its checkpoints hold what the base model's own files do not: the weights that train and the new head.
@@ -72,7 +71,7 @@ class ReviewClassifier(LightningModule):
             dropout_active: Train with the model's dropout. False is a mistake, here for the comparison: what
                 Lightning does with a transformers model unless told otherwise.
         """
-        super().__init__()
+        super().__init__("loss", "accuracy")
         label_names = label_names or ["negative", "positive"]
         self.save_hyperparameters({key: value for key, value in locals().items() if key not in ("self", "__class__")})
         self.strict_loading = False
@@ -132,6 +131,7 @@ class ReviewClassifier(LightningModule):
         return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         # from_pretrained returns the model in eval mode and Lightning leaves it there (pytorch-lightning#20105).
         self.model.train(self.hparams.dropout_active)
         if not self.hparams.dropout_active:  # Lightning would warn of what was asked for
@@ -155,22 +155,10 @@ class ReviewClassifier(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         logits = self(batch["input_ids"], batch["attention_mask"])
-        loss = F.cross_entropy(logits, batch["labels"])
-        accuracy = (logits.argmax(dim=1) == batch["labels"]).float().mean()
-        values = {"train/loss": loss, "train/accuracy": accuracy}
-        self.log_dict(values, prog_bar=True, batch_size=len(logits), sync_dist=True)
-        return loss
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        clip_gradients(self, gradient_clip_val, gradient_clip_algorithm)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+        labels = batch["labels"]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        correct = (logits.argmax(dim=1) == labels).sum()
+        return self.step_loss(batch_index, loss.new_full((), len(labels)), loss, correct)
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Tensor]:
         """What `predict_step` gives, for those who show how the reviews were judged."""

@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from experiment.errors import InputError
 from experiment.finite import check_weights, newest_checkpoint
-from experiment.interruption import Interrupted, StopRequest
+from experiment.interruption import Interrupted, stop_request
 
 
 def save_atomically(trainer: Trainer, file: Path, weights_only: bool = False) -> None:
@@ -72,15 +72,13 @@ class StepCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.keep = keep
 
-        self._stop = StopRequest()
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # none that the user has chosen
             trainer.strategy.checkpoint_io = FileCheckpointIO()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
-        self._stop.listen()
+        stop_request.listen(trainer)
         if trainer.is_global_zero:
             for left in (Path(trainer.default_root_dir) / "checkpoints").glob("*.partial"):  # by a killed run
                 left.unlink()
@@ -88,7 +86,7 @@ class StepCheckpoint(Checkpoint):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
-        if batch_idx % trainer.accumulate_grad_batches == 0 and (number := self._stop.agreed(trainer)):
+        if batch_idx % trainer.accumulate_grad_batches == 0 and (number := stop_request.agreed(trainer)):
             self._save(trainer)
             raise Interrupted(number)
 

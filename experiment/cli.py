@@ -189,7 +189,7 @@ class ExperimentCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         loggers = [logger for logger in _as_list(config.logger) if isinstance(logger, Logger)]
         training = self.subcommand == "fit"
-        callbacks = [*_as_list(config.callbacks), FiniteLoss(), *self.callbacks, ExactResume()]
+        callbacks = [ExactResume(), *_as_list(config.callbacks), FiniteLoss(), *self.callbacks]
         if config.enable_progress_bar is not False:
             callbacks.append(RunProgressBar(self.shown_as_written))
         if self.subcommand == "predict":  # one process writes the one file, whatever the training was configured for

@@ -21,17 +21,20 @@ class Interrupted(BaseException):
 
 
 class StopRequest:
-    """Remembers that someone asked the training to stop."""
+    """Remembers that someone asked the training to stop; `stop_request` is the one of this process."""
 
     def __init__(self) -> None:
         self.number = 0  # the signal, 0 for none
 
-    def listen(self) -> None:
+    def listen(self, trainer: Trainer) -> None:
         """Take both signals from here on; Lightning puts the old handlers back when the trainer is done."""
         self.number = 0
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._ask)
             signal.signal(signal.SIGTERM, self._ask)
+            # Lightning's own handler is gone, so that it need not ask before each batch whether the first process got
+            # a SIGTERM: that is a collective, and a wait for the device.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.number:
@@ -41,7 +44,11 @@ class StopRequest:
             os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
     def agreed(self, trainer: Trainer) -> int:
-        """The signal that any of the processes was sent, 0 for none; to be called by all of them together."""
-        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self.number != 0, all=False):
-            return self.number or signal.SIGTERM
-        return self.number if trainer.world_size == 1 else 0
+        """The signal to stop for, 0 for none. One process heeds its own at once; several stop together at the first
+        step after it whose sums they read: on a CPU each, on GPUs a logged one."""
+        if trainer.world_size == 1:
+            return self.number
+        return (self.number or signal.SIGTERM) if trainer.lightning_module.step_sums.stop_wanted else 0
+
+
+stop_request = StopRequest()

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from experiment.errors import InputError
 from experiment.progress import console
+from experiment.step_sums import StepSums, log_figures
 from lm.generation import GenerationConfig, generate
 from lm.tokenizer import StoryTokenizer
 
@@ -43,16 +44,19 @@ class Throughput(Callback):
     """
 
     def __init__(self) -> None:
-        self.tokens_seen = 0
+        self._before = 0  # tokens of the runs that this one goes on from
+        self._sums = StepSums()
 
     def state_dict(self) -> dict[str, int]:
-        return {"tokens_seen": self.tokens_seen}
+        self._sums.read()
+        return {"tokens_seen": self._before + self._sums.count}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.tokens_seen = state_dict["tokens_seen"]
+        self._before = state_dict["tokens_seen"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._tokens, self._seconds = 0, 0.0
+        self._sums = pl_module.step_sums
+        self._counted, self._seconds = 0, 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._start = time.perf_counter()
@@ -60,15 +64,16 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        logged = pl_module.is_logged_step
+        if logged:
+            self._sums.read()
         self._seconds += time.perf_counter() - self._start
-        tokens = int(trainer.strategy.reduce(batch["weights"].sum(), reduce_op="sum"))
-        self._tokens += tokens
-        self.tokens_seen += tokens
-        if not trainer.fit_loop._should_accumulate():
-            pl_module.log("train/tokens", float(self.tokens_seen))
-            pl_module.log("train/tokens_per_second", self._tokens / self._seconds, prog_bar=True)
-            if trainer.global_step % trainer.log_every_n_steps == 0:
-                self._tokens, self._seconds = 0, 0.0
+        if logged:
+            count = self._sums.count
+            speed = (count - self._counted) / self._seconds
+            figures = {"train/tokens": self._before + count, "train/tokens_per_second": speed}
+            log_figures(trainer, figures, ["train/tokens_per_second"], to_loggers=True)
+            self._counted, self._seconds = count, 0.0
 
 
 class Samples(Callback):

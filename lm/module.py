@@ -6,17 +6,17 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torchmetrics import Metric
 
-from experiment.clipping import clip_gradients
 from experiment.console import console
 from experiment.errors import InputError
 from experiment.hardware import can_compile, fast_bfloat16
+from experiment.step_sums import StepModule
 from lm.compilation import CompilationError
 from lm.generation import GenerationConfig, generate
 from lm.loss import linear_cross_entropy, token_losses
@@ -24,7 +24,6 @@ from lm.model import Decoder, DecoderConfig
 from lm.optim import OptimizerConfig, learning_rate_factor, make_optimizer
 
 Batch = dict[str, Tensor]
-UNIT = 4096.0  # tokens; of the order of a batch, so that losses and gradients suit half precision
 
 
 class TokenSums(Metric):
@@ -72,7 +71,7 @@ class TokenSums(Metric):
         return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits / max(self.bytes.item(), 1)}
 
 
-class LanguageModel(LightningModule):
+class LanguageModel(StepModule):
     """A decoder that learns to continue stories."""
 
     def __init__(
@@ -90,7 +89,7 @@ class LanguageModel(LightningModule):
             compile: Train the blocks in code made by torch.compile at the first step, which takes some 20 s once; a
                 note, and the plain code, where there is no compiler.
         """
-        super().__init__()
+        super().__init__("loss")
         # A checkpoint holds plain values, so that it can be read without running code; here they come back.
         decoder = DecoderConfig(**decoder) if isinstance(decoder, dict) else decoder
         optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
@@ -104,7 +103,6 @@ class LanguageModel(LightningModule):
         self.compile_blocks = compile
         self.sums = TokenSums()
         self.on_token: Callable[[int, int], None] | None = None  # sees (row, token id) while a story is written
-        self._new_window()
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (B, T, V) of token ids (B, T)."""
@@ -122,54 +120,20 @@ class LanguageModel(LightningModule):
     # training
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         if self.compile_blocks and can_compile(self.device.type):
             self.decoder.compile_blocks()
         elif self.compile_blocks:
             note = "note: model.compile does not work here (no g++, Python headers or Triton): training in plain code"
             rank_zero_only(console.print)(note)
 
-    def _new_window(self) -> None:
-        """Begin a window: the micro-batches of one optimizer step."""
-        self._loss_sum: Tensor | float = 0.0
-        self._tokens: Tensor | float = 0.0
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of a micro-batch, summed over its tokens and divided by a number that is the same for all batches
-        and processes; ``on_before_optimizer_step`` puts the true number of tokens in its place."""
+        """The mean loss over the tokens of a micro-batch."""
         hidden = self.decoder.hidden_states(batch["input_ids"])
         loss = linear_cross_entropy(
             hidden.flatten(0, 1), self.decoder.head_weight, batch["targets"].flatten(), batch["weights"].flatten()
         )
-        self._loss_sum = self._loss_sum + loss.detach()
-        self._tokens = self._tokens + batch["weights"].sum()
-        return loss / UNIT
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make the gradient that of the mean loss over all tokens of the window, on all devices.
-
-        Lightning has divided by the number of micro-batches, which weighs a nearly empty one as much as a full one.
-        """
-        mean_tokens = self.trainer.strategy.reduce(self._tokens.detach().clone(), reduce_op="mean")
-        factor = UNIT * self.trainer.accumulate_grad_batches / mean_tokens.clamp(min=1)
-        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        torch._foreach_mul_(gradients, factor)
-        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        clip_gradients(self, gradient_clip_val, gradient_clip_algorithm)
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if self.trainer.fit_loop._should_accumulate():
-            return
-        sums = torch.stack([self._loss_sum, self._tokens])
-        loss_sum, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum")  # over the processes
-        self.log("train/loss", loss_sum / tokens.clamp(min=1), prog_bar=True)
-        self._new_window()
+        return self.step_loss(batch_idx, batch["weights"].sum(), loss)
 
     def check_trainer(self, trainer: Trainer) -> None:
         """See that the optimizer, its schedule and compiling suit the run.

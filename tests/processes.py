@@ -21,7 +21,7 @@ known = set()
 def know(package):
     if package not in known:
         known.add(package)
-        importlib.import_module(package + ".cli")
+        importlib.import_module(package if "." in package else package + ".cli")
 
 def run(request):
     os.setpgid(0, 0)

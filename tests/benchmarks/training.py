@@ -20,7 +20,7 @@ from experiment.hardware import default_precision, fast_bfloat16
 from experiment.metrics_file import MetricsFile
 from experiment.quiet import quiet_libraries
 from lm.callbacks import Throughput
-from lm.module import UNIT, LanguageModel
+from lm.module import LanguageModel
 from lm.optim import OptimizerConfig
 
 TOLERANCE = {"32-true": 1e-3, "bf16-mixed": 2e-2}  # of the losses after some steps, in nats
@@ -43,7 +43,7 @@ class LightningTurns(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.turns.step(batch["input_ids"].numel(), float(outputs["loss"] * UNIT / batch["weights"].sum()))
+        self.turns.step(batch["input_ids"].numel(), float(outputs["loss"]))
 
 
 def tinylab(measured: Callable[..., None], work: Work) -> None:

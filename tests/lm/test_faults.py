@@ -112,12 +112,12 @@ def test_loss_that_is_not_finite_stops_the_run_and_says_where(
 ) -> None:
     from lm.module import LanguageModel
 
-    step = LanguageModel.training_step
+    step_loss = LanguageModel.step_loss
 
-    def spoiled(self, batch, index):
-        return step(self, batch, index) * (float("nan") if self.trainer.global_step == 10 else 1)
+    def spoiled(self, index, count, loss):
+        return step_loss(self, index, count, loss * (float("nan") if self.trainer.global_step == 10 else 1))
 
-    monkeypatch.setattr(LanguageModel, "training_step", spoiled)
+    monkeypatch.setattr(LanguageModel, "step_loss", spoiled)
     with pytest.raises(SystemExit) as exit_:
         main(["fit", *arguments])
     error = capsys.readouterr().err.strip()
