@@ -38,6 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 def commands_of(readme: str) -> list[str]:
     """The lines of the fenced blocks and what else looks like a command, each once and in order."""
     found: list[str] = []
+    readme = re.sub(r"```\w+\n.*?```", "", readme, flags=re.DOTALL)  # other languages have tests of their own
     for block, code in re.findall(r"```\n(.*?)```|`([^`]+)`", readme.replace("\\\n", " "), re.DOTALL):
         code = " ".join(code.split())
         found += block.splitlines() if block else [code] if re.match("(make|python|wandb) ", code) else []
@@ -113,6 +114,8 @@ def perform(words: list[str]) -> None:
         case [_, file, *args] if file.startswith("tests/benchmarks/"):  # takes minutes: its parser knows the options
             with patch.object(sys, "argv", [file, *args, "--help"]), pytest.raises(SystemExit, match=r"^0$"):
                 runpy.run_path(str(ROOT / file), run_name="__main__")
+        case ["PYTHONPATH=.", _, "docs/pictures.py"]:
+            pass  # takes pictures of the page in a browser
         case [_, "-m", "experiment.play", *args]:  # has tests that visit the page; it would stay open
             call("experiment.play", *args, "--help")
         case [_, "-c", "import gradio", *_]:
