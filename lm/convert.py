@@ -1,7 +1,7 @@
-"""Weights in and out: `python -m lm.convert hugging_face | llama2c | import`.
+"""Weights in and out: `python -m lm.convert hugging_face | llama2c | gguf | import`.
 
-`hugging_face` and `llama2c` turn a checkpoint of `python -m lm fit` into the files that others read; `import` turns
-such files into the folder of a run, from which validate, predict and further training go on.
+The first three turn a checkpoint of `python -m lm fit` into the files that others read; `import` turns such files into
+the folder of a run, from which validate, predict and further training go on.
 """
 
 import shutil
@@ -15,6 +15,7 @@ from jsonargparse import ArgumentError, auto_cli
 from experiment.console import console
 from experiment.errors import InputError
 from experiment.quiet import quiet_libraries
+from lm.gguf import GGUFType, from_gguf, to_gguf
 from lm.hugging_face import from_hugging_face, to_hugging_face
 from lm.llama2c import from_llama2c, llama2c_tokenizer_path, to_llama2c
 from lm.model import Decoder, DecoderConfig
@@ -22,11 +23,13 @@ from lm.tokenizer import StoryTokenizer
 from lm.tokenizer_files import load_tokenizer
 
 __all__ = [
+    "from_gguf",
     "from_hugging_face",
     "from_llama2c",
     "import_weights",
     "llama2c_tokenizer_path",
     "load_checkpoint",
+    "to_gguf",
     "to_hugging_face",
     "to_llama2c",
 ]
@@ -36,7 +39,7 @@ def hugging_face(checkpoint: str, folder: str, tokenizer: str | None = None) -> 
     """Export a checkpoint to a folder that transformers' AutoModelForCausalLM and AutoTokenizer load.
 
     Args:
-        checkpoint: A file that fit has written, such as runs/lm/demo/checkpoints/best.ckpt.
+        checkpoint: The folder of a run, such as runs/lm/demo (its best checkpoint is taken), or a checkpoint in it.
         folder: Where to write; must be new or empty.
         tokenizer: The model's tokenizer; by default the one that the run's config.yaml names.
     """
@@ -49,7 +52,7 @@ def llama2c(checkpoint: str, file: str, tokenizer: str | None = None) -> None:
     """Export a checkpoint to a .bin that llama2.c runs, and the tokenizer's .bin beside it.
 
     Args:
-        checkpoint: A file that fit has written, such as runs/lm/demo/checkpoints/best.ckpt.
+        checkpoint: The folder of a run, such as runs/lm/demo (its best checkpoint is taken), or a checkpoint in it.
         file: Where to write the weights, such as model.bin; the tokenizer becomes model.tokenizer.bin.
         tokenizer: The model's tokenizer; by default the one that the run's config.yaml names.
     """
@@ -58,13 +61,27 @@ def llama2c(checkpoint: str, file: str, tokenizer: str | None = None) -> None:
     print(f"written; try: ./run {file} -z {llama2c_tokenizer_path(file)} -i 'Once upon a time'")
 
 
+def gguf(checkpoint: str, file: str, type: GGUFType = "f32", tokenizer: str | None = None) -> None:
+    """Export a checkpoint, with its tokenizer, to a GGUF file that llama.cpp and Ollama run.
+
+    Args:
+        checkpoint: The folder of a run, such as runs/lm/demo (its best checkpoint is taken), or a checkpoint in it.
+        file: Where to write, such as model.gguf.
+        type: Of the weights: f32, f16, or q8_0 (8 bits).
+        tokenizer: The model's tokenizer; by default the one that the run's config.yaml names.
+    """
+    with console.status("converting"):
+        to_gguf(*load_checkpoint(checkpoint, tokenizer), file, type)
+    print(f"written; try: llama-cli -m {file} -no-cnv --temp 0 -p 'Once upon a time'")
+
+
 def import_weights(
     source: str, run_dir: str, tokenizer: str | None = None, path: str = "roneneldan/TinyStories"
 ) -> None:
-    """Make the folder of a run from a Hugging Face Llama or Qwen3, or a llama2.c .bin.
+    """Make the folder of a run from a Hugging Face Llama or Qwen3, a llama2.c .bin, or a GGUF.
 
     Args:
-        source: A local folder with config.json, safetensors and a tokenizer; or a llama2.c .bin.
+        source: A local folder with config.json, safetensors and a tokenizer; a llama2.c .bin; or a .gguf.
         run_dir: The folder of the run to make.
         tokenizer: Of a llama2.c .bin; by default model.tokenizer.bin or tokenizer.bin beside model.bin.
         path: The stories that config.yaml names for validation and further training.
@@ -75,12 +92,10 @@ def import_weights(
     if holds_run(run):
         raise InputError(f"run_dir {run} already holds a run: name another folder")
     with console.status("converting"):
-        if Path(source).is_dir():
+        if Path(source).is_dir() or source.endswith(".gguf"):
             if tokenizer is not None:
-                raise InputError(
-                    f"tokenizer {tokenizer}: the one in the folder {source} is taken; leave the option out"
-                )
-            decoder, story_tokenizer = from_hugging_face(source)
+                raise InputError(f"tokenizer {tokenizer}: the one in {source} is taken; leave the option out")
+            decoder, story_tokenizer = (from_gguf if source.endswith(".gguf") else from_hugging_face)(source)
         else:
             decoder, story_tokenizer = from_llama2c(source, tokenizer or _tokenizer_beside(Path(source)))
         if decoder.config.vocab_size != story_tokenizer.vocab_size:
@@ -142,15 +157,16 @@ def load_checkpoint(checkpoint: str | Path, tokenizer: str | None = None) -> tup
     """The decoder and the tokenizer of a checkpoint that `python -m lm fit` has written.
 
     Args:
-        checkpoint: The file.
+        checkpoint: The file, or a run's folder: its best, or else its last.
         tokenizer: As `--data.tokenizer`; None for what config.yaml in the run's folder names.
 
     Raises:
         InputError: If the file is damaged or another model's, or the tokenizer is not to be found.
     """
-    from experiment.run import read_checkpoint  # brings Lightning, which --help need not wait for
+    from experiment.run import find_checkpoint, read_checkpoint  # bring Lightning, which --help need not wait for
 
     checkpoint = Path(checkpoint).expanduser()
+    checkpoint = find_checkpoint(checkpoint) if checkpoint.is_dir() else checkpoint
     content = read_checkpoint(checkpoint)
     weights = {
         name.removeprefix("decoder."): weight
@@ -192,7 +208,7 @@ def _tokenizer_beside(file: Path) -> Path:
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
     quiet_libraries(debug=False)
-    commands = {"hugging_face": hugging_face, "llama2c": llama2c, "import": import_weights}
+    commands = {"hugging_face": hugging_face, "llama2c": llama2c, "gguf": gguf, "import": import_weights}
     try:
         auto_cli(commands, args=None if args is None else list(args), exit_on_error=False)
     except (InputError, ArgumentError) as error:

@@ -30,7 +30,7 @@ _BLOCK = {
     "feed_forward.down": ("mlp.down_proj",),
 }
 _QUERY_KEY_NORM = {"attention.query_norm": ("self_attn.q_norm",), "attention.key_norm": ("self_attn.k_norm",)}
-_LONGEST_CONTEXT = 2**22  # a config.json could ask for rotary tables of any size
+LONGEST_CONTEXT = 2**22  # a config.json could ask for rotary tables of any size
 
 
 def parameter_names(config: DecoderConfig) -> dict[str, list[str]]:
@@ -267,9 +267,9 @@ def _read_config(folder: Path) -> DecoderConfig:
         )
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}") from None
-    if config.max_sequence_length > _LONGEST_CONTEXT:
+    if config.max_sequence_length > LONGEST_CONTEXT:
         raise InputError(
-            f"{path}: max_position_embeddings {config.max_sequence_length} is beyond {_LONGEST_CONTEXT}; lower it"
+            f"{path}: max_position_embeddings {config.max_sequence_length} is beyond {LONGEST_CONTEXT}; lower it"
         )
     return config
 

@@ -57,11 +57,11 @@ def _num_floats(config: DecoderConfig) -> int:
     return embedding * (1 if config.tie_embeddings else 2) + config.num_layers * layer + config.hidden_size + tables
 
 
-def _halves_to_neighbours(weight: Tensor, head_dim: int) -> Tensor:
+def halves_to_neighbours(weight: Tensor, head_dim: int) -> Tensor:
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _neighbours_to_halves(weight: Tensor, head_dim: int) -> Tensor:
+def neighbours_to_halves(weight: Tensor, head_dim: int) -> Tensor:
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -105,7 +105,7 @@ def to_llama2c(decoder: Decoder, tokenizer: StoryTokenizer, path: str | Path) ->
             for name in _file_order(config):
                 weight = weights[name]
                 if name.endswith(_ROTATED):
-                    weight = _halves_to_neighbours(weight, config.head_dim)
+                    weight = halves_to_neighbours(weight, config.head_dim)
                 file.write(weight.numpy().astype("<f4").tobytes())
         llama2c_tokenizer_path(partial).replace(llama2c_tokenizer_path(path))
         partial.replace(path)
@@ -170,5 +170,5 @@ def from_llama2c(path: str | Path, tokenizer_path: str | Path) -> tuple[Decoder,
         shape = parameter_shape(config, name)
         weight = floats[start : start + math.prod(shape)].view(shape)
         start += weight.numel()
-        weights[name] = _neighbours_to_halves(weight, config.head_dim) if name.endswith(_ROTATED) else weight
+        weights[name] = neighbours_to_halves(weight, config.head_dim) if name.endswith(_ROTATED) else weight
     return join_weights(config, weights), tokenizer

@@ -272,6 +272,14 @@ def _merges(vocab: dict[str, int], scores: Sequence[float], outside: set[int]) -
     return [(pieces[left], pieces[right]) for _, _, left, right in sorted(merges)]
 
 
+def piece_scores(tokenizer: StoryTokenizer) -> dict[str, float]:
+    """Scores by which the tokenizer's merges come in their order; what no merge makes (characters, bytes) has none."""
+    scores: dict[str, float] = {}
+    for left, right in json.loads(tokenizer.backend.to_str())["model"]["merges"]:
+        scores.setdefault(left + right, -float(len(scores)))
+    return scores
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> StoryTokenizer:
     """A byte-fallback BPE (Sennrich et al. 2016, arXiv:1508.07909) of exactly `vocab_size` tokens, LLaMA's layout.
 

@@ -8,9 +8,11 @@ from tokenizers import Tokenizer
 
 from experiment.errors import InputError
 from experiment.hub import look_for_hub
-from lm.tokenizer import PROBE, SPACE, SPECIALS, StoryTokenizer, from_pieces
+from lm.tokenizer import PROBE, SPACE, SPECIALS, StoryTokenizer, from_pieces, piece_scores
 
-_KINDS = "a hub name, a folder with tokenizer.json, or a file: tokenizer.json, SentencePiece .model, llama2.c .bin"
+_KINDS = (
+    "a hub name, a folder with tokenizer.json, or a file: tokenizer.json, SentencePiece .model, llama2.c .bin, .gguf"
+)
 
 
 def load_tokenizer(name: str | Path) -> StoryTokenizer:
@@ -146,10 +148,7 @@ def write_llama2c_tokenizer(tokenizer: StoryTokenizer, path: str | Path) -> None
     backend = tokenizer.backend
     if tokenizer.byte_ids is None or (tokenizer.bos_id, tokenizer.eos_id) != (1, 2):
         raise InputError("llama2.c needs a byte-fallback tokenizer with bos 1 and eos 2; train with tokenizer 'train'")
-    merges = json.loads(backend.to_str())["model"]["merges"]
-    scores: dict[str, float] = {}
-    for left, right in merges:
-        scores.setdefault(left + right, -float(len(scores)))
+    scores = piece_scores(tokenizer)
     pieces = [backend.id_to_token(i) or "" for i in range(tokenizer.vocab_size)]
     marked = {1: b"\n<s>\n", 2: b"\n</s>\n"}
     texts = [marked.get(i, piece.replace(SPACE, " ").encode()) for i, piece in enumerate(pieces)]
@@ -160,4 +159,10 @@ def write_llama2c_tokenizer(tokenizer: StoryTokenizer, path: str | Path) -> None
             file.write(struct.pack("<fi", score, len(text)) + text)
 
 
-_READERS = {".json": _read_json, ".model": _read_sentencepiece, ".bin": read_llama2c_tokenizer}
+def _read_gguf(path: Path, name: str) -> StoryTokenizer:
+    from lm.gguf import read_gguf_tokenizer  # which knows the decoder, too
+
+    return read_gguf_tokenizer(path)
+
+
+_READERS = {".json": _read_json, ".model": _read_sentencepiece, ".bin": read_llama2c_tokenizer, ".gguf": _read_gguf}

@@ -1,7 +1,6 @@
 """Weights to and from Hugging Face and llama2.c, against transformers and llama2.c's own output."""
 
 import json
-import random
 import struct
 from dataclasses import asdict, replace
 
@@ -10,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from experiment.errors import InputError
 from lm.__main__ import main as lm
 from lm.convert import (
     from_hugging_face,
@@ -22,51 +20,13 @@ from lm.convert import (
 )
 from lm.convert import main as convert
 from lm.generation import GenerationConfig, generate
-from lm.model import Decoder, DecoderConfig
-from lm.stories import write_story
-from lm.tokenizer import StoryTokenizer, train_tokenizer
-
-VOCAB_SIZE = 400
-
-
-def make_tokenizer(vocab_size: int) -> StoryTokenizer:
-    draw = random.Random(0)
-    return train_tokenizer([write_story(draw) for _ in range(300)], vocab_size)
+from lm.tokenizer import StoryTokenizer
+from tests.lm.small import VOCAB_SIZE, assert_refused, logits, make_decoder, make_tokenizer, random_ids
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> StoryTokenizer:
     return make_tokenizer(VOCAB_SIZE)
-
-
-def make_decoder(vocab_size: int = VOCAB_SIZE, **changes) -> Decoder:
-    torch.manual_seed(0)
-    shape = {
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_layers": 2,
-        "num_heads": 6,
-        "num_kv_heads": 2,
-        "max_sequence_length": 64,
-    }
-    decoder = Decoder(DecoderConfig(vocab_size=vocab_size, **{**shape, **changes})).eval()
-    with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.uniform_(0.5, 1.5)
-            else:  # a tied model repeats its last token unless its blocks outweigh the embedding
-                parameter.mul_(6.0 if name == "embedding.weight" else 20.0)
-    return decoder
-
-
-def logits(model, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        output = model(ids)
-    return output if isinstance(model, Decoder) else output.logits
-
-
-def random_ids(length: int = 20) -> torch.Tensor:
-    return torch.randint(VOCAB_SIZE, (2, length), generator=torch.Generator().manual_seed(1))
 
 
 VARIANTS = [
@@ -184,12 +144,6 @@ def test_a_trained_model_goes_through_both_formats_in_turn(shared, tmp_path):
     ids = torch.tensor([golden["prompt_ids"]])
     story = model.generate(ids, attention_mask=torch.ones_like(ids), max_length=len(golden["all_ids"]), do_sample=False)
     assert story[0].tolist() == golden["all_ids"]
-
-
-def assert_refused(function, *arguments, match: str) -> None:
-    with pytest.raises(InputError, match=match) as error:
-        function(*arguments)
-    assert "\n" not in str(error.value)
 
 
 HEADER = (48, 64, 2, 6, 2, VOCAB_SIZE, 64)

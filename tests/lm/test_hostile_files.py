@@ -16,7 +16,7 @@ import torch
 
 from experiment.errors import InputError
 from experiment.run import check_fits, read_checkpoint
-from lm.convert import from_hugging_face, from_llama2c, to_hugging_face, to_llama2c
+from lm.convert import from_gguf, from_hugging_face, from_llama2c, to_gguf, to_hugging_face, to_llama2c
 from lm.data import TinyStories
 from lm.model import Decoder, DecoderConfig
 from lm.module import LanguageModel
@@ -107,6 +107,12 @@ def make(tmp_path: Path, tokenizer, tokenizer_folder: str) -> Callable[[str], Re
         beside = tmp_path / "model.tokenizer.bin"
         return [file, beside], lambda: from_llama2c(file, beside)
 
+    def gguf() -> Reader:
+        pytest.importorskip("gguf")
+        file = tmp_path / "model.gguf"
+        to_gguf(Decoder(SHAPE), tokenizer, file)
+        return [file], lambda: from_gguf(file)
+
     def hugging_face() -> Reader:
         folder = tmp_path / "model"
         to_hugging_face(Decoder(SHAPE), tokenizer, folder)
@@ -152,6 +158,7 @@ def make(tmp_path: Path, tokenizer, tokenizer_folder: str) -> Callable[[str], Re
         "checkpoint": checkpoint,
         "checkpoint_pickle": checkpoint_pickle,
         "llama2c": llama2c,
+        "gguf": gguf,
         "hugging_face": hugging_face,
         "tokenizer_json": tokenizer_json,
         "sentencepiece": sentencepiece,
@@ -171,7 +178,7 @@ COSTLY = ("parquet", "csv", "jsonl", "txt", "sentencepiece")  # files that a lib
 
 @pytest.mark.parametrize(
     "name",
-    ["checkpoint", "checkpoint_pickle", "llama2c",
+    ["checkpoint", "checkpoint_pickle", "llama2c", "gguf",
      "hugging_face", "tokenizer_json", "sentencepiece", "parquet", "csv", "jsonl", "txt",
      "prompts_txt", "prompts_json", "prompts_jsonl"],
 )  # fmt: skip
