@@ -105,6 +105,7 @@ class IMDB(ResumableDataModule):
         texts: list[str] | str | None = None,
         seed: int = 42,
         order_seed: int | None = None,
+        revision: str | None = None,
     ) -> None:
         """
         Args:
@@ -123,9 +124,11 @@ class IMDB(ResumableDataModule):
             texts: What predict classifies: a list of texts or a file; by default the test reviews.
             seed: Seed of the drawing: which reviews are in which split.
             order_seed: Seed of the order of training batches; by default seed_everything's, else that of the drawing.
+            revision: Branch, tag or commit of a data set of the hub; by default the newest.
         """
         super().__init__()
         self.path, self.tokenizer_name, self.texts, self.seed = path, tokenizer, texts, seed
+        self.revision = revision
         self.order_seed = seed if order_seed is None else order_seed
         self.sizes = dict(zip(SPLITS, (train_size, validation_size, test_size), strict=True))
         self.max_length, self.padding, self.truncation = max_length, padding, truncation
@@ -159,11 +162,11 @@ class IMDB(ResumableDataModule):
     def folder(self) -> Path:
         """The cached folder with the drawn reviews and their tokens, made where it is missing."""
         backend = self.tokenizer.backend_tokenizer.to_str()
-        source = source_fingerprint(self.path)
+        source = source_fingerprint(self.path, self.revision)
         if self.path == "demo":
             source += hashlib.sha256(Path(reviews.__file__).read_bytes()).hexdigest()
         key = {
-            "format": 1,
+            "format": 2,
             "source": source,
             "sizes": self.sizes,
             "seed": self.seed,
@@ -256,7 +259,7 @@ class IMDB(ResumableDataModule):
         return np.concatenate([*map(np.array, sequences), np.empty(0)]).astype(np.int32), offsets
 
     def _build(self, folder: Path) -> None:
-        names, drawn = draw_splits(self.path, self.sizes, self.given_label_names, self.seed)
+        names, drawn = draw_splits(self.path, self.sizes, self.given_label_names, self.seed, self.revision)
         (folder / "labels.json").write_text(json.dumps(names), encoding="utf-8")
         for split, chosen in drawn.items():
             tokens, offsets = self._tokenize(chosen.texts)

@@ -9,6 +9,8 @@ import numpy as np
 
 from classify.reviews import synthetic_reviews
 from experiment.errors import InputError
+from experiment.paths import existing_file
+from experiment.rows import format_of, read_given, repaired
 from experiment.sources import load_texts
 
 SPLITS = ("train", "validation", "test")
@@ -23,30 +25,23 @@ class Reviews:
 
 
 def read_texts(source: list[str] | str) -> list[str]:
-    """The texts to classify: a list, a file (one text a line, or a column text), or a single text.
+    """The texts to classify: a list, a file (one text a line, or strings or a column ``text``), or a single text.
 
     Raises:
         InputError: the file does not exist, or a text is empty.
     """
     if isinstance(source, str):
-        path = Path(source).expanduser()
-        if len(source) < 4096 and (path.suffix in (".txt", ".jsonl", ".json", ".csv", ".parquet") or path.is_file()):
-            if not path.exists():
-                raise InputError(
-                    f"data.texts {source!r} does not exist: expected a file with one text a line or a column text, or "
-                    "a list of texts"
-                )
-            try:
-                dataset = load_texts(source, "train", ["text"])
-            except InputError as error:
-                raise InputError(str(error).replace("data.path", "data.texts")) from error
-            source = list(dataset["text"])
-        else:
-            source = [source]
+        file = existing_file(source)
+        if file is None and len(source) < 1000 and format_of(Path(source)):
+            raise InputError(
+                f"data.texts {source!r} does not exist: expected a file with one text a line or a column text, or "
+                "a list of texts"
+            )
+        source = [source] if file is None else read_given(file, "text", f"data.texts {source!r}")
     if not source:
         raise InputError("data.texts is empty: expected at least one text")
     _refuse_empty(source, "data.texts")
-    return source
+    return [repaired(text) for text in source]
 
 
 def _refuse_empty(texts: Sequence[Any], where: str) -> None:
@@ -56,7 +51,7 @@ def _refuse_empty(texts: Sequence[Any], where: str) -> None:
 
 
 def draw_splits(
-    path: str, sizes: dict[str, int | None], label_names: list[str] | None, seed: int
+    path: str, sizes: dict[str, int | None], label_names: list[str] | None, seed: int, revision: str | None = None
 ) -> tuple[list[str], dict[str, Reviews]]:
     """Names of the classes, and train, validation and test drawn from a source: balanced, and no text in two of them.
 
@@ -69,7 +64,7 @@ def draw_splits(
     pools: dict[str, Reviews] = {}
     seen: set[str] = set()
     names = label_names
-    raw = {split: load_texts(path, split, ["text", "label"], synthetic_reviews) for split in SPLITS}
+    raw = {split: load_texts(path, split, ["text", "label"], synthetic_reviews, revision) for split in SPLITS}
     if raw["train"] is None:
         raise InputError(f"data.path {path} has no split train")
     names = names or _class_names(raw["train"], path)
@@ -95,7 +90,7 @@ def _class_names(dataset: Any, path: str) -> list[str]:
     """The dataset's own names; else the words it uses as labels; else negative and positive for 0 and 1."""
     if names := getattr(dataset.features["label"], "names", None):
         return list(names)
-    values = set(dataset["label"])
+    values = set(map(_plain, dataset["label"])) - {None}
     if all(isinstance(value, str) for value in values):
         if not 2 <= len(values) <= 100:
             raise InputError(f"{path}: the column label holds {len(values)} different words: expected 2 to 100 classes")
@@ -103,15 +98,32 @@ def _class_names(dataset: Any, path: str) -> list[str]:
     return ["negative", "positive"]
 
 
+def _plain(label: Any) -> str | float | None:
+    """A label as a word or a number, however the file wrote it: 1, 1.0 and "1" are one, and so are true and "true";
+    None where it is missing."""
+    if isinstance(label, str):
+        label = label.strip()
+        try:
+            label = float(label) if label[-1:].isdigit() else label or None
+        except ValueError:
+            return label
+    if isinstance(label, bool):
+        return str(label).lower()
+    if isinstance(label, float) and label.is_integer():
+        return int(label)
+    return None if label != label else label
+
+
 def _class_ids(labels: Sequence[Any], names: list[str], where: str) -> np.ndarray:
     ids = {name: i for i, name in enumerate(names)}
     classes = np.empty(len(labels), dtype=np.int64)
     for row, label in enumerate(labels):
-        known = ids.get(label, -1) if isinstance(label, str) else label
-        if isinstance(known, bool) or not isinstance(known, int) or not 0 <= known < len(names):
+        plain = _plain(label)
+        known = ids.get(label if label in ids else plain, plain)
+        if not isinstance(known, int) or not 0 <= known < len(names):
             expected = ", ".join(f"{i} or {name}" for i, name in enumerate(names))
             raise InputError(
-                f"{where}: the label {label!r} of review {row + 1} is no class: expected {expected}; "
+                f"{where}: the label {plain!r} of review {row + 1} is no class: expected {expected}; "
                 "other classes are named with data.label_names"
             )
         classes[row] = known

@@ -23,3 +23,18 @@ def look_for_hub() -> None:
 
         constants.HF_HUB_OFFLINE = True  # where the environment variable of that name ends up
         datasets.config.HF_HUB_OFFLINE = True
+
+
+@cache
+def newest_revision(name: str, revision: str | None = None) -> str | None:
+    """The commit of a data set of the hub that a branch, a tag or None (its main branch) stands for now.
+
+    Where the hub cannot be asked, the revision as it was given: what is cached is then taken.
+    """
+    from huggingface_hub import HfApi
+
+    look_for_hub()
+    try:
+        return HfApi().dataset_info(name, revision=revision, timeout=10).sha
+    except Exception:  # offline, no such name, no access: reading the data tells which
+        return revision

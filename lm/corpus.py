@@ -41,7 +41,7 @@ class Corpus:
         return {name: value for name, value in self.__dict__.items() if name != "tokens"}
 
 
-def write_corpus(texts: "Texts", tokenizer: StoryTokenizer, folder: Path, name: str, note: str = "") -> None:
+def write_corpus(texts: "Texts", tokenizer: StoryTokenizer, folder: Path, name: str, notes: Sequence[str] = ()) -> None:
     """Tokenises the column ``text`` into a folder that `Corpus` reads, in bounded memory. Empty stories are left out.
 
     Raises:
@@ -66,7 +66,7 @@ def write_corpus(texts: "Texts", tokenizer: StoryTokenizer, folder: Path, name: 
     offsets = np.cumsum(np.concatenate(lengths))
     if len(offsets) == 1:
         raise InputError(f"all stories of {name} are empty: expected at least one with text")
-    notes = [note] if note else []
+    notes = list(notes)
     if empty:
         notes.append(f"{name}: {empty:,} empty {'story' if empty == 1 else 'stories'} left out")
     np.save(folder / "offsets.npy", offsets)

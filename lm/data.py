@@ -19,7 +19,8 @@ from experiment.batches import BatchSchedule, ResumableDataModule, rank_and_proc
 from experiment.cache import cached_folder
 from experiment.errors import InputError
 from experiment.progress import console, progress
-from experiment.sources import load_texts, source_fingerprint
+from experiment.rows import layout_note
+from experiment.sources import datasets_library, load_texts, local_files, source_fingerprint
 from experiment.streams import blocks, stream_texts
 from lm.corpus import (
     CHUNK,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from datasets import Dataset as Texts
 
 Evaluation = Literal["full", "report"]
-FORMAT = 1  # of the cached folders; raise it when what is written, or what decides it, changes
+FORMAT = 2  # of the cached folders; raise it when what is written, or what decides it, changes
 TRAINING_STORIES = 200_000  # that a tokenizer is trained on, at most
 HELD_OUT = 100  # one story in so many becomes validation where the source has none
 
@@ -71,6 +72,7 @@ class TinyStories(ResumableDataModule):
         num_workers: Processes that prepare batches; 0 prepares them in the training process, which is fast enough.
         streaming: Read the training stories while training, from the hub or from files, rather than tokenise them all
             first; for corpora larger than the disk. They are shuffled within blocks only, and max_steps ends the run.
+        revision: Branch, tag or commit of a data set of the hub; by default the newest.
 
     Raises:
         InputError: A value that is out of range.
@@ -91,6 +93,7 @@ class TinyStories(ResumableDataModule):
         seed: int = 1234,
         num_workers: int = 0,
         streaming: bool = False,
+        revision: str | None = None,
     ) -> None:
         super().__init__()
         least = {"sequence_length": (sequence_length, 2), "num_workers": (num_workers, 0)}
@@ -118,6 +121,7 @@ class TinyStories(ResumableDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.streaming = streaming
+        self.revision = revision
         self.stream_progress = StreamProgress()
         self._corpora: dict[str, Corpus] = {}
 
@@ -126,10 +130,18 @@ class TinyStories(ResumableDataModule):
         """Loaded, or trained and cached, when it is first asked for."""
         if self.tokenizer_name != "train":
             return load_tokenizer(self.tokenizer_name)
-        key = {"source": source_fingerprint(self.path), "vocab_size": self.vocab_size, "format": FORMAT}
+        key = {"source": self._source, "vocab_size": self.vocab_size, "format": FORMAT}
         if self.streaming:
             key["trained on"] = "the first stories"
-        return load_tokenizer(cached_folder("tokenizers", key, self._train_tokenizer))
+        tokenizer = load_tokenizer(cached_folder("tokenizers", key, self._train_tokenizer))
+        if tokenizer.vocab_size < self.vocab_size:
+            note = f"data.vocab_size {self.vocab_size}: these stories yield {tokenizer.vocab_size}, which are taken"
+            _tell(note)
+        return tokenizer
+
+    @property
+    def _source(self) -> str:
+        return source_fingerprint(self.path, self.revision)
 
     @property
     def num_tokens(self) -> int:
@@ -138,7 +150,7 @@ class TinyStories(ResumableDataModule):
 
     def _train_tokenizer(self, folder: Path) -> None:
         if self.streaming:
-            stream, total = stream_texts(self.path, "train", demo=demo_stories), None
+            stream, total = stream_texts(self.path, "train", demo=demo_stories, revision=self.revision), None
             chunks = (texts for texts, _ in blocks(stream, CHUNK, self.path))
             chunks = islice(chunks, TRAINING_STORIES // CHUNK)
         else:
@@ -151,7 +163,7 @@ class TinyStories(ResumableDataModule):
 
     def _texts(self, split: str) -> tuple["Texts", str]:
         """The texts of a split, and what the user should know about where they are from."""
-        texts = self._streamed(split) if self.streaming else load_texts(self.path, split, ["text"], demo_stories)
+        texts = self._streamed(split) if self.streaming else self._loaded(split)
         if split == "test":
             if texts is None:
                 return self._texts("validation")[0], "the source has no test split: validation is used for test"
@@ -160,27 +172,34 @@ class TinyStories(ResumableDataModule):
             return texts, ""
         if self.streaming:
             raise InputError(f"data.path {self.path!r} has no validation split, which data.streaming needs: add one")
-        if split == "train" and load_texts(self.path, "validation", ["text"], demo_stories) is not None:
+        if split == "train" and self._loaded("validation") is not None:
             return texts, ""
         # Which stories are held out must not depend on the run's seed: a model would be validated on what it
         # was trained on in an earlier run.
-        whole = load_texts(self.path, "train", ["text"], demo_stories)
+        whole = self._loaded("train")
         if len(whole) < 2:
-            raise InputError(f"data.path {self.path!r} has one story and no validation split: expected two or more")
+            kept, held = _divided(whole[0]["text"] or "")
+            if len(kept) < 100:
+                raise InputError(f"data.path {self.path!r} has one short story and no validation split: expected more")
+            part = [kept] if split == "train" else [held]
+            texts = datasets_library().Dataset.from_dict({"text": part})
+            return texts, "no validation split: the last tenth of the one text is held out"
         order = np.random.default_rng(0).permutation(len(whole))
         held, kept = np.split(order, [max(1, len(whole) // HELD_OUT)])
         if split == "train":
             return whole.select(np.sort(kept)), ""
         return whole.select(np.sort(held)), f"no validation split: {len(held):,} of the training stories held out"
 
+    def _loaded(self, split: str) -> "Texts | None":
+        return load_texts(self.path, split, ["text"], demo_stories, self.revision)
+
     def _streamed(self, split: str) -> "Texts | None":
         """A split that is small enough for memory, without fetching the others."""
-        from datasets import Dataset as Texts
-
-        stream = stream_texts(self.path, split, demo=demo_stories)
+        stream = stream_texts(self.path, split, demo=demo_stories, revision=self.revision)
         if stream is None:
             return None
-        return Texts.from_dict({"text": [text for block, _ in blocks(stream, CHUNK, self.path) for text in block]})
+        texts = datasets_library().Dataset
+        return texts.from_dict({"text": [text for block, _ in blocks(stream, CHUNK, self.path) for text in block]})
 
     def corpus(self, split: str) -> Corpus:
         """The tokenised split (train, validation or test), from the cache, or made and cached now."""
@@ -188,20 +207,33 @@ class TinyStories(ResumableDataModule):
 
             def build(folder: Path) -> None:
                 texts, note = self._texts(split)
-                write_corpus(texts, self.tokenizer, folder, f"{self.path} ({split})", note)
+                files = (local_files(self.path) or {}).get(split, [])
+                notes = [text for text in (note, layout_note(files)) if text]
+                write_corpus(texts, self.tokenizer, folder, f"{self.path} ({split})", notes)
 
-            key = {"source": source_fingerprint(self.path), "tokenizer": self.tokenizer.fingerprint}
+            key = {"source": self._source, "tokenizer": self.tokenizer.fingerprint}
             folder = cached_folder("tokens", key | {"split": split, "format": FORMAT}, build)
             self._corpora[split] = Corpus(folder)
             for note in self._corpora[split].about["notes"]:
-                rank_zero_only(console.print)(note)
+                _tell(note)
         return self._corpora[split]
 
     def setup(self, stage: str) -> None:
         splits = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
         for split in splits.get(stage, ()):
-            if not (self.streaming and split == "train"):
+            if self.streaming and split == "train":
+                if note := layout_note((local_files(self.path) or {}).get(split, [])):
+                    _tell(note)
+            else:
                 self.corpus(split)
+        if stage == "fit" and not self.streaming and not self.packing:
+            sizes = np.diff(self.corpus("train").offsets)
+            kept = np.minimum(sizes, self.sequence_length + 1).sum() / sizes.sum()
+            if kept < 0.5:
+                _tell(
+                    f"note: only the first {self.sequence_length} tokens of each story are trained on, {kept:.1%} of "
+                    "the text; --data.packing true takes all of it"
+                )
 
     def train_dataloader(self) -> DataLoader:
         if self.streaming:
@@ -231,6 +263,7 @@ class TinyStories(ResumableDataModule):
             self.seed,
             *rank_and_processes(),
             self.stream_progress,
+            self.revision,
         )
         return DataLoader(stream, batch_size=None, num_workers=self.num_workers, collate_fn=_as_it_is)
 
@@ -300,6 +333,18 @@ def _stories_in(chunks: Iterable[Sequence[str | None]], advance: Callable[[int],
     for chunk in chunks:
         yield from filter(None, chunk)
         advance(len(chunk))
+
+
+def _divided(text: str) -> tuple[str, str]:
+    """The text and its last tenth, divided where a line ends, or a word."""
+    last = len(text) - len(text) // 10
+    border = next((found for mark in "\n " if (found := text.rfind(mark, len(text) // 2, last)) > 0), last)
+    return text[:border], text[border:]
+
+
+@rank_zero_only
+def _tell(note: str) -> None:
+    console.print(note, markup=False)  # a path may hold brackets
 
 
 def _as_it_is(batch: Any) -> Any:

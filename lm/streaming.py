@@ -37,6 +37,7 @@ class StoryStream(IterableDataset):
         rank: Of this process.
         processes: Their number.
         progress: How far the readers of this process have come.
+        revision: As ``--data.revision``.
 
     Raises:
         InputError: The source cannot be read, or gives a reader no story.
@@ -53,6 +54,7 @@ class StoryStream(IterableDataset):
         rank: int = 0,
         processes: int = 1,
         progress: "StreamProgress | None" = None,
+        revision: str | None = None,
     ) -> None:
         self.path = path
         self.tokenizer = tokenizer
@@ -62,6 +64,7 @@ class StoryStream(IterableDataset):
         self.seed = seed
         self.rank = rank
         self.processes = processes
+        self.revision = revision
         self.progress = progress or StreamProgress()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -91,7 +94,7 @@ class StoryStream(IterableDataset):
     def _blocks(self, state: dict | None, share: int, shares: int) -> Iterator[tuple[list[str], dict]]:
         from datasets.distributed import split_dataset_by_node
 
-        stream = stream_texts(self.path, "train", demo=demo_stories)
+        stream = stream_texts(self.path, "train", demo=demo_stories, revision=self.revision)
         if shares > 1:
             stream = split_dataset_by_node(stream, share, shares)
         if state is not None:

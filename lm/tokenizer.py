@@ -281,17 +281,18 @@ def piece_scores(tokenizer: StoryTokenizer) -> dict[str, float]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> StoryTokenizer:
-    """A byte-fallback BPE (Sennrich et al. 2016, arXiv:1508.07909) of exactly `vocab_size` tokens, LLaMA's layout.
+    """A byte-fallback BPE (Sennrich et al. 2016, arXiv:1508.07909) of `vocab_size` tokens, LLaMA's layout;
+    of fewer where the texts yield no more.
 
     A piece never crosses a word and never mixes letters, digits and other marks. Characters beyond the most frequent
     (half of the pieces at most) are left to their bytes.
 
     Raises:
-        InputError: a vocab_size that is too small, or larger than this corpus yields.
+        InputError: a vocab_size that is too small for the bytes.
     """
     fixed = SPECIALS + BYTES
-    if vocab_size < len(fixed) + 64:
-        raise InputError(f"vocab_size {vocab_size}: a tokenizer needs at least {len(fixed) + 64}; raise vocab_size")
+    if vocab_size <= len(fixed):
+        raise InputError(f"vocab_size {vocab_size}: a tokenizer needs at least {len(fixed) + 1}; raise vocab_size")
     trainee = Tokenizer(models.BPE(unk_token="<unk>"))
     trainee.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     trainee.pre_tokenizer = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
@@ -302,11 +303,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> StoryTokenizer:
         show_progress=False,  # who gives the texts shows how far they are
     )
     trainee.train_from_iterator(texts, trainer)
-    if (found := trainee.get_vocab_size()) < vocab_size:
-        raise InputError(
-            f"vocab_size {vocab_size} is too large for this corpus, which yields {found} tokens; "
-            f"pass a vocab_size of at most {found}"
-        )
     vocab = trainee.get_vocab()
     pieces = sorted(vocab, key=vocab.__getitem__)
     return from_pieces(pieces, [min(0.0, len(fixed) - i) for i in range(len(pieces))], name="train")

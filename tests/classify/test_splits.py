@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from classify.splits import draw_splits, read_texts
 from experiment.errors import InputError
@@ -69,6 +70,37 @@ def test_words_as_labels_become_classes_and_any_number_of_them(tmp_path):
         assert ["good", "bad", "mixed"][int(text.split()[1]) % 3] == names[label]
 
 
+@pytest.mark.parametrize(
+    ("file", "labels", "expected"),
+    [("csv", ["0", "1"], ["negative", "positive"]), ("csv", ["true", "false"], ["false", "true"]),
+     ("csv", ["1.0", "0.0"], ["negative", "positive"]), ("csv", ["NA", "None"], ["NA", "None"]),
+     ("jsonl", [True, False], ["false", "true"]), ("parquet", [1.0, 0.0], ["negative", "positive"]),
+     ("parquet", [True, False], ["false", "true"])],
+)  # fmt: skip
+def test_labels_are_the_same_however_they_are_written(tmp_path, file, labels, expected):
+    rows = [{"text": f"NA {i}", "label": labels[i % 2]} for i in range(60)]
+    if file == "csv":
+        (tmp_path / "train.csv").write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows))
+    elif file == "jsonl":
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    names, drawn = draw(str(tmp_path))
+    assert names == expected
+    by_name = {"0": "negative", "1": "positive", "0.0": "negative", "1.0": "positive"}
+    for text, label in zip(drawn["train"].texts, drawn["train"].labels, strict=True):
+        written = str(labels[int(text.split()[1]) % 2])
+        assert names[label] == by_name.get(written, written if file == "csv" else written.lower())
+
+
+@pytest.mark.parametrize("missing", ["", "nan"])
+def test_one_missing_label_names_its_own_review(tmp_path, missing):
+    lines = [f"Review {i},{i % 2 if i != 6 else missing}" for i in range(9)]
+    (tmp_path / "train.csv").write_text("text,label\n" + "\n".join(lines))
+    with pytest.raises(InputError, match=f"the label {missing or None!r} of review 7 is no class"):
+        draw(str(tmp_path), names=["negative", "positive"])
+
+
 def test_names_given_by_hand_decide_which_class_is_which(tmp_path):
     rows = [(f"Review {i}", ["yes", "no"][i % 2]) for i in range(60)]
     names, drawn = draw(write_source(tmp_path, train=rows), names=["yes", "no"])
@@ -116,8 +148,11 @@ def test_texts_to_classify_come_as_a_list_a_file_or_a_single_text(tmp_path):
     assert read_texts(str(tmp_path / "rows.jsonl")) == ["Three."]
     assert read_texts("A film to forget.") == ["A film to forget."]
     (tmp_path / "gap.txt").write_text("One.\n\nThree.\n")
-    with pytest.raises(InputError, match="review 2 is empty"):
-        read_texts(str(tmp_path / "gap.txt"))
+    assert read_texts(str(tmp_path / "gap.txt")) == ["One.", "Three."]
+    assert read_texts("I loved it. " * 40) == ["I loved it. " * 40]
+    assert read_texts("~ a classic") == ["~ a classic"]
+    assert read_texts("nul\0") == ["nul\0"]
+    assert read_texts(["Tom \ud83d ran"]) == ["Tom \ufffd ran"]
     with pytest.raises(InputError, match=r"data\.texts"):
         read_texts("missing.txt")
     with pytest.raises(InputError, match="empty"):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from experiment.errors import InputError
 from lm.corpus import Corpus, WindowBatches, first_windows, packed_windows, sliding_windows, write_corpus
 from lm.data import TinyStories
+from lm.prompts import read_prompts
 from lm.stories import demo_texts
 from lm.tokenizer import train_tokenizer
 
@@ -377,6 +378,46 @@ def test_empty_stories_are_left_out_and_counted(tmp_path, tokenizer_folder, caps
     assert "3 empty stories left out" in capsys.readouterr().out
 
 
+def test_one_long_text_is_trained_on_and_its_end_held_out(tmp_path, tokenizer_folder, capsys):
+    lines = [f"Line {i} of the poem, and no line is blank." for i in range(200)]
+    (tmp_path / "poem.txt").write_text("\n".join(lines) + "\n")
+    data = TinyStories(str(tmp_path / "poem.txt"), tokenizer_folder)
+    data.setup("fit")
+    train, validation = (TOKENIZER.decode(data.corpus(split).tokens.tolist()) for split in ("train", "validation"))
+    assert f"{train}{validation}" == "\n".join(lines)
+    assert validation.startswith("\nLine 18")
+    printed = capsys.readouterr().out
+    for note in ("taken as one text", "last tenth", "note: only the first 128 tokens", "packing true"):
+        assert note in printed
+
+
+def test_corpus_that_yields_few_tokens_gives_what_it_yields(tmp_path, capsys):
+    jsonl(tmp_path / "train.jsonl", ["Tom has a red ball and the dog has it too."] * 400)
+    data = TinyStories(str(tmp_path), "train", vocab_size=500)
+    assert 259 < data.num_tokens < 323
+    assert f"yield {data.num_tokens}" in capsys.readouterr().out
+    assert TinyStories(str(tmp_path), "train", vocab_size=280).num_tokens == 280
+
+
+def test_line_separators_within_a_prompt_do_not_end_it(module, tmp_path):
+    (tmp_path / "p.txt").write_text("One\u2028two\x85\x0cthree\r\nFour", encoding="utf-8")
+    assert read_prompts(str(tmp_path / "p.txt")) == ["One\u2028two\x85\x0cthree", "Four"]
+
+
+@pytest.mark.parametrize("kind", ["list", "jsonl"])
+def test_half_a_character_in_a_prompt_is_replaced(module, tmp_path, kind):
+    (tmp_path / "p.jsonl").write_text(r'{"prompt": "Tom \ud83d ran"}')
+    prompts = ["Tom \ud83d ran"] if kind == "list" else str(tmp_path / "p.jsonl")
+    (batch,) = module(prompts=prompts).predict_dataloader()
+    assert batch["prompts"] == ["Tom \ufffd ran"]
+
+
+def test_prompt_that_is_longer_than_a_file_name_is_no_file(module):
+    with pytest.raises(InputError, match="is no file") as error:
+        module(prompts="Once upon a time. " * 300).predict_dataloader()
+    assert len(str(error.value)) < 300
+
+
 def test_demo_corpus_needs_nothing(tokenizer_folder):
     data = TinyStories("demo", tokenizer_folder, sequence_length=64)
     data.setup("validate")
@@ -404,8 +445,8 @@ def test_prompts_of_a_list_and_of_files_are_batched_in_order(module, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "is no file"), ("", "is empty"), ("\n\n", "is empty"), ("p.json:{", "cannot be read"),
-     ("p.jsonl:[1]", "cannot be read|holds"), ('p.jsonl:{"text": 1}', "cannot be read"), ("p.json:[3]", "holds 3"),
-     ("p.json:5", "cannot be read")],
+     ("p.jsonl:[1]", "cannot be read|holds"), ('p.jsonl:{"text": 1}', "holds"), ("p.json:[3]", "holds 3"),
+     ("p.json:5", "holds 5")],
 )  # fmt: skip
 def test_bad_prompt_files_are_refused(module, tmp_path, content, message):
     name, _, content_of_json = (content or "").partition(":") if content and content[0] == "p" else ("", "", "")
