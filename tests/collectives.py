@@ -10,8 +10,9 @@ from typing import Any
 
 import torch.distributed
 
+from experiment.cli import run as run_cli
 from experiment.step_sums import StepModule
-from lm.__main__ import main
+from lm.cli import LanguageCLI
 
 NAMES = ("all_reduce", "broadcast", "barrier", "all_gather", "all_gather_into_tensor", "reduce", "gather")
 
@@ -36,7 +37,7 @@ def run(file: Path, arguments: list[str]) -> None:
             calls.clear()
 
     StepModule.on_train_batch_end = on_train_batch_end
-    main(arguments)
+    run_cli(LanguageCLI, arguments)
     file.write_text(json.dumps(taken))
 
 
