@@ -7,10 +7,6 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-# glibc keeps what is freed for the next step: given back, it would be faulted in anew, 5 % of a training's time.
-export MALLOC_MMAP_MAX_ ?= 0
-export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
-
 # CONFIG= names the configuration of the lm-* and classify-* targets, ARGS= adds any further flags.
 CONFIG ?=
 ARGS ?=

@@ -24,6 +24,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from experiment.allocators import set_up_allocators
 from experiment.overview import answer
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 def main(args: Sequence[str] | None = None) -> "ClassifyCLI":
     """Run the command line; `args` stands in for that of the process."""
     answer(__doc__, sys.argv[1:] if args is None else args)
+    set_up_allocators()
     from classify.cli import ClassifyCLI
     from experiment.cli import run  # brings Lightning, which --help need not wait for
 

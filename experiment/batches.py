@@ -19,6 +19,20 @@ def rank_and_processes() -> tuple[int, int]:
     return 0, 1
 
 
+def rounded_width(longest: int, limit: int) -> int:
+    """The width of a batch whose longest row has ``longest`` tokens: a multiple of 16, beyond 256 of 32, and so on.
+
+    Batches of ever new widths cost memory and time: allocators find no block of the size again, and kernels are
+    chosen, or compiled, anew. There are eight widths from each power of two to the next; a twentieth is padding.
+
+    Args:
+        longest: At least 1, at most ``limit``.
+        limit: The greatest width, whatever it is a multiple of.
+    """
+    step = max(16, 1 << max(0, (longest - 1).bit_length() - 4))
+    return min(-(-longest // step) * step, limit)
+
+
 class BatchSchedule(Sampler[Sequence[int]]):
     """Yields the index lists of one epoch's batches; to be used as ``DataLoader(data, sampler=it, batch_size=None)``.
 

@@ -25,6 +25,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from experiment.allocators import set_up_allocators
 from experiment.overview import answer
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 def main(args: Sequence[str] | None = None) -> "LanguageCLI":
     """Run the command line; ``args`` are by default those of the process."""
     answer(__doc__, sys.argv[1:] if args is None else args)
+    set_up_allocators()
     from experiment.cli import run  # brings Lightning, which --help need not wait for
     from lm.cli import LanguageCLI
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from experiment.batches import rounded_width
 from experiment.errors import InputError
 from experiment.progress import progress
 from lm.tokenizer import StoryTokenizer
@@ -120,7 +121,7 @@ class WindowBatches(Dataset):
         corpus: where the tokens are.
         windows: what the samples are.
         tokenizer: for the id of pads and the bytes of tokens.
-        width: inputs of every row; None for as many as the longest row of the batch has.
+        width: inputs of every row; None for those of the batch's longest row, rounded up to one of few widths.
         with_bytes: add text_weights and bytes, which bits per byte need; the windows must know their stories.
     """
 
@@ -128,6 +129,7 @@ class WindowBatches(Dataset):
         self, corpus: Corpus, windows: Windows, tokenizer: StoryTokenizer, width: int | None, with_bytes: bool = False
     ) -> None:
         self.corpus, self.windows, self.width, self.with_bytes = corpus, windows, width, with_bytes
+        self.longest = int(windows.length.max()) - 1
         self.pad_id = tokenizer.pad_id
         self.bytes_per_token, self.prefix_bytes = tokenizer.bytes_per_token, tokenizer.prefix_bytes
 
@@ -139,7 +141,7 @@ class WindowBatches(Dataset):
         also text_weights (B, T) float32, which are 0 for eos too, and bytes (B, T) int64 of each target they count."""
         indices = np.asarray(indices, dtype=np.int64)
         start, length = self.windows.start[indices, None], self.windows.length[indices, None]
-        width = int(length.max()) - 1 if self.width is None else self.width
+        width = rounded_width(int(length.max()) - 1, self.longest) if self.width is None else self.width
         column = np.arange(width + 1)
         place = start + np.minimum(column, length - 1)  # (B, T + 1), in the file
         ids = self.corpus.tokens[place].astype(np.int64)

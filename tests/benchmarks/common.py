@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from experiment.allocators import GLIBC, VARIABLES
 from experiment.console import console
 from experiment.hardware import fast_bfloat16
 
 ROUNDS = 5
 BENCH = Path("runs/bench")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ALLOCATOR = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")  # set by the Makefile; a peer's user does not set them
+# What our commands set for themselves, here for our contenders; a peer's user does not set them.
+ALLOCATOR = VARIABLES | {name: str(value) for name, (_, value) in GLIBC.items()}
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Worker:
             then on measures and calls ``measured(value, **details)`` again and again; each call waits until the next
             measurement is asked for. It may be called from within a training loop.
         args: Further arguments, which can be pickled.
-        environment: Variables of the process beside those of this one; None removes one.
+        environment: Variables of the process beside ours and `ALLOCATOR`'s; None removes one.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class Worker:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(target, theirs, args), daemon=True)
         before = dict(os.environ)
-        for name, value in (environment or {}).items():
+        for name, value in {**ALLOCATOR, **(environment or {})}.items():
             if value is None:
                 os.environ.pop(name, None)
             else:

@@ -18,12 +18,22 @@ def dataset(**options) -> TokenizedReviews:
     )
 
 
-def test_a_batch_is_padded_to_its_longest_and_the_mask_covers_what_is_there():
-    batch = dataset()[[2, 0]]
-    assert batch["input_ids"].tolist() == [[1, 23, 24, 2, 0, 0], [1, 10, 11, 12, 13, 2]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]
+def test_a_batch_is_padded_to_few_widths_and_the_mask_covers_what_is_there():
+    batch = dataset(max_length=7)[[2, 0]]
+    assert batch["input_ids"].tolist() == [[1, 23, 24, 2, 0, 0, 0], [1, 10, 11, 12, 13, 2, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0]]
     assert batch["labels"].tolist() == [0, 0]
     assert batch["index"].tolist() == [2, 0]
+
+
+def test_evaluation_and_training_meet_few_widths(tiny_bert):
+    offsets = np.concatenate([[0], np.cumsum(LENGTHS)])
+    reviews = TokenizedReviews(
+        np.zeros(offsets[-1], dtype=np.int32), offsets, LENGTHS % 2, (1, 2, 0), 150, "longest", "head"
+    )
+    plan = training_plan(1000, 4, 1, reviews.lengths, (0, 0))
+    assert len({reviews.lengths[batch].max() for batch in plan}) > 100
+    assert {reviews[batch]["input_ids"].shape[1] for batch in plan} == {*range(16, 150, 16), 150}
 
 
 def test_padding_to_the_maximum_gives_every_batch_one_width():
@@ -40,7 +50,7 @@ def test_padding_to_the_maximum_gives_every_batch_one_width():
 )
 def test_truncation_keeps_the_head_the_tail_or_both_ends(truncation, kept):
     assert dataset(truncation=truncation)[[1]]["input_ids"].tolist() == [[1, *kept, 2]]
-    assert dataset(truncation=truncation)[[0]]["input_ids"].tolist() == [[1, 10, 11, 12, 13, 2]]
+    assert dataset(truncation=truncation)[[0]]["input_ids"].tolist() == [[1, 10, 11, 12, 13, 2, 0, 0]]
 
 
 def test_evaluation_may_read_more_of_a_review_than_training(tiny_bert):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiment.batches import BatchSchedule
+from experiment.batches import BatchSchedule, rounded_width
 
 
 def plan(epoch: int) -> list[list[int]]:
@@ -48,3 +48,11 @@ def test_two_processes_together_see_the_batches_of_one() -> None:
     first, second = list(Share(0, 2)), list(Share(1, 2))
     together = [batch for pair in zip(first, second, strict=True) for batch in pair]
     assert together == plan(0)
+
+
+@pytest.mark.parametrize("limit", [100, 512, 1000, 4096])
+def test_widths_are_few_and_pad_little(limit: int) -> None:
+    widths = [rounded_width(longest, limit) for longest in range(1, limit + 1)]
+    assert all(longest <= width <= limit for longest, width in enumerate(widths, 1))
+    assert all(width - longest < max(16, longest / 8) for longest, width in enumerate(widths, 1))
+    assert len(set(widths)) <= 16 + 8 * max(0, np.ceil(np.log2(limit / 256)))
