@@ -12,17 +12,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from classify.lora import LoRAConfig, inject_lora, lora_layers, modules_named
+from classify.lora import LoRAConfig, inject_lora, lora_layers, saved_whole
 
 PEFT_PREFIX = "base_model.model."  # PEFT's path to the adapted model, part of every key in its files
 
 
 def adapter_state_dict(model: nn.Module, modules_to_save: list[str]) -> dict[str, Tensor]:
     """The adapters' weights and the modules saved whole, under PEFT's keys."""
-    state = model.state_dict()
-    wanted = [f"{name}.lora_" for name in lora_layers(model)]
-    wanted += [f"{name}." for target in modules_to_save for name in modules_named(model, target)]
-    return {PEFT_PREFIX + key: value for key, value in state.items() if key.startswith(tuple(wanted))}
+    wanted = tuple(f"{name}.lora_" for name in lora_layers(model))
+    whole = saved_whole(model, modules_to_save)
+    return {
+        PEFT_PREFIX + key: value
+        for key, value in model.state_dict().items()
+        if key.startswith(wanted) or key.rpartition(".")[0] in whole
+    }
 
 
 def save_adapter(
@@ -32,10 +35,22 @@ def save_adapter(
     base_model: str | None = None,
     metadata: dict[str, str] | None = None,
 ) -> None:
+    """Write the adapter of a model that `inject_lora` adapted with this config; the rest as in `write_adapter`."""
+    write_adapter(adapter_state_dict(model, config.modules_to_save), config, folder, base_model, metadata)
+
+
+def write_adapter(
+    weights: dict[str, Tensor],
+    config: LoRAConfig,
+    folder: str | Path,
+    base_model: str | None = None,
+    metadata: dict[str, str] | None = None,
+) -> None:
     """Write adapter_config.json and adapter_model.safetensors; `PeftModel.from_pretrained` reads them.
 
     Args:
-        model: a model `inject_lora` adapted with this config.
+        weights: the adapters' and those of the modules saved whole, under PEFT's keys.
+        config: what was adapted; `modules_to_save` names every module saved whole.
         folder: made if it is missing.
         base_model: name or folder of the model that was adapted.
         metadata: strings kept in the head of the safetensors file.
@@ -45,7 +60,6 @@ def save_adapter(
     content = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": base_model}
     content |= asdict(config) | {"bias": "none", "inference_mode": True}
     (folder / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    weights = adapter_state_dict(model, config.modules_to_save)
     weights = {key: value.contiguous() for key, value in weights.items()}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"} | (metadata or {}))
 
@@ -105,7 +119,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, str]:
     if ranks != {config.r}:
         raise ValueError(f"{path} holds weights of rank {sorted(ranks)}; adapter_config.json says {config.r}")
     # PEFT names "score" too, for models that call their classifier so.
-    present = [name for name in config.modules_to_save if modules_named(model, name)]
+    names = [name for name, _ in model.named_modules()]
+    present = [target for target in config.modules_to_save if any(name.endswith(target) for name in names)]
     if not lora_layers(model):
         inject_lora(model, replace(config, modules_to_save=present))
     expected = adapter_state_dict(model, present)

@@ -11,10 +11,12 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.table import Table
 
+from classify.pretrained import PACKAGE, resolve
 from experiment.checkpoints import BestCheckpoint
 from experiment.errors import InputError
 from experiment.progress import console
 from experiment.run import read_checkpoint
+from experiment.summary import read_metrics
 
 
 class _Verdicts:
@@ -127,65 +129,97 @@ class AdapterExport(Callback):
             return
         root = Path(trainer.default_root_dir)
         best = root / "checkpoints" / "best.ckpt"
-        end = {name: value.clone() for name, value in pl_module.state_dict().items()}
+        step, end = trainer.global_step, {name: value.clone() for name, value in pl_module.state_dict().items()}
         if best.exists():
-            pl_module.load_state_dict(read_checkpoint(best)["state_dict"], strict=False)
+            checkpoint = read_checkpoint(best)
+            step = checkpoint["global_step"]
+            pl_module.load_state_dict(checkpoint["state_dict"], strict=False)
         try:
             pl_module.save_adapter(str(root / "adapter"))
         finally:
             pl_module.load_state_dict(end, strict=False)
-        write_text(root / "adapter" / "README.md", model_card(trainer, pl_module))
+        write_text(root / "adapter" / "README.md", model_card(trainer, pl_module, step))
 
 
-def model_card(trainer: Trainer, module: LightningModule) -> str:
-    """The README.md of an exported adapter: what it is, how it was trained, what it reached, how to load it."""
+def model_card(trainer: Trainer, module: LightningModule, step: int) -> str:
+    """The README.md of an exported adapter: what it is, how it was trained, what it reached, how to use it.
+
+    Args:
+        trainer: At the end of training; its run's metrics.csv holds the scores.
+        module: What was trained.
+        step: Optimizer steps after which the exported weights were taken.
+    """
     h, data = module.hparams, trainer.datamodule
     trainable, total = module.parameter_counts()
-    base = h.name if not h.name.startswith("package:") else h.name.removeprefix("package:").partition("/")[0]
-    scores = "\n".join(
-        f"| {name} | {float(value):.4f} |"
-        for name, value in trainer.callback_metrics.items()
-        if name.startswith("val/")
-    )
+    imports, base, code = _base_in_python(h.name)
+    tokenizer = "base" if data.tokenizer_name in (None, h.name) else _base_in_python(data.tokenizer_name)[2]
+    run = Path(trainer.default_root_dir)
+    rows = read_metrics(run) if (run / "metrics.csv").exists() else []
+    row = next((row for row in rows if row["step"] == step), {})
+    scores = {name: value for name, value in row.items() if name.startswith("val/")}
+    table = "\n".join(f"| {name} | {value:.4f} |" for name, value in scores.items()) or "| not validated | |"
     variant = "DoRA" if h.use_dora else "rsLoRA" if h.use_rslora else "LoRA"
+    validated = f" ({data.sizes['validation']:,} texts)" if data.sizes["validation"] else ""
     by = "PEFT" if h.adapter == "peft" else "a hand-written LoRALinear"
     return f"""---
-base_model: {base}
+base_model: {json.dumps(base)}
 library_name: peft
 pipeline_tag: text-classification
-tags: [lora, sentiment-analysis]
+tags: [lora, text-classification]
 ---
 
 # {variant} adapter: {" or ".join(h.label_names)}
 
-Sorts English film reviews into {", ".join(h.label_names)}. Trained with {by}; the files are in PEFT's format.
+Sorts texts into {", ".join(h.label_names)}. Trained with {by}; the files are in PEFT's format.
 
 | | |
 |---|---|
 | base model | {h.name} |
-| data | {data.path}: {data.sizes["train"] or "all"} reviews, seed {data.seed} |
+| data | {data.path}: {data.sizes["train"] or "all"} texts, seed {data.seed} |
 | text | at most {data.max_length} tokens, {data.eval_max_length} in evaluation, truncation {data.truncation} |
 | adapter | r {h.r}, alpha {h.lora_alpha:g}, dropout {h.lora_dropout:g}, on {h.target_modules} |
 | trained in full | {", ".join(h.modules_to_save)} |
 | trainable parameters | {trainable:,} of {total:,} |
 | training | {trainer.global_step:,} steps of {data.batch_size}, learning rate {h.learning_rate:g} |
 
-The last validation{f" ({data.sizes['validation']:,} reviews)" if data.sizes["validation"] else ""}:
+These weights, of step {step:,}, in validation{validated}:
 
 | metric | value |
 |---|---|
-{scores}
+{table}
+
+In this folder:
 
 ```python
+{imports}import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels={len(h.label_names)})
-model = PeftModel.from_pretrained(base, "adapter").eval()
+labels = {json.dumps(h.label_names)}
+base = {code}
+tokenizer = AutoTokenizer.from_pretrained({tokenizer})
+model = AutoModelForSequenceClassification.from_pretrained(
+    base, num_labels=len(labels), dtype=torch.float32, ignore_mismatched_sizes=True
+)
+model = PeftModel.from_pretrained(model, ".").eval()
+inputs = tokenizer("I loved it.", truncation=True, max_length={data.eval_max_length}, return_tensors="pt")
+with torch.no_grad():
+    print(labels[model(**inputs).logits.argmax()])
 ```
 
-Not made for: other languages, other kinds of text, or decisions about people.
+It was trained and validated on the data above and no other: test it on your own texts before you rely on it.
 """
+
+
+def _base_in_python(name: str) -> tuple[str, str, str]:
+    """The imports that a pretrained model's place needs in Python, its name for people, and an expression of it."""
+    if name.startswith(PACKAGE):
+        package, _, folder = name.removeprefix(PACKAGE).partition("/")
+        place = "".join(f" / {json.dumps(part)}" for part in folder.split("/") if part)
+        return "from importlib.resources import files\n\n", package, f"str(files({json.dumps(package)}){place})"
+    path = Path(resolve(name))
+    place = str(path.resolve()) if path.is_dir() else name
+    return "", place, json.dumps(place)
 
 
 def write_text(file: Path, text: str) -> None:

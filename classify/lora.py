@@ -41,7 +41,7 @@ class LoRAConfig:
         lora_dropout: probability of dropping an element of the adapter's input, in [0, 1).
         target_modules: linear layers to adapt: names or dotted suffixes of names, or one regular expression
             that matches whole names.
-        modules_to_save: modules trained in full beside the adapters, by name or suffix.
+        modules_to_save: modules trained in full beside the adapters: whatever ends in one of these names.
         use_rslora: scale by lora_alpha / sqrt(r).
         use_dora: train direction and magnitude of the weights apart.
         init_lora_weights: True: B is zero. False: B is random as A is, which disturbs the pretrained model
@@ -167,8 +167,8 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
 
     Args:
         model: any module; changed in place.
-        config: `target_modules` and `modules_to_save` are matched against the names of `named_modules()`,
-            whole or by dotted suffix: "query" matches "encoder.layer.0.attention.self.query".
+        config: `target_modules` are matched against the names of `named_modules()`, whole or by dotted suffix:
+            "query" matches "encoder.layer.0.attention.self.query".
 
     Returns:
         The names of the adapted layers, in the model's order.
@@ -178,7 +178,10 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     """
     if lora_layers(model):
         raise ValueError("the model has LoRA adapters already: inject them once, into the plain model")
-    names = target_names(model, config.target_modules)
+    whole = saved_whole(model, config.modules_to_save)  # as PEFT has it, what trains in full gets no adapter
+    names = [name for name in target_names(model, config.target_modules) if name not in whole]
+    if not names:
+        raise ValueError("modules_to_save trains all of target_modules in full: nothing is left to adapt")
     for name in names:
         parent, _, child = name.rpartition(".")
         layer = model.get_submodule(name)
@@ -232,13 +235,29 @@ def train_only(model: nn.Module, modules_to_save: list[str]) -> None:
     for layer in lora_layers(model).values():
         for name, parameter in layer.named_parameters():
             parameter.requires_grad_(name.startswith("lora_"))
-    for target in modules_to_save:
-        modules = modules_named(model, target)
-        if not modules:
-            there = sorted({name for name, _ in model.named_modules() if name and name.count(".") <= 1})
-            raise ValueError(f"modules_to_save names {target!r}, which this model lacks; it has {', '.join(there)}")
-        for module in modules.values():
+    whole = saved_whole(model, modules_to_save)
+    for name, module in model.named_modules():
+        if name in whole:
             module.requires_grad_(True)
+
+
+def saved_whole(model: nn.Module, modules_to_save: list[str]) -> set[str]:
+    """Names of the modules that train and are saved in full, and of all within them.
+
+    A name ends in one of `modules_to_save`, as in PEFT: DistilBERT's `pre_classifier` goes with its `classifier`.
+
+    Raises:
+        ValueError: one that matches no module.
+    """
+    names = [name for name, _ in model.named_modules()]
+    whole: set[str] = set()
+    for target in modules_to_save:
+        tops = [name for name in names if name.endswith(target)]
+        if not tops:
+            there = sorted({name for name in names if name and name.count(".") <= 1})
+            raise ValueError(f"modules_to_save names {target!r}, which this model lacks; it has {', '.join(there)}")
+        whole |= {name for name in names if any(f"{name}.".startswith(f"{top}.") for top in tops)}
+    return whole
 
 
 def merge(model: nn.Module) -> None:

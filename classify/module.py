@@ -1,6 +1,7 @@
 """The classifier under Lightning: one module for both adapters, full fine-tuning, and a head on a frozen encoder."""
 
 import warnings
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -9,10 +10,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from classify.adapter_files import load_adapter, save_adapter
+from classify.adapter_files import PEFT_PREFIX, adapter_state_dict, load_adapter, write_adapter
 from classify.dropout import use_fast_dropout
-from classify.lora import LoRAConfig, count_parameters, inject_lora, target_names, train_only
-from classify.pretrained import fingerprint, load_classifier
+from classify.lora import LoRAConfig, count_parameters, inject_lora, saved_whole, target_names, train_only
+from classify.pretrained import fingerprint, load_classifier, longest_input
 from experiment.errors import InputError
 from experiment.step_sums import StepModule
 
@@ -57,7 +58,8 @@ class ReviewClassifier(StepModule):
             lora_alpha: The update is scaled by lora_alpha / r.
             lora_dropout: Dropout on the adapter's input.
             target_modules: Linear layers to adapt: suffixes of their names, or one regular expression.
-            modules_to_save: Modules trained in full beside the adapter; add pooler to train BERT's pooler too.
+            modules_to_save: Modules trained in full beside the adapter, by the end of their names; add pooler to train
+                BERT's pooler too.
             use_rslora: Scale by lora_alpha / sqrt(r) (Kalajdzievski 2023).
             use_dora: Train direction and magnitude apart (Liu et al. 2024).
             init_lora_weights: Start at the pretrained model (B = 0); false starts from a random B.
@@ -86,6 +88,7 @@ class ReviewClassifier(StepModule):
         new_parameters = {id(parameter) for key, parameter in model.named_parameters() if key in new}
         encoder = list(model.named_parameters())
         try:
+            self._random_frozen = self._find_random_frozen(model, new)
             self.model: nn.Module = self._adapted(model)
         except ValueError as error:
             raise InputError(f"model: {error}") from error
@@ -124,6 +127,20 @@ class ReviewClassifier(StepModule):
             train_only(model, self.hparams.modules_to_save)
         return model
 
+    def _find_random_frozen(self, model: nn.Module, new: set[str]) -> list[str]:
+        """Modules of a plain model that the base's files lack and no training touches, such as the pooler of a BERT
+        that was saved without one: an exported adapter holds them, else each that loads it would draw them anew."""
+        if self.hparams.adapter not in ("custom", "peft"):
+            return []
+        whole = saved_whole(model, self.hparams.modules_to_save)
+        random = {key.rpartition(".")[0] for key in new} - whole
+        if clash := sorted(random & set(target_names(model, self.hparams.target_modules))):
+            raise ValueError(
+                f"target_modules adapts {clash[0]}, whose weights {self.hparams.name!r} lacks, so that they are random "
+                "numbers: train it in full, by modules_to_save"
+            )
+        return sorted(random)
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits (B, classes), float32, of input_ids (B, T) under attention_mask (B, T)."""
         if not self.hparams.ignore_padding:
@@ -140,7 +157,7 @@ class ReviewClassifier(StepModule):
     def setup(self, stage: str) -> None:
         """See that the data suits the model."""
         data = getattr(self.trainer, "datamodule", None)
-        longest = getattr(self.model.config, "max_position_embeddings", None)
+        longest = longest_input(self.model)
         if data is None or not hasattr(data, "tokenizer"):
             return
         for option in ("max_length", "eval_max_length"):
@@ -221,11 +238,21 @@ class ReviewClassifier(StepModule):
 
     def save_adapter(self, folder: str) -> None:
         """Write the adapter, custom or peft, in PEFT's format."""
+        config = replace(self.lora_config, modules_to_save=[*self.hparams.modules_to_save, *self._random_frozen])
         if self.hparams.adapter == "peft":
-            self.model.save_pretrained(folder)
+            import peft
+
+            base = self.model.get_base_model()
+            weights = peft.get_peft_model_state_dict(self.model)
+            weights |= {
+                f"{PEFT_PREFIX}{name}.{key}": value
+                for name in self._random_frozen
+                for key, value in base.get_submodule(name).state_dict().items()
+            }
         else:
-            path = self.model.config._name_or_path
-            save_adapter(self.model, self.lora_config, folder, path, {"base_fingerprint": self.base_fingerprint})
+            weights = adapter_state_dict(self.model, config.modules_to_save)
+        path = self.model.config._name_or_path
+        write_adapter(weights, config, folder, path, {"base_fingerprint": self.base_fingerprint})
 
     def _load_adapter(self, folder: str) -> None:
         if self.hparams.adapter not in ("custom", "peft"):

@@ -119,6 +119,18 @@ def load_classifier(
     return model, new
 
 
+def longest_input(model: nn.Module) -> int | None:
+    """Tokens that a model can read at most; None where nothing bounds them.
+
+    RoBERTa and its kin keep the first rows of their position table for padding: of 514 they use 512.
+    """
+    for name, module in model.named_modules():
+        if name.endswith("embeddings.position_embeddings") and hasattr(module, "padding_idx"):
+            return len(module.weight) - (0 if module.padding_idx is None else module.padding_idx + 1)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return positions if positions and positions > 0 else None
+
+
 def fingerprint(parameters: Iterator[tuple[str, nn.Parameter]]) -> str:
     """What tells one set of frozen weights from another, from the first values of each of them."""
     digest = hashlib.sha256()

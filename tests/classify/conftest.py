@@ -6,15 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from classify.reviews import synthetic_reviews
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-def save_tiny_bert(folder: Path, seed: int = 0, **sizes: int) -> Path:
-    """A BERT of 2 layers and hidden size 32 that knows the words of the synthetic reviews."""
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
+
+
+def save_tiny_bert(folder: Path, seed: int = 0, kind: str = "bert", pooler: bool = True, **sizes: int) -> Path:
+    """A BERT, or a `kind` of it, of 2 layers and hidden size 32 that knows the words of the synthetic reviews."""
     texts = synthetic_reviews("validation")["text"][:300]
     splitter = pre_tokenizers.BertPreTokenizer()
     words = sorted({word for text in texts for word, _ in splitter.pre_tokenize_str(text.lower())})
@@ -25,10 +29,10 @@ def save_tiny_bert(folder: Path, seed: int = 0, **sizes: int) -> Path:
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     names = {f"{name.strip('[]').lower()}_token": name for name in SPECIAL}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names).save_pretrained(folder)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64} | sizes
-    config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, **shape)
+    shape = {"max_position_embeddings": 64, "pad_token_id": 0} | (DISTILBERT if kind == "distilbert" else BERT) | sizes
     torch.manual_seed(seed)
-    BertForSequenceClassification(config).bert.save_pretrained(folder)
+    config = AutoConfig.for_model(kind, vocab_size=len(vocabulary), **shape)
+    AutoModel.from_config(config, **({} if pooler else {"add_pooling_layer": False})).save_pretrained(folder)
     return folder
 
 

