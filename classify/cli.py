@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from classify.callbacks import AdapterExport, Evaluation, PredictionWriter
@@ -10,7 +9,7 @@ from classify.data import IMDB
 from classify.module import ReviewClassifier
 from experiment.cli import ExperimentCLI
 from experiment.errors import InputError
-from experiment.run import CONFIG, read_checkpoint
+from experiment.run import CONFIG, read_checkpoint, recorded
 
 
 class ClassifyCLI(ExperimentCLI):
@@ -30,9 +29,9 @@ class ClassifyCLI(ExperimentCLI):
         super().before_instantiate_classes()
         config = self.config[self.subcommand]
         if config.data.tokenizer is None:
-            config.data.tokenizer = config.model.name
+            self.set_for_this_call("data.tokenizer", config.model.name)
         if config.data.order_seed is None and isinstance(config.seed_everything, int):
-            config.data.order_seed = int(config.seed_everything)
+            self.set_for_this_call("data.order_seed", int(config.seed_everything))
         if self.subcommand == "predict" and config.data.texts is not None and config.data.label_names is None:
             # The checkpoint knows the classes: no training data is needed to classify texts.
             hyperparameters = read_checkpoint(self.checkpoint).get("hyper_parameters", {}) if self.checkpoint else {}
@@ -43,11 +42,9 @@ class ClassifyCLI(ExperimentCLI):
             super().instantiate_classes()
         except InputError as error:
             # A run may have been trained on data that its flags named, which the configuration given now does not.
+            path = recorded(self.run_dir, "data.path")
+            if self.subcommand == "fit" or path in (None, self.config[self.subcommand].data.path):
+                raise
             own = self.run_dir / CONFIG
-            if self.subcommand == "fit" or not own.is_file():
-                raise
-            path = yaml.safe_load(own.read_text(encoding="utf-8"))["data"]["path"]
-            if path == self.config[self.subcommand].data.path:
-                raise
             other = ", or name texts with --data.texts" if self.subcommand == "predict" else ""
             raise InputError(f"{error}; this run was trained on {path}: for that take --config {own}{other}") from error

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch.distributed
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import Sampler
+from torch.utils.data import SequentialSampler
 
 from experiment.errors import InputError
 
@@ -33,7 +33,7 @@ def rounded_width(longest: int, limit: int) -> int:
     return min(-(-longest // step) * step, limit)
 
 
-class BatchSchedule(Sampler[Sequence[int]]):
+class BatchSchedule(SequentialSampler):
     """Yields the index lists of one epoch's batches; to be used as ``DataLoader(data, sampler=it, batch_size=None)``.
 
     Process r of w takes the batches r, r + w, r + 2w, … of the plan, so the same plan with w processes and batches
@@ -44,6 +44,7 @@ class BatchSchedule(Sampler[Sequence[int]]):
         drop_uneven: Leave out the last few batches that not every process would get. Training needs this, since
             processes step together; evaluation must not, since each sample counts once.
 
+    For Lightning it is sequential: with ``overfit_batches`` any other sampler is replaced by one of single samples.
     Epochs are counted here, one each time the schedule is gone through: Lightning's own count jumps where a run that
     ended within an epoch is given more steps.
     """
@@ -113,10 +114,17 @@ class ResumableDataModule(LightningDataModule):
             raise InputError("this run has streamed its data: resume it with --data.streaming true")
         self._position = int(state_dict["epoch"]), int(state_dict["batches_done"])
         if self.train_schedule is not None:  # the loader was made before the checkpoint was read
-            self.resumable(self.train_schedule)
+            self.train_schedule.epoch, self.train_schedule.start = self._position
 
     def resumable(self, schedule: BatchSchedule) -> BatchSchedule:
-        """Register the schedule of the training loader, so that it starts where the checkpoint left off."""
+        """Register the schedule of the training loader, so that it starts where the checkpoint left off, or goes on
+        after the epochs of the loader that it replaces."""
+        if self.trainer is not None and self.trainer.overfit_batches:
+            always = schedule.plan(0)  # the same batches in each epoch
+            schedule.plan = lambda epoch: always
+        if (before := self.train_schedule) is not None:
+            schedule.epoch, schedule.start, schedule._begun = before.epoch, before.start, before._begun
+        else:
+            schedule.epoch, schedule.start = self._position
         self.train_schedule = schedule
-        schedule.epoch, schedule.start = self._position
         return schedule

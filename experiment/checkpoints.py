@@ -5,6 +5,7 @@ so that a kill at any moment leaves the last complete one there.
 """
 
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,7 @@ def save_atomically(trainer: Trainer, file: Path, weights_only: bool = False) ->
     try:
         trainer.save_checkpoint(partial, weights_only)
         if trainer.is_global_zero:
-            with partial.open("rb") as stream:
+            with partial.open("r+b") as stream:
                 os.fsync(stream.fileno())  # else a machine that loses power has the new name and not the content
             partial.replace(file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
@@ -102,10 +103,13 @@ class StepCheckpoint(Checkpoint):
         file = folder / f"step-{step:06d}.ckpt"
         save_atomically(trainer, file)
         if trainer.is_global_zero:
-            link = folder / "last.ckpt.partial"
-            link.unlink(missing_ok=True)
-            link.symlink_to(file.name)
-            link.replace(folder / "last.ckpt")
+            last = folder / "last.ckpt.partial"
+            last.unlink(missing_ok=True)
+            try:
+                last.symlink_to(file.name)
+            except OSError:  # a file system without links
+                shutil.copyfile(file, last)
+            last.replace(folder / "last.ckpt")
             if self.keep > 0:
                 # By age, not by step: a run that goes on from an earlier checkpoint comes to the same steps again.
                 others = sorted(set(folder.glob("step-*.ckpt")) - {file}, key=lambda old: old.stat().st_mtime_ns)

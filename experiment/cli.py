@@ -2,15 +2,18 @@
 
 import errno
 import os
+import secrets
 import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import yaml
+from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -23,13 +26,14 @@ from experiment.errors import InputError
 from experiment.finite import FiniteLoss
 from experiment.hardware import default_precision
 from experiment.interruption import Interrupted
+from experiment.launch import agreed, leave_slurm_alone
 from experiment.metrics_file import MetricsFile
 from experiment.parser import ExperimentParser
 from experiment.progress import RunProgressBar, console, validation_results
 from experiment.provenance import RunRecord, command_line
 from experiment.quiet import quiet_libraries
 from experiment.report import write_report
-from experiment.run import CONFIG, check_fits, resolve_checkpoint, resolve_run_dir
+from experiment.run import CONFIG, check_fits, check_free, resolve_checkpoint, resolve_run_dir
 from experiment.wandb_logger import WandbLogger
 
 DESCRIPTIONS = {
@@ -38,6 +42,7 @@ DESCRIPTIONS = {
     "test": "Evaluate a checkpoint on the test split.",
     "predict": "Use a checkpoint on texts of your own; the results are shown and written to predictions.jsonl.",
 }
+LOCK_PATIENCE = 6.0  # seconds
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -157,14 +162,27 @@ class ExperimentCLI(LightningCLI):
         configs = [Path(str(path)) for path in config.get("config") or []]
         self.run_dir = resolve_run_dir(self.package, self.subcommand, config.run_dir, configs, config.ckpt_path)
         self.checkpoint = resolve_checkpoint(self.subcommand, self.run_dir, config.ckpt_path)
+        self._as_given = {}
         if self.subcommand == "predict" and self.checkpoint is None:
             raise InputError("predict needs --ckpt_path: last or best of the run, or a file")
         if config.trainer.precision is None:
             config.trainer.precision = default_precision(config.trainer.accelerator)
         config.trainer.default_root_dir = str(self.run_dir)
-        for logger in _as_list(config.trainer.logger):
-            if _is_wandb(logger):
-                _fill_in_wandb(logger.init_args, self.run_dir, self.package)
+
+    def set_for_this_call(self, key: str, value: Any) -> None:
+        """Use another value than the configuration's, which config.yaml keeps as it was given."""
+        config = self.config[self.subcommand]
+        self._as_given[key] = config[key]
+        config[key] = value
+
+    def _set_seed(self) -> None:
+        """As Lightning's, which for `true` takes 0 rather than a seed that is drawn."""
+        config = self.config[self.subcommand]
+        if config.seed_everything is True:
+            config.seed_everything = int(agreed("seed", _drawn_seed))
+        if not 0 <= config.seed_everything < 2**32:
+            raise InputError(f"seed_everything {config.seed_everything}: expected 0 to {2**32 - 1}, true or false")
+        super()._set_seed()
 
     def instantiate_classes(self) -> None:
         try:
@@ -209,6 +227,10 @@ class ExperimentCLI(LightningCLI):
         self.datamodule.prepare_data()
         self.datamodule.setup("fit")
         check_training(self.trainer, self.datamodule)
+        for logger in self._wandb_loggers():
+            logger.log_in()
+        if rank_zero_only.rank == 0:
+            self._take_folder()
         self._save_config()
         for logger in self.trainer.loggers:
             if isinstance(logger, MetricsFile):
@@ -217,27 +239,48 @@ class ExperimentCLI(LightningCLI):
         if self.trainer.is_global_zero:
             self.record.begin(self.trainer, self.model, _step_of(self.checkpoint))
             for logger in self._wandb_loggers():
-                logger.begin(self.trainer, self.run_dir, self.record.record)
+                logger.begin(self.trainer, self.run_dir, self.package, self.record.record)
         if self.checkpoint is not None:
             console.print(f"resuming from {self.checkpoint}")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with ExitStack() as self._until_the_end:
+            super()._run_subcommand(subcommand)
+
+    def _take_folder(self) -> None:
+        """Hold the run's folder until the command ends, so that no other training writes into it."""
+        # The workers of a training that was killed hold its lock for some seconds more.
+        lock = FileLock(self.run_dir / ".lock", timeout=LOCK_PATIENCE)
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._until_the_end.enter_context(lock)
+        except Timeout as error:
+            raise InputError(
+                f"run_dir {self.run_dir} is being written by another training: wait for its end, or name another folder"
+            ) from error
+        except NotImplementedError:  # a file system without locks
+            pass
+        except OSError as error:
+            raise _unwritable(self.run_dir, error) from error
+        check_free(self.run_dir, resumed=self.config["fit"].ckpt_path is not None)  # another may have been quicker
 
     @rank_zero_only
     def _save_config(self) -> None:
         """Write config.yaml: everything that was really used, except for what belongs to this one call."""
         try:
             (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            text = self._parser("fit").dump(self.config["fit"], skip_none=False)
-            config = yaml.safe_load(text)
+            config = self.config["fit"].clone()
+            for key, value in self._as_given.items():
+                config[key] = value
+            config = yaml.safe_load(self._parser("fit").dump(config, skip_none=False))
             for name in ("config", "run_dir", "ckpt_path", "debug"):
                 config.pop(name, None)
             config["trainer"]["default_root_dir"] = None
             partial = self.run_dir / f"{CONFIG}.partial"
-            partial.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            partial.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
             partial.replace(self.run_dir / CONFIG)
         except OSError as error:
-            raise InputError(
-                f"run_dir {self.run_dir} cannot be written ({error.strerror}): choose another with --run_dir"
-            ) from error
+            raise _unwritable(self.run_dir, error) from error
 
     def after_fit(self) -> None:
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
@@ -282,20 +325,15 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _is_wandb(logger: Any) -> bool:
-    return isinstance(logger, jsonargparse.Namespace) and logger.get("class_path", "").endswith(WandbLogger.__name__)
+def _unwritable(folder: Path, error: OSError) -> InputError:
+    return InputError(f"run_dir {folder} cannot be written ({error.strerror}): choose another with --run_dir")
 
 
-def _fill_in_wandb(options: jsonargparse.Namespace, run_dir: Path, package: str) -> None:
-    """Keep the W&B files in the run's folder, and stay offline unless the user is logged in or says otherwise."""
-    if options.get("save_dir") in (None, "."):
-        options.save_dir = str(run_dir)
-    if options.get("name") is None:
-        options.name = f"{package}/{run_dir.name}"
-    netrc = Path.home() / ".netrc"
-    logged_in = "WANDB_API_KEY" in os.environ or (netrc.is_file() and "api.wandb.ai" in netrc.read_text())
-    if "WANDB_MODE" not in os.environ and not logged_in:
-        options.offline = True
+def _drawn_seed() -> str:
+    """A seed by chance; that of the first process in those that Lightning starts beside it."""
+    if os.environ.get("LOCAL_RANK", "0") != "0" and "PL_GLOBAL_SEED" in os.environ:
+        return os.environ["PL_GLOBAL_SEED"]
+    return str(secrets.randbelow(2**32))
 
 
 def _step_of(checkpoint: Path | None) -> int:
@@ -318,6 +356,7 @@ def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> Experime
     given = sys.argv[1:] if args is None else list(args)
     debug = "--debug" in given
     quiet_libraries(debug)
+    leave_slurm_alone()
     console.quiet = rank_zero_only.rank != 0  # of several processes one speaks
     try:
         return cli(args)

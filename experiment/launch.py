@@ -14,10 +14,11 @@ _PATIENCE = timedelta(minutes=10)  # the first process may have to read a large 
 _store: TCPStore | None = None  # lives as long as the process, for others may still ask
 
 
-def agreed(decide: Callable[[], str]) -> str:
+def agreed(what: str, decide: Callable[[], str]) -> str:
     """What ``decide`` says in the process of rank 0, in every process of this launch.
 
-    A process that was started alone, or by Lightning as the first of several, decides for itself.
+    A process that was started alone, or by Lightning as the first of several, decides for itself. Each thing to agree
+    on has a name of its own, and is asked for by every process.
 
     Raises:
         InputError: The process of rank 0 is not heard of.
@@ -28,7 +29,10 @@ def agreed(decide: Callable[[], str]) -> str:
     rank, host, port, hosts_store, key = place
     global _store
     try:
-        _store = TCPStore(host, port, is_master=hosts_store and rank == 0, wait_for_workers=False, timeout=_PATIENCE)
+        if _store is None:
+            host_it = hosts_store and rank == 0
+            _store = TCPStore(host, port, is_master=host_it, wait_for_workers=False, timeout=_PATIENCE)
+        key = f"{key}/{what}"
         if rank == 0:
             choice = ""
             try:
@@ -42,6 +46,15 @@ def agreed(decide: Callable[[], str]) -> str:
     if not choice:
         sys.exit(2)
     return choice
+
+
+def leave_slurm_alone() -> None:
+    """Within a SLURM job, be one process unless srun has started it.
+
+    Lightning takes every process of a job for one of several tasks, and ends where the variables of srun are missing.
+    """
+    if "SLURM_NTASKS" in os.environ and "SLURM_STEP_ID" not in os.environ:
+        os.environ["SLURM_JOB_NAME"] = "interactive"  # by which Lightning tells such a process
 
 
 def _place() -> tuple[int, str, int, bool, str] | None:

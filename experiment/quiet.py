@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import warnings
 
 # Regular expressions over the message, and the category.
@@ -27,6 +28,19 @@ IGNORED: tuple[tuple[str, type[Warning]], ...] = (
 )
 
 
+# What Lightning tells at each start, as regular expressions over the message. What else it tells was asked for: the
+# profiler's table, the summary of the model, why a callback has stopped the run.
+UNASKED = re.compile(
+    r"(GPU|TPU|HPU|MPS) available|LOCAL_RANK|Seed set to|Using .*(precision|AMP)|Restor(ing|ed) |Loaded model weights|"
+    r"`Trainer\(|Loading `train_dataloader` to estimate|.*Tip: |Initializing distributed|-{20,}\ndistributed_backend|"
+    r"You are using a CUDA device|Multi-processing is handled by"
+)
+
+
+def _was_asked_for(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.INFO or not UNASKED.match(record.getMessage().strip())
+
+
 def quiet_libraries(debug: bool = False) -> None:
     """Leave on the screen what a user can act on; ``debug`` shows everything."""
     # Must stand before the first fork, else the tokenizers library warns from every loader process.
@@ -40,5 +54,5 @@ def quiet_libraries(debug: bool = False) -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     for message, category in IGNORED:
         warnings.filterwarnings("ignore", message=message, category=category)
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
+        logging.getLogger(f"lightning.{name}").addFilter(_was_asked_for)  # once, however often it is added

@@ -7,12 +7,15 @@ runs/lm/demo/checkpoints last.ckpt  best.ckpt  step-000500.ckpt …
 import os
 import pickle
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import LightningModule
 
+from experiment.console import console
 from experiment.errors import InputError
 from experiment.launch import agreed
 
@@ -21,23 +24,27 @@ PACKAGES = {"decoder": "lm", "adapter": "classify"}  # by a hyperparameter that 
 RUN_DIR_VARIABLE = "TINYLAB_RUN_DIR"  # tells the folder to the processes that Lightning starts beside the first
 
 
+def is_run(folder: Path) -> bool:
+    """Whether fit has written into this folder; a config.yaml alone may be anybody's."""
+    return any((folder / name).exists() for name in ("checkpoints", "metrics.csv"))
+
+
 def holds_run(folder: Path) -> bool:
-    """Whether a training has written into this folder."""
-    return any((folder / name).exists() for name in (CONFIG, "checkpoints", "metrics.csv"))
+    """Whether a new run would write over something in this folder."""
+    return is_run(folder) or (folder / CONFIG).exists()
 
 
 def run_name(configs: list[Path]) -> str:
-    """The name of a run: its first config's, or that of the run whose config.yaml it repeats."""
-    if not configs:
-        return "default"
-    first = configs[0].resolve()
-    return first.parent.name if first.name == CONFIG else first.stem
+    """The name of a run: its first config's, or of the folder that holds a config.yaml."""
+    first = configs[0].absolute() if configs else Path()
+    return (first.parent.name if first.name == CONFIG else first.stem) or "default"
 
 
 def default_run_dirs(package: str, configs: list[Path]) -> tuple[Path | None, Path]:
     """The newest existing folder of this configuration's runs, and the first that is free."""
-    if configs and configs[0].name == CONFIG and holds_run(configs[0].parent):
-        base, newest = configs[0].parent, configs[0].parent
+    if configs and configs[0].name == CONFIG and is_run(configs[0].parent):
+        base = configs[0].parent if configs[0].parent.name else configs[0].absolute().parent
+        newest = base
     else:
         base, newest = Path("runs") / package / run_name(configs), None
     number, folder = 1, base
@@ -65,7 +72,7 @@ def resolve_run_dir(
             return os.environ[RUN_DIR_VARIABLE]
         return str(_choose_run_dir(package, subcommand, run_dir, configs, ckpt_path))
 
-    folder = Path(agreed(decide))
+    folder = Path(agreed("run_dir", decide))
     os.environ[RUN_DIR_VARIABLE] = str(folder)
     return folder
 
@@ -76,23 +83,49 @@ def _choose_run_dir(
     own_checkpoint = ckpt_path in ("last", "best")
     if run_dir is not None:
         folder = Path(run_dir).expanduser()
-        inside = ckpt_path is not None and (own_checkpoint or _run_of(ckpt_path).resolve() == folder.resolve())
-        if subcommand == "fit" and holds_run(folder) and not inside:
-            raise InputError(
-                f"run_dir {folder} already holds a run: continue it with --ckpt_path last, or name another folder"
-            )
+        inside = ckpt_path is not None and (own_checkpoint or run_of(ckpt_path).resolve() == folder.resolve())
+        if subcommand == "fit":
+            check_free(folder, resumed=inside)
     else:
         newest, free = default_run_dirs(package, configs)
         if subcommand == "fit":
             folder = newest if own_checkpoint and newest else free
-        elif ckpt_path is not None and not own_checkpoint and holds_run(_run_of(ckpt_path)):
-            folder = _run_of(ckpt_path)
+        elif ckpt_path is not None and not own_checkpoint and holds_run(run_of(ckpt_path)):
+            folder = run_of(ckpt_path)
         else:
             folder = newest or free
     return folder
 
 
-def _run_of(ckpt_path: str) -> Path:
+def recorded(run: Path, key: str) -> Any:
+    """What the config.yaml of a run says of ``key``, such as data.path; None where there is none or it says nothing."""
+    try:
+        value = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+        for name in key.split("."):
+            value = value[name]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+    return value
+
+
+def check_free(folder: Path, resumed: bool) -> None:
+    """See that a training would write over nothing.
+
+    Raises:
+        InputError: The folder holds a run that is not resumed, or a config.yaml that fit has not written.
+    """
+    if is_run(folder) and not resumed:
+        raise InputError(
+            f"run_dir {folder} already holds a run: continue it with --ckpt_path last, or name another folder"
+        )
+    if holds_run(folder) and not is_run(folder):
+        raise InputError(
+            f"run_dir {folder} holds a {CONFIG} that fit has not written, and would write over: name another folder"
+        )
+
+
+def run_of(ckpt_path: str | Path) -> Path:
+    """The folder of the run that a checkpoint lies in."""
     folder = Path(ckpt_path).expanduser().parent
     return folder.parent if folder.name == "checkpoints" else folder
 
@@ -100,11 +133,12 @@ def _run_of(ckpt_path: str) -> Path:
 def resolve_checkpoint(subcommand: str, run_dir: Path, ckpt_path: str | None) -> Path | None:
     """The checkpoint file that ``--ckpt_path`` means; ``last`` and ``best`` are those of the run's own folder.
 
-    A training that is told to go on from ``last`` before anything was saved starts at the beginning, so that a
-    machine that may be taken away at any time can always use the same command.
+    A copy of a run may lack the link last.ckpt: the newest whole checkpoint stands in for it. A training that is told
+    to go on from ``last`` before anything was saved starts at the beginning, so that a machine that may be taken away
+    at any time can always use the same command.
 
     Raises:
-        InputError: There is no such file.
+        InputError: There is no such file, or none that is whole.
     """
     if ckpt_path is None:
         return None
@@ -112,13 +146,28 @@ def resolve_checkpoint(subcommand: str, run_dir: Path, ckpt_path: str | None) ->
     file = run_dir / "checkpoints" / f"{ckpt_path}.ckpt" if named else Path(ckpt_path).expanduser()
     if file.is_file():
         return file
-    if subcommand == "fit" and ckpt_path == "last":
-        return None
     there = sorted(path.name for path in file.parent.glob("*.ckpt"))
+    if ckpt_path == "last" and (newest := newest_checkpoint(file.parent)):
+        console.print(f"note: {file} is not there; {newest.name} is the newest whole checkpoint")
+        return newest
+    if subcommand == "fit" and ckpt_path == "last" and not there:
+        return None
     raise InputError(
         f"ckpt_path {ckpt_path}: there is no file {file}; expected last, best or a path"
         + (f" (that folder holds {', '.join(there)})" if there else "")
     )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the highest step among those of fit in a folder that can be read."""
+    steps = {}
+    # Names have the steps in order, so that only one of them is read, and the best, which may be newer.
+    for pattern in ("step-*.ckpt", "best.ckpt"):
+        for file in sorted(folder.glob(pattern), reverse=True):
+            with suppress(InputError):
+                steps[file] = read_checkpoint(file).get("global_step", 0)
+                break
+    return max(steps, key=steps.__getitem__, default=None)
 
 
 def find_checkpoint(run: Path) -> Path:
@@ -134,6 +183,8 @@ def find_checkpoint(run: Path) -> Path:
     for name in ("best.ckpt", "last.ckpt"):
         if (run / "checkpoints" / name).is_file():
             return run / "checkpoints" / name
+    if newest := newest_checkpoint(run / "checkpoints"):
+        return newest
     raise InputError(f"run {run} holds no checkpoint: expected the folder of a run that fit has written, or a file")
 
 

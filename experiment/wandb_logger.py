@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from experiment.console import console
+from experiment.errors import InputError
 from experiment.summary import FIGURES, best, read_metrics
 from experiment.verdicts import SOURCES, read_verdicts
 
@@ -34,7 +35,7 @@ class WandbLogger(LightningWandbLogger):
         name: str | None = None,
         group: str | None = None,
         tags: list[str] | None = None,
-        offline: bool = False,
+        offline: bool | None = None,
         log_model: bool = False,
         save_dir: str | None = None,
         id: str | None = None,
@@ -42,10 +43,10 @@ class WandbLogger(LightningWandbLogger):
         """
         Args:
             project: The W&B project.
-            name: Of the run; by default that of its folder.
+            name: Of the run; by default the package and the run's folder, such as lm/demo.
             group: Runs that belong together, such as the seeds of a comparison.
             tags: To find the run by.
-            offline: Keep everything in the run's folder; `wandb sync` sends it later.
+            offline: Keep everything in the run's folder; `wandb sync` sends it later. null: where nobody is logged in.
             log_model: Keep the best checkpoint, and the adapter where there is one, as artifacts.
             save_dir: Where W&B's files go; by default the run's folder.
             id: Of the W&B run; by default a new one, or that of the run which is resumed.
@@ -53,38 +54,69 @@ class WandbLogger(LightningWandbLogger):
         super().__init__(
             name=name,
             save_dir=save_dir,
-            offline=offline,
+            offline=bool(offline),
             id=id,
             project=project,
             group=group,
             tags=tags,
         )
         self.keeps_model = log_model
+        self._chosen = offline
         self.trainer: Trainer | None = None
 
     @rank_zero_only
-    def begin(self, trainer: Trainer, run: Path, record: Mapping[str, Any]) -> None:
+    def log_in(self) -> None:
+        """Find out whether somebody is logged in at the server, a private one too; to be called before anything is
+        written.
+
+        Raises:
+            InputError: Nobody is, and the run shall not be kept offline.
+        """
+        mode = "offline" if self._offline else os.environ.get("WANDB_MODE", "online" if self._chosen is False else None)
+        if mode not in ("online", None):
+            return
+        import wandb
+        from wandb.sdk import wandb_setup
+        from wandb.sdk.lib import wbauth
+
+        server = wandb_setup.singleton().settings.base_url
+        try:
+            found = wbauth.authenticate_session(host=server, source="tinylab", prompt=False, update_session=False)
+        except wandb.errors.Error as error:  # a key of a form that none has
+            raise InputError(f"W&B at {server}: {error}; log in with: wandb login --relogin") from error
+        if found is None and mode == "online":
+            cure = "log in with: wandb login, or set WANDB_MODE=offline"
+            raise InputError(f"W&B: nobody is logged in at {server}; {cure}")
+        self._offline = found is None
+
+    @rank_zero_only
+    def begin(self, trainer: Trainer, run: Path, package: str, record: Mapping[str, Any]) -> None:
         """Start or continue the W&B run; to be called before training.
 
         Args:
             trainer: Whose steps are counted.
             run: The run's folder, with its config.yaml.
+            package: lm or classify.
             record: Of run.json: parameter counts, environment and commands.
         """
         import wandb
 
         self.trainer = trainer
         self._wandb_init.pop("anonymous", None)  # Lightning passes it, wandb warns that it has no effect
+        self._name = self._wandb_init["name"] = self._name or f"{package}/{run.name}"
+        if self._save_dir in (None, "."):
+            self._save_dir = self._wandb_init["dir"] = str(run)
         (run / "wandb").mkdir(parents=True, exist_ok=True)  # else wandb falls back to a temporary folder
         file = run / RUN_ID
         if self._id is None:
-            known = file.read_text().strip() if file.exists() else secrets.token_hex(4)
+            known = file.read_text(encoding="utf-8").strip() if file.exists() else secrets.token_hex(4)
             self._id = os.environ.get("WANDB_RUN_ID", known)  # which the agent of a sweep sets
             self._wandb_init["id"] = self._id
         if self._offline or os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
+            self._wandb_init["mode"] = "offline"
             self._wandb_init["resume"] = None  # is for the server; `wandb sync` joins the parts by their id
             self._wandb_init["settings"] = wandb.Settings(silent=True)  # one line at the end says what to do
-        file.write_text(f"{self._id}\n")
+        file.write_text(f"{self._id}\n", encoding="utf-8")
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         shown = {name: record[name] for name in ("parameters", "environment")}
         shown["command"] = record["calls"][-1]["command"]

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from experiment.cli import ExperimentCLI
 from experiment.errors import InputError
-from experiment.run import read_checkpoint
+from experiment.run import read_checkpoint, recorded, run_of
 from lm.callbacks import Perplexity, Predictions, Samples, Throughput
 from lm.data import TinyStories
 from lm.generation import GenerationConfig
@@ -40,11 +40,17 @@ class LanguageCLI(ExperimentCLI):
 
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
-        # A trained tokenizer lies in the run's folder, so that its model can be used where the corpus is not.
-        data, own = self.config[self.subcommand].data, self.run_dir / "tokenizer"
-        self.trains_tokenizer = data.tokenizer == "train"
-        if self.checkpoint is not None and self.trains_tokenizer and own.is_dir():
-            data.tokenizer = str(own)
+        # A run keeps its tokenizer, so that its model can be used where that one's source is not. Another one that is
+        # given by hand wins.
+        if self.checkpoint is not None and (own := run_of(self.checkpoint) / "tokenizer").is_dir():
+            given = self.config[self.subcommand].data.tokenizer
+            if given in ("train", recorded(own.parent, "data.tokenizer")):
+                self.set_for_this_call("data.tokenizer", str(own))
+
+    def _set_seed(self) -> None:
+        super()._set_seed()
+        config = self.config[self.subcommand]
+        config.data.seed = int(config.seed_everything)  # the one that was drawn, where it was true
 
     def before_fit(self) -> None:
         self.model.check_trainer(self.trainer)
@@ -54,8 +60,6 @@ class LanguageCLI(ExperimentCLI):
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
-        if self.trains_tokenizer:
-            self.config[self.subcommand].data.tokenizer = "train"  # as config.yaml shall have it
         length, context = self.datamodule.sequence_length, self.model.decoder.config.max_sequence_length
         if length > context:
             raise InputError(

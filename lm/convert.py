@@ -112,6 +112,7 @@ def import_weights(
 
 def write_run(decoder: Decoder, tokenizer: StoryTokenizer, run: Path, path: str) -> None:
     """Write config.yaml, checkpoints/last.ckpt and best.ckpt (at step 0) and tokenizer/ as if `fit` had made them."""
+    from lightning.fabric.plugins.environments import LightningEnvironment
     from lightning.pytorch import Trainer
 
     from experiment.run import CONFIG
@@ -127,6 +128,7 @@ def write_run(decoder: Decoder, tokenizer: StoryTokenizer, run: Path, path: str)
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        plugins=LightningEnvironment(),  # one process, also within a SLURM job
     )
     trainer.strategy.connect(module)
     trainer.save_checkpoint(run / "checkpoints" / "last.ckpt", weights_only=False)
@@ -149,7 +151,7 @@ def write_run(decoder: Decoder, tokenizer: StoryTokenizer, run: Path, path: str)
         },
         "model": {"decoder": shape},
     }
-    # Last: without it the folder is no run.
+    # Last: it tells that the folder is whole.
     (run / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 

@@ -68,6 +68,7 @@ class StoryStream(IterableDataset):
         self.progress = progress or StreamProgress()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.progress.finish()  # an epoch that trainer.limit_train_batches has ended
         worker = get_worker_info()
         if worker is not None:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not come along to a forked process
@@ -138,11 +139,12 @@ class StreamProgress:
 
     def begin(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Note the batch that is trained on next, and give it back without its position."""
-        self._finish()
+        self.finish()
         self._begun = batch.pop("reader"), batch.pop("position")
         return batch
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """The batch that was begun is done."""
         if self._begun is not None:
             reader, self.positions[reader] = self._begun
             self.batches += 1
@@ -151,7 +153,7 @@ class StreamProgress:
     def state(self, processed: bool) -> dict[str, Any]:
         """Plain values; ``processed`` tells whether the batch that was begun is done too."""
         if processed:
-            self._finish()
+            self.finish()
         return {"positions": deepcopy(self.positions), "batches": self.batches}
 
     def load(self, state: dict[str, Any]) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lm.__main__ import main
+from lm.convert import main as convert
 from tests.processes import Commands
 from tests.runs import STEPS, TINY, assert_same_run, checkpoint, free_port, newest_step, rows, torchrun, write_stories
 
@@ -18,7 +20,7 @@ def slurm() -> list[dict[str, str]]:
     """What srun sets for two tasks on one node."""
     shared = {
         "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "tinylab",
-        "SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0", "MASTER_PORT": str(free_port()),
+        "SLURM_STEP_ID": "0", "SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0", "MASTER_PORT": str(free_port()),
     }  # fmt: skip
     return [shared | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
 
@@ -50,6 +52,21 @@ def test_two_processes_give_the_losses_of_one_with_the_same_global_batch(
         assert float(left["train/loss"]) == pytest.approx(float(right["train/loss"]), abs=1e-5)
         if left["val/loss"]:
             assert float(left["val/loss"]) == pytest.approx(float(right["val/loss"]), abs=1e-6)
+
+
+def test_within_a_slurm_job_a_command_that_srun_has_not_started_is_one_process(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_JOB_NAME", "x")
+    for procid in (None, "0"):  # a shell of salloc; the script of sbatch
+        if procid is not None:
+            monkeypatch.setenv("SLURM_PROCID", procid)
+        cli = main(["fit", *arguments, "--trainer.max_steps=1", f"--run_dir=run-{procid}"])
+        assert cli.trainer.world_size == 1
+    main(["predict", "--config=run-0/config.yaml", "--ckpt_path=last", "--data.prompts=[Tom]"])
+    convert(["hugging_face", "run-0/checkpoints/last.ckpt", "exported"])
+    convert(["import", "exported", "imported", "--path=stories"])
 
 
 def test_divided_weights_give_the_losses_and_the_checkpoint_of_one_process(
