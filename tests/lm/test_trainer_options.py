@@ -98,7 +98,8 @@ def test_what_was_asked_of_lightning_is_told_and_nothing_else(
     assert told == [f"`Trainer.fit` stopped: `max_steps={steps}` reached." for steps in (1, 2)]
     told.clear()
     early = ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/loss",
-             "--trainer.callbacks.mode=max", "--trainer.callbacks.patience=1", "--trainer.callbacks.verbose=true"]  # fmt: skip
+             "--trainer.callbacks.mode=max", "--trainer.callbacks.patience=1",
+             "--trainer.callbacks.verbose=true"]  # fmt: skip
     main(["fit", *arguments, "--run_dir=run", "--trainer.profiler=simple", *early])
     assert any("Profiler Report" in message for message in told)
     assert any("did not improve" in message for message in told)
