@@ -12,14 +12,19 @@ import subprocess
 import sys
 import time
 
-# Row: the module and function that measure it. What it imports would count as the contenders' memory: import late.
+# Row, or what its rows' names begin with: the module and function that measure it. What it imports would count as the
+# contenders' memory: import late.
 ROWS = {
     "train_bf16": ("training", "train_bf16"),
     "train_float32": ("training", "train_float32"),
     "train_memory": ("training", "train_float32"),
+    "train_loop": ("training", "train_loops"),
+    "loss": ("training", "loss_rows"),
     "decode_float32": ("decoding", "rows"),
     "decode_bf16": ("decoding", "rows"),
     "decode_batch32": ("decoding", "rows"),
+    "decode_llama_cpp": ("decoding", "llama_cpp_rows"),
+    "decode_gpu": ("decoding", "gpu_rows"),
     "lora_bf16": ("lora", "lora_bf16"),
     "lora_default": ("lora", "lora_default"),
     "help_time": ("bench", "help_time"),
@@ -55,7 +60,7 @@ def main() -> None:
     rows, begin = [], time.perf_counter()
     for module, function in dict.fromkeys(ROWS[name] for name in only):
         measured = getattr(importlib.import_module(module), function)()
-        rows += [row for row in measured if row.name in only]
+        rows += [row for row in measured if row.name.startswith(tuple(only))]
         report(rows)  # after each, so that nothing is lost with a later one
     print(f"{time.perf_counter() - begin:.0f} s")
 

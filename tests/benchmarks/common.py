@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +46,21 @@ def make_row(
     a, b = statistics.median(ours), statistics.median(peer)
     ratio = b / a if lower_is_better else a / b
     return Row(name, round(a, 4), round(b, 4), unit, round(ratio, 3), note, machine())
+
+
+def fastest(results: Mapping[str, list[float]], names: Iterable[str]) -> str:
+    """Which of the named contenders has the highest median."""
+    return max(names, key=lambda name: statistics.median(results[name]))
+
+
+def beside(results: Mapping[str, list[float]], names: Iterable[str]) -> str:
+    """The medians of the named contenders, for a note."""
+    return ", ".join(f"{name} {statistics.median(results[name]):,.4g}" for name in names)
+
+
+def left_out(contender: str, why: str) -> None:
+    """Say that a contender is not measured."""
+    console.print(f"{contender} is left out: {why}", style="dim")
 
 
 def alternate(contenders: Mapping[str, Callable[[], float]], rounds: int = ROUNDS) -> dict[str, list[float]]:
@@ -132,21 +147,25 @@ class Turns:
     """Within a training loop: times every so many steps, tells it by ``measured``, and waits for the next turn.
 
     Args:
-        measured: As a Worker's target gets it; told units a second, and the ``losses`` of all steps so far.
+        measured: As a Worker's target gets it; told units a second, and the ``losses`` so far, the mean of each
+            measurement's steps.
         steps: Steps of a measurement.
         warmup: Steps before the first.
     """
 
     def __init__(self, measured: Callable[..., None], steps: int, warmup: int) -> None:
         self.measured, self.steps, self.left = measured, steps, warmup
-        self.units, self.losses, self.start = 0, [], None
+        self.units, self.window, self.losses, self.start = 0, [], [], None
 
-    def step(self, units: int, loss: float) -> None:
-        """To be called at the end of each step, with the tokens or examples that it took."""
+    def step(self, units: int, loss: float | torch.Tensor, steps: int = 1) -> None:
+        """To be called at the end of each step, with the tokens or examples that it took; or of several, with the mean
+        of their losses. A device is waited for at the end of a measurement only."""
         self.units += units
-        self.losses.append(loss)
-        self.left -= 1
+        self.window.append(loss)
+        self.left -= steps
         if self.left == 0:
+            self.losses.append(statistics.fmean(map(float, self.window)))
+            self.window = []
             warm = self.start is not None
             self.measured(self.units / (time.perf_counter() - self.start) if warm else None, losses=self.losses)
             self.units, self.left, self.start = 0, self.steps, time.perf_counter()

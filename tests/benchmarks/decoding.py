@@ -1,10 +1,11 @@
-"""Decoding: our `generate` against transformers' and, where its binary is given, against llama2.c's run.c.
+"""Decoding: our `generate` against transformers', llama.cpp and, where its binary is given, llama2.c's run.c.
 
     python tests/benchmarks/decoding.py [--llama2c ./run --tokenizer FOLDER] [--batch_size 32]
 
-All have the same weights, drawn at random, and decode greedily with a cache; in float32 all must choose the same
-tokens, or the benchmark ends with an error. run.c is to be built with `gcc -Ofast -fopenmp -march=native`; it needs a
-tokenizer of as many tokens as the decoder has.
+All have the same weights, drawn at random, and decode greedily with a cache; in float32 ours and transformers must
+choose the same tokens, or the benchmark ends with an error. transformers has a cache that grows and a static one, with
+which it compiles its step on a GPU (not on a CPU); the ratios are to the faster. run.c is to be built with
+`gcc -Ofast -fopenmp -march=native`; it needs a tokenizer of as many tokens as the decoder has.
 """
 
 import copy
@@ -16,8 +17,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import llama_cpp
 import torch
-from common import DEVICE, ROUNDS, Row, alternate, make_row, report
+from common import DEVICE, ROUNDS, Row, Worker, alternate, beside, fastest, left_out, make_row, report
 from jsonargparse import auto_cli
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -77,7 +79,7 @@ def ours(
     decoder: Decoder, prompts: list[list[int]], new_tokens: int, tokens: list[list[int]] | None = None, **settings
 ) -> Callable[[], float]:
     """Measures tokens/s of our `generate`; `tokens` are those that it must choose."""
-    config = GenerationConfig(max_new_tokens=new_tokens, temperature=0, **settings)
+    config = GenerationConfig(**{"max_new_tokens": new_tokens, "temperature": 0, **settings})
 
     def measure() -> float:
         begin = time.perf_counter()
@@ -90,21 +92,26 @@ def ours(
     return measure
 
 
-def peer(model: LlamaForCausalLM, prompts: list[list[int]], new_tokens: int) -> Callable[[], float]:
-    """Measures tokens/s of transformers' `generate`."""
+def peer(
+    model: LlamaForCausalLM, prompts: list[list[int]], new_tokens: int, cache: str | None = None
+) -> Callable[[], float]:
+    """Measures tokens/s of transformers' `generate`, with a cache that grows or a "static" one."""
 
     def measure() -> float:
         begin = time.perf_counter()
-        transformers_tokens(model, prompts, new_tokens)
+        transformers_tokens(model, prompts, new_tokens, cache)
         return len(prompts) * new_tokens / (time.perf_counter() - begin)
 
     return measure
 
 
-def transformers_tokens(model: LlamaForCausalLM, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+def transformers_tokens(
+    model: LlamaForCausalLM, prompts: list[list[int]], new_tokens: int, cache: str | None = None
+) -> list[list[int]]:
     ids = torch.tensor(prompts, device=DEVICE)
+    settings = {"max_new_tokens": new_tokens, "do_sample": False, "cache_implementation": cache}
     with torch.inference_mode():
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
     return out[:, ids.shape[1] :].tolist()
 
 
@@ -142,6 +149,7 @@ def decode_contenders(
     for name in peers:
         model = reference if name == "float32" else make_transformers(decoder, torch.bfloat16)
         contenders[f"transformers {name}"] = peer(model, prompts, new_tokens)
+        contenders[f"transformers {name}, static cache"] = peer(model, prompts, new_tokens, "static")
     if eager:
         contenders["ours float32 eager"] = ours(decoder, prompts, new_tokens, tokens)
     for name in formats:
@@ -153,18 +161,60 @@ def decode_contenders(
     return contenders
 
 
+def against_transformers(name: str, results: dict[str, list[float]], format: str, note: str) -> Row:
+    peers = [f"transformers {format}", f"transformers {format}, static cache"]
+    speeds = results[f"ours {format}"], results[fastest(results, peers)]
+    return make_row(name, *speeds, "tokens/s", f"greedy, cached; ours compiled; {note}; {beside(results, peers)}")
+
+
 def rows(rounds: int = ROUNDS, new_tokens: int = 200) -> list[Row]:
     """The rows decode_float32, decode_bf16 and decode_batch32 of `make bench`."""
     one = alternate(decode_contenders(1, new_tokens, ("float32", "bf16"), ("float32", "bf16"), eager=False), rounds)
     batch = alternate(decode_contenders(32, new_tokens, ("float32",), eager=False), rounds)
-    note = f"{new_tokens} tokens, greedy, cached; ours compiled, same tokens"
     return [
-        make_row("decode_float32", one["ours float32"], one["transformers float32"], "tokens/s", note),
-        make_row("decode_bf16", one["ours bf16"], one["transformers bf16"], "tokens/s", note.replace(", same", "")),
-        make_row(
-            "decode_batch32", batch["ours float32"], batch["transformers float32"], "tokens/s", f"32 stories; {note}"
-        ),
+        against_transformers("decode_float32", one, "float32", f"{new_tokens} tokens, the same"),
+        against_transformers("decode_bf16", one, "bf16", f"{new_tokens} tokens"),
+        against_transformers("decode_batch32", batch, "float32", f"32 stories of {new_tokens} tokens, the same"),
     ]
+
+
+def gpu_rows(rounds: int = ROUNDS, new_tokens: int = 200) -> list[Row]:
+    """On a GPU in bf16: against transformers, and sampling against greedy decoding."""
+    if DEVICE != "cuda":
+        left_out("decode_gpu", "there is no GPU")
+        return []
+    found = []
+    for batch in (1, 32, 256):
+        contenders = decode_contenders(batch, new_tokens, ("bf16",), ("bf16",), eager=False)
+        sampling = {"temperature": 0.8, "top_p": 0.9, "compile": True}
+        contenders["sampled"] = ours(on_gpu(make_decoder(), "bf16"), make_prompts(batch), new_tokens, **sampling)
+        contenders["sampled"]()
+        results = alternate(contenders, rounds)
+        note = f"{batch} stories of {new_tokens} tokens"
+        found.append(against_transformers(f"decode_gpu_{batch}", results, "bf16", note))
+        speeds = results["sampled"], results["ours bf16"]
+        note = f"ours, bf16, {note}: temperature 0.8 and top-p 0.9 / greedy"
+        found.append(make_row(f"decode_gpu_{batch}_sampled", *speeds, "tokens/s", note))
+    return found
+
+
+def llama_cpp_rows(rounds: int = ROUNDS, new_tokens: int = 200) -> list[Row]:
+    """One story against llama.cpp, ours with as many bits: bfloat16 to its float16, int8 to its Q8_0."""
+    if (why := llama_cpp.why_not()) is not None:
+        left_out("llama.cpp", why)
+        return []
+    decoder, prompts, found = make_decoder(), make_prompts(1), []
+    with tempfile.TemporaryDirectory() as folder:
+        for format, type in (("bf16", "f16"), ("int8", "q8_0")):
+            file = Path(folder) / f"{type}.gguf"
+            llama_cpp.write(decoder, file, type)
+            with Worker(llama_cpp.story, file, prompts[0], new_tokens, torch.get_num_threads()) as worker:
+                contenders = decode_contenders(1, new_tokens, (format,), (), eager=False)
+                results = alternate({**contenders, "llama.cpp": worker}, rounds)
+            note = f"one story, {new_tokens} tokens, greedy; {format} / {type}"
+            row = f"decode_llama_cpp_{type}"
+            found.append(make_row(row, results[f"ours {format}"], results["llama.cpp"], "tokens/s", note))
+    return found
 
 
 def main(
@@ -198,7 +248,7 @@ def main(
             contenders["llama2.c"] = run_c(llama2c, weights, new_tokens)
             contenders["llama2.c"]()
         results = alternate(contenders, rounds)
-    baseline = results[f"transformers {peers[0]}"]
+    baseline = results[fastest(results, [name for name in results if name.startswith(f"transformers {peers[0]}")])]
     report([make_row(name, found, baseline, "tokens/s") for name, found in results.items()], file=None)
 
 

@@ -1,16 +1,35 @@
-"""Training the language model: our LightningModule and Trainer against transformers' Llama and Trainer.
+"""Training the language model: our LightningModule and Trainer against transformers' Llama and Trainer, and against
+compiled models in plain loops.
 
 Both start from the same weights and see the same tokens in the same batches, predict the same targets, move by the
 same AdamW and clip to the same norm, so their losses agree step by step; `check_losses` sees to that.
 """
 
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import ALLOCATOR, ROUNDS, Row, Turns, Worker, alternate, check_losses, make_row
+import torch.nn.functional as F
+from common import (
+    ALLOCATOR,
+    DEVICE,
+    ROUNDS,
+    Row,
+    Turns,
+    Worker,
+    alternate,
+    beside,
+    check_losses,
+    fastest,
+    left_out,
+    make_row,
+)  # fmt: skip
+from compiled_loop import compiled_loop
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 from transformers_training import LEARNING_RATE, Tokens, Work, transformers_trainer
@@ -20,6 +39,8 @@ from experiment.hardware import default_precision, fast_bfloat16
 from experiment.metrics_file import MetricsFile
 from experiment.quiet import quiet_libraries
 from lm.callbacks import Throughput
+from lm.loss import linear_cross_entropy
+from lm.model import DecoderConfig
 from lm.module import LanguageModel
 from lm.optim import OptimizerConfig
 
@@ -43,7 +64,7 @@ class LightningTurns(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.turns.step(batch["input_ids"].numel(), float(outputs["loss"]))
+        self.turns.step(batch["input_ids"].numel(), outputs["loss"].detach().clone())
 
 
 def tinylab(measured: Callable[..., None], work: Work) -> None:
@@ -60,7 +81,7 @@ def tinylab(measured: Callable[..., None], work: Work) -> None:
             precision=work.precision,
             gradient_clip_val=1.0,
             logger=MetricsFile(Path(folder)),
-            log_every_n_steps=1,
+            log_every_n_steps=work.steps,
             callbacks=[FiniteLoss(), Throughput(), LightningTurns(Turns(measured, work.steps, work.warmup))],
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -69,31 +90,113 @@ def tinylab(measured: Callable[..., None], work: Work) -> None:
         trainer.fit(module, DataLoader(OurTokens(work), batch_size=work.batch_size))
 
 
-def compare(ours: Work, peer: Work, rounds: int = ROUNDS) -> tuple[dict[str, list[float]], dict[str, Any], str]:
-    """Tokens per second of both, what their last measurement told, and what to say of their losses."""
-    plain = dict.fromkeys(ALLOCATOR)
-    with Worker(tinylab, ours) as a, Worker(transformers_trainer, peer, environment=plain) as b:
-        speeds = alternate({"ours": a, "peer": b}, rounds)
+def compare(ours: Work, peer: Work, rounds: int = ROUNDS) -> tuple[dict[str, list[float]], str, dict[str, float], str]:
+    """Tokens per second of ours and of the Trainer, plain and compiled; which of these is the faster; the peak memory
+    of all; and what to say of their losses."""
+    plain, names = dict.fromkeys(ALLOCATOR), ("Trainer", "Trainer compiled")
+    with (
+        Worker(tinylab, ours) as a,
+        Worker(transformers_trainer, peer, environment=plain) as b,
+        Worker(transformers_trainer, peer, True, environment=plain) as c,
+    ):
+        workers = {"ours": a, **dict(zip(names, (b, c), strict=True))}
+        speeds = alternate(workers, rounds)
         tolerance = max(TOLERANCE[work.precision] for work in (ours, peer))
         losses = check_losses(a.details["losses"], b.details["losses"], tolerance)
-        return speeds, {"ours": a.details, "peer": b.details}, losses
+        check_losses(a.details["losses"], c.details["losses"], tolerance)
+        memory = {name: worker.details["peak_memory"] for name, worker in workers.items()}
+    return speeds, fastest(speeds, names), memory, f"{beside(speeds, names)}; {losses}"
 
 
 def train_float32() -> list[Row]:
     """Ours at its default precision against transformers' default, and the memory of both."""
     default = default_precision()
-    speeds, details, losses = compare(Work(precision=default), Work())
-    memory = [[details[name]["peak_memory"]] for name in ("ours", "peer")]
+    speeds, peer, memory, note = compare(Work(precision=default), Work())
+    note = f"ours {default}, compiled; {note}"
+    memory_note = f"peak of the process; ours {default}; {', '.join(f'{n} {m:,.0f}' for n, m in memory.items())}"
     return [
-        make_row("train_float32", speeds["ours"], speeds["peer"], "tokens/s", f"ours {default}, compiled; {losses}"),
-        make_row("train_memory", *memory, "MiB", f"peak of the process; ours {default}", lower_is_better=True),
+        make_row("train_float32", speeds["ours"], speeds[peer], "tokens/s", note),
+        make_row("train_memory", [memory["ours"]], [memory[peer]], "MiB", memory_note, lower_is_better=True),
     ]
 
 
+def bf16_work() -> tuple[Work, str]:
+    """In bfloat16; one row of the batch where the CPU has no instructions for it and emulates it."""
+    if fast_bfloat16():
+        return Work(precision="bf16-mixed"), "ours compiled"
+    return Work(precision="bf16-mixed", batch_size=1, steps=1, warmup=1), "no bf16 instructions, so a batch of 1"
+
+
 def train_bf16() -> list[Row]:
-    """Both in bfloat16; where the processor has no instructions for it and emulates it, one row of the batch."""
-    fast = fast_bfloat16()
-    work = Work(precision="bf16-mixed") if fast else Work(precision="bf16-mixed", batch_size=1, steps=1, warmup=1)
-    speeds, _, losses = compare(work, work)
-    note = f"ours compiled; {losses}" if fast else f"no bf16 instructions, so a batch of 1; {losses}"
-    return [make_row("train_bf16", speeds["ours"], speeds["peer"], "tokens/s", note)]
+    """All in bfloat16."""
+    work, note = bf16_work()
+    speeds, peer, _, said = compare(work, work)
+    return [make_row("train_bf16", speeds["ours"], speeds[peer], "tokens/s", f"{note}; {said}")]
+
+
+def train_loops() -> list[Row]:
+    """Ours against compiled models in loops that do nothing else: our decoder, and litgpt's where it is installed."""
+    work, note = bf16_work()
+    plain = dict.fromkeys(ALLOCATOR)
+    with ExitStack() as stack:
+        workers = {
+            "ours": stack.enter_context(Worker(tinylab, work)),
+            "our decoder": stack.enter_context(Worker(compiled_loop, work, environment=plain)),
+        }
+        if find_spec("litgpt") is None:
+            left_out("litgpt", "pip install --no-deps litgpt")
+        else:
+            workers["litgpt"] = stack.enter_context(Worker(compiled_loop, work, "litgpt", environment=plain))
+        speeds = alternate(workers)
+        losses = [workers[name].details["losses"] for name in ("ours", "our decoder")]
+        note += f"; {check_losses(*losses, TOLERANCE[work.precision])} with our decoder"
+    names = {"our decoder": "train_loop_decoder", "litgpt": "train_loop_litgpt"}
+    return [
+        make_row(row, speeds["ours"], speeds[name], "tokens/s", f"plain loop, {name} whole under torch.compile; {note}")
+        for name, row in names.items()
+        if name in speeds
+    ]
+
+
+def loss_rows() -> list[Row]:
+    """lm/loss.py against torch's own chunked loss: loss and both gradients of a batch of 32 x 128 tokens."""
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        left_out("torch's linear_cross_entropy", f"torch {torch.__version__} has none, 2.13 has")
+        return []
+    config, fast = DecoderConfig(), fast_bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (
+        torch.randn(size, config.hidden_size, generator=generator).to(DEVICE).requires_grad_()
+        for size in (32 * 128, config.vocab_size)
+    )
+    targets = torch.randint(config.vocab_size, (len(hidden),), generator=generator).to(DEVICE)
+    options = torch.nn.LinearCrossEntropyOptions()
+
+    def theirs() -> torch.Tensor:
+        h, w = (x.bfloat16() if fast else x for x in (hidden, weight))  # it takes no autocast
+        return F.linear_cross_entropy(h, w, targets, reduction="sum", options=options)
+
+    def ours() -> torch.Tensor:
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=fast):
+            return linear_cross_entropy(hidden, weight, targets)
+
+    def measure(loss: Callable[[], torch.Tensor]) -> Callable[[], float]:
+        def once() -> float:
+            hidden.grad = weight.grad = None
+            begin = time.perf_counter()
+            loss().backward()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            return len(hidden) / (time.perf_counter() - begin)
+
+        return once
+
+    contenders = {"ours": measure(ours), "torch": measure(theirs)}
+    gradients = []
+    for once in contenders.values():
+        once()
+        gradients.append(weight.grad.clone())
+    difference = ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()
+    speeds = alternate(contenders)
+    note = f"{'bf16' if fast else 'float32'} products, loss and gradients; gradients differ by {difference:.1g}"
+    return [make_row("loss", speeds["ours"], speeds["torch"], "tokens/s", note)]

@@ -72,8 +72,9 @@ def transformers_llama(config: DecoderConfig) -> torch.nn.Module:
     return model
 
 
-def transformers_trainer(measured: Callable[..., None], work: Work) -> None:
-    """transformers' Llama and Trainer as their examples have it, with the same optimizer and clipping."""
+def transformers_trainer(measured: Callable[..., None], work: Work, compile: bool = False) -> None:
+    """transformers' Llama and Trainer as their examples have it, with the same optimizer and clipping; compiled where
+    asked for, by the Trainer's own switch."""
     quiet_libraries()
     import transformers
 
@@ -82,7 +83,7 @@ def transformers_trainer(measured: Callable[..., None], work: Work) -> None:
     class TrainerTurns(transformers.TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
             if "loss" in logs:
-                turns.step(work.tokens, logs["loss"])
+                turns.step(work.tokens * work.steps, logs["loss"], work.steps)
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
@@ -97,7 +98,8 @@ def transformers_trainer(measured: Callable[..., None], work: Work) -> None:
             adam_beta2=0.95,
             max_grad_norm=1.0,
             max_steps=10**6,
-            logging_steps=1,
+            logging_steps=work.steps,
+            torch_compile=compile,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
