@@ -10,7 +10,7 @@ other devices, the same step is called.
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -195,9 +195,11 @@ def steps_for(decoder: Decoder, num_rows: int, capacity: int, config: "Generatio
     key = (num_rows, capacity, chosen, *((tensor.data_ptr(), tensor.dtype) for tensor in tensors))
     with _keeping:
         kept, steps = _kept.pop(decoder, (None, None))
-    if kept != key:
-        steps = None  # first, for the memory
-        steps = GraphSteps(decoder, num_rows, capacity, config)
-    yield steps
+    device = tensors[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        if kept != key:
+            steps = None  # first, for the memory
+            steps = GraphSteps(decoder, num_rows, capacity, config)
+        yield steps
     with _keeping:
         _kept[decoder] = (key, steps)
