@@ -38,27 +38,36 @@ def filter_logits(
     The filters act in this order, each on the distribution that the one before left. At least the likeliest token
     stays.
     """
+    kept, ids = _filtered(logits, top_k, top_p, min_p)
+    return kept if ids is None else torch.full_like(logits, -math.inf).scatter(1, ids, kept)
+
+
+def _filtered(
+    logits: Tensor, top_k: int | None, top_p: float | None, min_p: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """What `filter_logits` leaves: logits (B, n), and the ids (B, n) of their tokens; None for all, in their order."""
+    ids = None
     if top_k is not None or top_p is not None:
         vocab_size = logits.shape[-1]
-        kept = min(top_k or vocab_size, vocab_size)
+        most = min(top_k or vocab_size, vocab_size)
         # A nucleus is small, and a whole vocabulary slow to sort: first the likeliest, which mostly hold it. On a GPU
         # the host would have to wait to know.
         few_first = top_k is None and logits.device.type == "cpu"
-        for size in (min(NUCLEUS, kept), kept) if few_first else (kept,):
-            ordered, order = logits.topk(size)
+        for size in (min(NUCLEUS, most), most) if few_first else (most,):
+            ordered, ids = logits.topk(size)
             if top_p is None:
                 break
             total = (logits if top_k is None else ordered).float().logsumexp(-1, keepdim=True)
             probs = (ordered.float() - total).exp()
-            if size == kept or (probs.sum(-1) > top_p + 1e-4).all():
+            if size == most or (probs.sum(-1) > top_p + 1e-4).all():
                 before = probs.cumsum(-1) - probs
                 ordered = ordered.masked_fill((before >= top_p) & (before > 0), -math.inf)
                 break
-        logits = torch.full_like(logits, -math.inf).scatter(1, order, ordered)
+        logits = ordered
     if min_p:
         border = logits.amax(-1, keepdim=True) + math.log(min_p)
         logits = logits.masked_fill(logits < border, -math.inf)
-    return logits
+    return logits, ids
 
 
 def penalize_repetition(logits: Tensor, held: Tensor, penalty: float) -> Tensor:
@@ -99,10 +108,14 @@ def sample(logits: Tensor, draws: Tensor, config: "GenerationConfig") -> Tensor:
         return kernel.sample(logits, draws, config)
     # Divided by the temperature after the maximum is taken off, or a tiny temperature would overflow.
     logits = (logits - logits.amax(-1, keepdim=True)) / config.temperature
-    logits = filter_logits(logits, config.top_k, config.top_p, config.min_p)
+    logits, ids = _filtered(logits, config.top_k, config.top_p, config.min_p)
+    if ids is not None:  # in the order of their ids, in which a draw goes over them whatever the filter
+        ids, order = ids.sort(-1)
+        logits = logits.gather(-1, order)
     cumulative = logits.softmax(-1).cumsum(-1)
     reached = draws[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, reached, right=True).squeeze(1)
+    drawn = torch.searchsorted(cumulative, reached, right=True)
+    return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(1)
 
 
 @functools.cache

@@ -1,4 +1,5 @@
-"""llama.cpp as a contender for one story: its CPU library from the wheel llama-cpp-py-sync, our weights as GGUF."""
+"""llama.cpp as a contender for one story, our weights as GGUF: its CPU library from the wheel llama-cpp-py-sync or,
+where that does not load, xllamacpp."""
 
 import time
 from collections.abc import Callable
@@ -15,13 +16,22 @@ from lm.tokenizer import StoryTokenizer, from_pieces
 def why_not() -> str | None:
     """What is missing for it, or None."""
     if DEVICE != "cpu":
-        return "its wheel is for a CPU"
-    if find_spec("lm.gguf") is None:
-        return "this tinylab does not write GGUF"
-    for module, package in (("llama_cpp_py_sync", "llama-cpp-py-sync"), ("gguf", "gguf")):
-        if find_spec(module) is None:
-            return f"pip install {package}"
+        return "its wheels are for a CPU"
+    if find_spec("gguf") is None:
+        return "pip install gguf"
+    if _library() is None and find_spec("xllamacpp") is None:
+        return "pip install llama-cpp-py-sync, or xllamacpp, whose wheel needs no new glibc"
     return None
+
+
+def _library() -> tuple[Any, Any] | None:
+    """llama-cpp-py-sync's cffi and library; None where it is not installed or its library does not load."""
+    try:
+        from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+
+        return get_ffi(), get_lib()
+    except (ImportError, RuntimeError):
+        return None
 
 
 def any_tokenizer(vocab_size: int) -> StoryTokenizer:
@@ -42,11 +52,21 @@ def write(decoder: Decoder, file: Path, type: str) -> None:
 
 
 def story(measured: Callable[..., None], file: Path, prompt: list[int], new_tokens: int, threads: int) -> None:
-    """Decodes greedily, again and again; tells tokens/s without reading the file, and the ``tokens``."""
-    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+    """Decodes greedily, again and again; tells tokens/s, without reading the file."""
+    library = _library()
+    if library is None:
+        decode = _by_xllamacpp(file, prompt, new_tokens, threads)
+    else:
+        decode = _by_library(*library, file, prompt, new_tokens, threads)
+    decode()
+    measured(None)
+    while True:
+        measured(decode())
 
-    ffi, lib = get_ffi(), get_lib()
 
+def _by_library(
+    ffi: Any, lib: Any, file: Path, prompt: list[int], new_tokens: int, threads: int
+) -> Callable[[], float]:
     @ffi.callback("void(enum ggml_log_level, const char *, void *)")
     def silent(level: int, text: Any, data: Any) -> None:
         pass
@@ -60,19 +80,27 @@ def story(measured: Callable[..., None], file: Path, prompt: list[int], new_toke
     context = lib.llama_init_from_model(model, parameters)
     greedy = lib.llama_sampler_init_greedy()
 
-    def decode() -> list[int]:
+    def decode() -> float:
         lib.llama_memory_clear(lib.llama_get_memory(context), True)
-        ids, tokens = ffi.new("llama_token[]", prompt), []
-        while len(tokens) < new_tokens:
+        ids = ffi.new("llama_token[]", prompt)
+        begin = time.perf_counter()
+        for _ in range(new_tokens):
             if lib.llama_decode(context, lib.llama_batch_get_one(ids, len(ids))) != 0:
                 raise RuntimeError("llama.cpp could not decode")
-            tokens.append(lib.llama_sampler_sample(greedy, context, -1))
-            ids = ffi.new("llama_token[]", tokens[-1:])
-        return tokens
+            ids = ffi.new("llama_token[]", [lib.llama_sampler_sample(greedy, context, -1)])
+        return new_tokens / (time.perf_counter() - begin)
 
-    tokens = decode()
-    measured(None, tokens=tokens)
-    while True:
-        begin = time.perf_counter()
-        tokens = decode()
-        measured(new_tokens / (time.perf_counter() - begin), tokens=tokens)
+    decode.kept = silent  # the library keeps no reference
+    return decode
+
+
+def _by_xllamacpp(file: Path, prompt: list[int], new_tokens: int, threads: int) -> Callable[[], float]:
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path, parameters.verbosity = str(file), -1
+    parameters.n_ctx, parameters.n_parallel = len(prompt) + new_tokens, 1
+    parameters.cpuparams.n_threads = threads
+    server = xllamacpp.Server(parameters)
+    request = {"prompt": prompt, "n_predict": new_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    return lambda: server.handle_completions(request)["timings"]["predicted_per_second"]  # its own figure
