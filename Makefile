@@ -13,8 +13,8 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint clean lm-fit lm-validate lm-test lm-predict \
-  classify-fit classify-validate classify-test classify-predict table1 ablation recipes report decoding play sweep \
-  bench scaling pictures constraints
+  classify-fit classify-validate classify-test classify-predict compare table1 ablation recipes lm-ablation lm-scaling \
+  sweep board report decoding play bench scaling pictures constraints
 
 help: ## list the targets
 	@echo "usage: make TARGET [CONFIG=configs/lm/demo.yaml] [ARGS='--trainer.max_steps 100']"
@@ -89,18 +89,28 @@ play: $(READY) ## a page to try models, on this machine alone: RUN="runs/lm/demo
 	  $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[play]'; }
 	@$(PY) -m experiment.play $(RUN) $(ARGS)
 
-table1: $(READY) ## the two LoRAs, the head alone, full fine-tuning and bag of words, side by side (hours on a CPU)
-	$(PY) -m classify.compare table1 $(ARGS)
+# FILE= names a comparison, BUDGET= 'tokens=4e6', 'seconds=1200' or 'steps=500', ARGS= further options and flags of fit.
+COMPARE = $(PY) -m experiment.compare $(FILE) $(if $(BUDGET),--budget $(BUDGET)) $(ARGS)
+table1: FILE = configs/comparisons/table1.yaml
+ablation: FILE = configs/comparisons/ablation.yaml
+recipes: FILE = configs/comparisons/recipes.yaml
+lm-ablation: FILE = configs/comparisons/lm_ablation.yaml
+lm-scaling: FILE = configs/comparisons/scaling.yaml
+compare sweep: FILE ?= configs/comparisons/lm_learning_rate.yaml
 
-ablation: $(READY) ## the source report's gap taken apart, one switch at a time (hours on a CPU)
-	$(PY) -m classify.compare ablation $(ARGS)
+compare table1 ablation recipes lm-ablation lm-scaling sweep: $(READY)
+	$(COMPARE)
 
-# CONFIG= names the recipes, by default report.yaml, llama2c.yaml and fast.yaml; BUDGET= is '--tokens N' or '--seconds N'.
-recipes: $(READY) ## language models at equal tokens or time (hours): BUDGET='--seconds 1200' ARGS='--data.path FOLDER'
-	$(PY) -m lm.recipes $(CONFIG) $(or $(BUDGET),--tokens 4e6) $(ARGS)
+compare: ## configurations side by side: FILE=configs/comparisons/recipes.yaml BUDGET='seconds=1200' ARGS='--seeds 1 2 3'
+table1: ## the two LoRAs, the head alone, full fine-tuning and bag of words, side by side (hours on a CPU)
+ablation: ## the source report's gap taken apart, one switch at a time (hours on a CPU)
+recipes: ## language models at equal tokens or time (hours): BUDGET='seconds=1200' ARGS='--data.path FOLDER'
+lm-ablation: ## the decoder taken apart, one part at a time (hours on a CPU): ARGS='--data.path FOLDER'
+lm-scaling: ## loss against compute over five sizes of decoder (hours on a CPU): ARGS='--data.path FOLDER'
+sweep: ## a grid of rates and schedules on the demo's language model; the same file serves `wandb sweep`
 
-sweep: $(READY) ## run a grid of configurations and print a table: SWEEP=configs/sweeps/lm_learning_rate.yaml
-	$(PY) -m experiment.sweep $(or $(SWEEP),configs/sweeps/lm_learning_rate.yaml) $(ARGS)
+board: $(READY) ## write BOARD.md from the entries under results/
+	$(PY) -m lm.board write
 
 bench: $(READY) ## speed and memory against transformers, PEFT and Lightning (a quarter of an hour): ARGS='--only help_time'
 	$(PY) tests/benchmarks/bench.py $(ARGS)

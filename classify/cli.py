@@ -48,3 +48,6 @@ class ClassifyCLI(ExperimentCLI):
             own = self.run_dir / CONFIG
             other = ", or name texts with --data.texts" if self.subcommand == "predict" else ""
             raise InputError(f"{error}; this run was trained on {path}: for that take --config {own}{other}") from error
+
+
+CLI = ClassifyCLI  # by this name, comparisons find the command line of a package

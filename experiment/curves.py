@@ -184,6 +184,6 @@ def draw_png(series: Sequence[Series], chart: Chart, file: Path) -> None:
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(series) > 1:
+    if 1 < len(series) <= 2 * len(COLORS):  # more would leave no room for the curves
         axes.legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=250)

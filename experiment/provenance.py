@@ -3,8 +3,10 @@
 import json
 import os
 import platform
+import resource
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -107,7 +109,12 @@ class RunRecord:
 
     def end(self, to_step: int) -> None:
         """Note how far this call came. A call that was killed has no ``to_step``."""
-        self.record["calls"][-1] |= {"to_step": to_step, "seconds": round(time.time() - self._begun, 1)}
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+        self.record["calls"][-1] |= {
+            "to_step": to_step,
+            "seconds": round(time.time() - self._begun, 1),
+            "memory_mib": round(memory, 1),
+        }
         self._write()
 
     def _write(self) -> None:

@@ -143,8 +143,8 @@ def spread(items: Sequence[Any], most: int = ROUNDS) -> list[Any]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs under names that tell them apart.
+def read_runs(folders: Sequence[Path], names: Sequence[str] = ()) -> list[Run]:
+    """The runs under the names given, or under names that tell them apart.
 
     Raises:
         InputError: A folder is no run, or was given twice.
@@ -152,22 +152,22 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     resolved = [folder.resolve() for folder in folders]
     if twice := [folder for i, folder in enumerate(folders) if resolved[i] in resolved[:i]]:
         raise InputError(f"run {twice[0]} was given twice: name each run once")
-    names = [folder.name for folder in resolved]
-    runs = []
-    for folder, path in zip(folders, resolved, strict=True):
-        unique = names.count(path.name) == 1
-        runs.append(Run(path.name if unique else f"{path.parent.name}/{path.name}", folder))
+    if not names:
+        short = [path.name for path in resolved]
+        names = [path.name if short.count(path.name) == 1 else f"{path.parent.name}/{path.name}" for path in resolved]
+    runs = [Run(name, folder) for name, folder in zip(names, folders, strict=True)]
     for run in runs:
         _ = run.rows  # a folder that is no run is refused before anything is drawn
     return runs
 
 
-def write_report(folders: Sequence[Path], folder: Path | None = None) -> Path:
+def write_report(folders: Sequence[Path], folder: Path | None = None, names: Sequence[str] = ()) -> Path:
     """Write the page and the PNGs of one run into its folder, or of several into a folder beside the first.
 
     Args:
         folders: Of the runs.
         folder: Where to write instead.
+        names: Of the runs on the page; by default those of their folders.
 
     Returns:
         The page.
@@ -175,7 +175,7 @@ def write_report(folders: Sequence[Path], folder: Path | None = None) -> Path:
     Raises:
         InputError: A folder is no run, or the page cannot be written.
     """
-    runs = read_runs(folders)
+    runs = read_runs(folders, names)
     if folder is None:
         folder = folders[0]
         if len(runs) > 1:

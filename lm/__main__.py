@@ -18,7 +18,7 @@ examples:
   python -m lm predict  --config configs/lm/demo.yaml --ckpt_path best --data.prompts '["Once upon a time"]'
 
 Beside it: `python -m lm.convert` takes weights in and out, `python -m lm.decoding` compares ways of decoding,
-`python -m lm.recipes` configurations at equal tokens or time.
+`python -m experiment.compare` configurations, at equal tokens or time.
 """
 
 import sys

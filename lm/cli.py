@@ -82,3 +82,6 @@ class LanguageCLI(ExperimentCLI):
                 f"{'without' if before is None else 'with'} Muon, and its optimizer cannot go on as another; give "
                 f"{'null' if before is None else before}, or train anew"
             )
+
+
+CLI = LanguageCLI  # by this name, comparisons find the command line of a package

@@ -21,6 +21,7 @@ from lm.llama2c import from_llama2c, llama2c_tokenizer_path, to_llama2c
 from lm.model import Decoder, DecoderConfig
 from lm.tokenizer import StoryTokenizer
 from lm.tokenizer_files import load_tokenizer
+from lm.variants import Variant, make_decoder
 
 __all__ = [
     "from_gguf",
@@ -176,7 +177,8 @@ def load_checkpoint(checkpoint: str | Path, tokenizer: str | None = None) -> tup
         if name.startswith("decoder.")
     }
     try:
-        decoder = Decoder(DecoderConfig(**content["hyper_parameters"]["decoder"]))
+        parts = content["hyper_parameters"]
+        decoder = make_decoder(DecoderConfig(**parts["decoder"]), Variant(**parts.get("variant", {})))
         decoder.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{checkpoint} is no checkpoint of the language model ({error})") from error

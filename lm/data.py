@@ -4,6 +4,7 @@ Each split is tokenised once, on all cores, into the memory-mapped file of a `Co
 while training, by a `StoryStream`.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -147,6 +148,21 @@ class TinyStories(ResumableDataModule):
     def num_tokens(self) -> int:
         """Size of the vocabulary, which the model's embedding must have."""
         return self.tokenizer.vocab_size
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What comparisons ask for: tokens (targets, padding excluded) and batches of an epoch, unless streamed; what
+        validation reads, equal for runs whose bits per byte compare; and the tokenizer, for those whose losses do."""
+        stories = hashlib.sha256("\0".join(map(str, self._texts("validation")[0]["text"])).encode()).hexdigest()[:12]
+        tokenizer = self.tokenizer.fingerprint[:12]
+        first = f"the first {self.sequence_length} tokens of tokenizer {tokenizer} of each story"
+        read = "every token of every story" if self.evaluation == "full" else first
+        facts = {"evaluated": f"{read} of {stories}", "tokenizer": tokenizer}
+        if not self.streaming:
+            windows = self.train_dataloader().dataset.windows
+            facts |= {"tokens_per_epoch": int((windows.length - 1).sum())}
+            facts |= {"batches_per_epoch": len(self.train_schedule.plan(0))}
+        return facts
 
     def _train_tokenizer(self, folder: Path) -> None:
         if self.streaming:

@@ -26,6 +26,7 @@ from lm.model import Decoder
 from lm.next_logits import Cached, Recomputed, laid_out
 from lm.quantization import WeightFormat
 from lm.sampling import LARGEST_DRAW, choose
+from lm.variants import VariantDecoder
 
 
 @dataclass
@@ -221,7 +222,8 @@ def _in_turn(
 ) -> Iterator[list[int]]:
     """The next token of every row, step by step, each fetched before the next is computed. Rows that ended are no
     longer computed, and have -1."""
-    next_logits = Cached(decoder, config.max_new_tokens, config.compile) if config.use_cache else Recomputed(decoder)
+    compile = config.compile and not isinstance(decoder, VariantDecoder)  # that code knows the decoder itself alone
+    next_logits = Cached(decoder, config.max_new_tokens, compile) if config.use_cache else Recomputed(decoder)
     while active := [row for row in rows if row.finish_reason is None]:
         logits, greedy = next_logits({row.index: row.window for row in active})
         if on_logits is not None:

@@ -19,6 +19,7 @@ from experiment.errors import InputError
 from lm.model import Decoder, DecoderConfig
 from lm.tokenizer import StoryTokenizer
 from lm.tokenizer_files import load_tokenizer
+from lm.variants import VariantDecoder
 
 # Ours: theirs, from the first row of our matrix to the last.
 _BLOCK = {
@@ -72,6 +73,9 @@ def split_weights(decoder: Decoder) -> dict[str, Tensor]:
     """
     if decoder.config.value_residual:
         raise InputError("value_residual=True: no other program knows such a model; train without it to export")
+    if isinstance(decoder, VariantDecoder):
+        named = ", ".join(f"model.variant.{name} {value}" for name, value in decoder.variant.changed.items())
+        raise InputError(f"{named}: no other program knows such a model; train without it to export")
     state = decoder.state_dict()
     weights = {}
     for ours, parts in parameter_names(decoder.config).items():

@@ -328,12 +328,16 @@ class Decoder(nn.Module):
         cache.advance(span)
         return hidden
 
+    def embed(self, input_ids: Tensor, positions: slice | Tensor) -> Tensor:
+        """What enters the first block, (B, T, H), of input_ids (B, T) at `positions` of a table of all positions."""
+        return self.dropout(self.embedding(input_ids))
+
     def run(self, input_ids: Tensor, cache: "KeyValueCache | None" = None, span: "CacheSpan | None" = None) -> Tensor:
         """Hidden states (B, T, H) of input_ids (B, T), which with a cache go where the span says. Tensors alone decide
         what is computed, so that it can be compiled; `hidden_states` checks and counts."""
         positions = slice(input_ids.shape[1]) if span is None else span.positions
         cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)  # (1 or B, T, 1, head_dim)
-        x = self.dropout(self.embedding(input_ids))  # (B, T, H)
+        x = self.embed(input_ids, positions)  # (B, T, H)
         call = Block.__call__
         compiled = self.compiled_block is not None and self.training
         if compiled:

@@ -20,8 +20,9 @@ from experiment.step_sums import StepModule
 from lm.compilation import CompilationError
 from lm.generation import GenerationConfig, generate
 from lm.loss import linear_cross_entropy, token_losses
-from lm.model import Decoder, DecoderConfig
+from lm.model import DecoderConfig
 from lm.optim import OptimizerConfig, learning_rate_factor, make_optimizer
+from lm.variants import Variant, make_decoder
 
 Batch = dict[str, Tensor]
 
@@ -79,6 +80,7 @@ class LanguageModel(StepModule):
         decoder: DecoderConfig = DecoderConfig(),
         optimizer: OptimizerConfig = OptimizerConfig(),
         generation: GenerationConfig = GenerationConfig(),
+        variant: Variant = Variant(),
         compile: bool = False,
     ) -> None:
         """
@@ -86,6 +88,7 @@ class LanguageModel(StepModule):
             decoder: The model's shape. Its vocab_size is that of the data's tokenizer.
             optimizer: The optimizer and its schedule.
             generation: How ``predict`` decodes.
+            variant: Parts of the decoder that are changed, for comparisons; such a model cannot be exported.
             compile: Train the blocks in code made by torch.compile at the first step, which takes some 20 s once; a
                 note, and the plain code, where there is no compiler.
         """
@@ -94,10 +97,10 @@ class LanguageModel(StepModule):
         decoder = DecoderConfig(**decoder) if isinstance(decoder, dict) else decoder
         optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
         generation = GenerationConfig(**generation) if isinstance(generation, dict) else generation
-        self.save_hyperparameters(
-            {"decoder": asdict(decoder), "optimizer": asdict(optimizer), "generation": asdict(generation)}
-        )
-        self.decoder = Decoder(decoder)
+        variant = Variant(**variant) if isinstance(variant, dict) else variant
+        parts = {"decoder": decoder, "optimizer": optimizer, "generation": generation, "variant": variant}
+        self.save_hyperparameters({name: asdict(part) for name, part in parts.items()})
+        self.decoder = make_decoder(decoder, variant)
         self.optimizer_config = optimizer
         self.generation = generation
         self.compile_blocks = compile

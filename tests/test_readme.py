@@ -1,6 +1,5 @@
 """Every command of README.md and docs/ is run, shrunk to a second or two, in order and in one working directory."""
 
-import json
 import os
 import re
 import runpy
@@ -16,8 +15,7 @@ from unittest.mock import patch
 
 import pytest
 
-from classify import compare
-from experiment.sweep import combinations, command_of, read_sweep
+from experiment.compare import read_arguments
 from tests.classify.conftest import save_tiny_bert
 from tests.runs import TINY, write_stories
 
@@ -91,21 +89,15 @@ def perform(words: list[str]) -> None:
                 if run.endswith("-2"):  # the same configuration a second time
                     shutil.copytree(run.removesuffix("-2"), run)
             call(module, *args)
-        case [_, "-m", "experiment.sweep", file]:
-            sweep = read_sweep(Path(file))
-            first = combinations(sweep["parameters"])[0]
-            perform(command_of(sweep, first, Path("runs/first"), ["--print_config"]))
-        case [_, "-m", "lm.recipes", *args]:  # its runs take hours; shrunk ones are a test of their own
-            call("lm.recipes", *args, "--help")
-        case [_, "-m", "classify.compare", "table1", *args]:
-            call("classify.compare", "table1", "--only=words", "--seeds=1", *args, *CLASSIFY)
-        case [_, "-m", "classify.compare", "ablation"]:  # its many runs are given, the tables are made
-            out = Path("runs/compare/ablation")
-            out.mkdir(parents=True)
-            runs, figures = compare.runs_of(compare.ABLATION, [1], CLASSIFY), dict.fromkeys(compare.COLUMNS, 0.5)
-            lines = [{"key": run.key, "name": run.name, "seed": 1} | figures for run in runs]
-            (out / "results.jsonl").write_text("\n".join(map(json.dumps, lines)))
-            call("classify.compare", "ablation", *CLASSIFY)
+        case [
+            _,
+            "-m",
+            "experiment.compare",
+            file,
+            *args,
+        ]:  # tests/test_comparisons.py makes the runs; the flags must be known
+            _, runs, _ = read_arguments([file, *args])
+            perform(["python", "-m", runs[0].row.package, "fit", *runs[0].arguments, "--print_config"])
         case ["wandb", command, *args]:  # needs its server: its own parser must know the options
             import_module("wandb.cli.cli").cli.commands[command].make_context(command, args)
         case [_, "tests/benchmarks/loader.py"]:

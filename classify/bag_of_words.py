@@ -1,0 +1,47 @@
+"""The floor of what training can do: tf-idf of single words and logistic regression on the same reviews, untruncated.
+
+    python -m classify.bag_of_words fit --run_dir FOLDER [--config FILE ...] [--data.OPTION VALUE ...]
+
+As a row of a comparison it takes the flags of `python -m classify fit`, of which those of `data` matter.
+"""
+
+import csv
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+
+from classify.data import IMDB
+from classify.splits import draw_splits
+from experiment.comparison import merged, split_words
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Fit, and leave metrics.csv and run.json in the folder as a training does."""
+    configs, flags = split_words((sys.argv[1:] if args is None else args)[1:], reserved=())
+    data = IMDB(**merged(configs, flags).get("data", {}))
+    _, drawn = draw_splits(data.path, data.sizes, data.given_label_names, data.seed)
+    start = time.monotonic()
+    vectorizer = TfidfVectorizer(sublinear_tf=True)
+    model = LogisticRegression(C=10, max_iter=1000)
+    model.fit(vectorizer.fit_transform(drawn["train"].texts), drawn["train"].labels)
+    figures: dict[str, float] = {"step": 1}
+    for name, split in {"train": drawn["train"], "val": drawn["validation"], "test": drawn["test"]}.items():
+        features = vectorizer.transform(split.texts)
+        figures[f"{name}/loss"] = log_loss(split.labels, model.predict_proba(features))
+        figures[f"{name}/accuracy"] = model.score(features, split.labels)
+    run, size = Path(flags["run_dir"]), model.coef_.size + model.intercept_.size
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / "metrics.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([figures, figures.values()])
+    record = {"parameters": {"trainable": size, "total": size}, "calls": [{"seconds": time.monotonic() - start}]}
+    (run / "run.json").write_text(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The board: which configuration has the fewest bits per byte on real stories, for a budget that everyone can repeat.
+
+    python -m lm.board add NAME --row ROW --about SENTENCE  # an entry: results/NAME.jsonl
+    python -m lm.board write                                                        # BOARD.md of all entries
+    python -m lm.board repeat NAME --data.path FOLDER [flags of the comparison]     # an entry once more
+
+An entry is a line of JSON that holds all that its runs need but the stories: these are named by the hash of their text.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import yaml
+
+from experiment.console import console
+from experiment.errors import InputError
+
+RESULTS, BOARD = Path("results"), Path("BOARD.md")
+REPEATED = {
+    "package": "lm", "metric": {"name": "val/bits_per_byte", "goal": "minimize"},
+    "report": ["val/loss", "val/bits_per_byte", "tokens", "training_seconds"],
+}  # fmt: skip
+HEADER = """# The board
+
+Bits per byte on the validation stories, by what a training may cost; fewer are better. Made by `make board` from the
+entries under `results/`: do not edit.
+
+Your own, in three commands (then send `results/NAME.jsonl` and this page):
+
+```
+python -m experiment.compare configs/comparisons/recipes.yaml --rows mine.yaml --budget seconds=1200 --data.path FOLDER
+python -m lm.board add NAME --row mine --about SENTENCE
+make board
+```
+
+`python -m lm.board repeat NAME --data.path FOLDER` repeats an entry. Rows are ranked where they were judged by the same
+text; choices were made by those same stories, so that the best of many trials flatters itself a little.
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was trained, and how it did.
+
+    Attributes:
+        name: Of the entry.
+        about: What it is, in a sentence.
+        config: Every value that its configurations and flags set, but where the stories lie.
+        budget: Of each run: ``{"seconds": 1200}`` or ``{"tokens": 4000000}``.
+        seeds: Of the runs.
+        bits_per_byte: Of each run, at its end.
+        tokens: Trained in a run, on average.
+        evaluated: What was predicted, with the hash of the validation stories.
+        machine: The processor or GPU, cores, precision.
+        commit: Of this source.
+        date: When.
+    """
+
+    name: str
+    about: str
+    config: dict[str, Any]
+    budget: dict[str, float]
+    seeds: list[int]
+    bits_per_byte: list[float]
+    tokens: float
+    evaluated: str
+    machine: dict[str, Any]
+    commit: str
+    date: str
+
+    def __post_init__(self) -> None:
+        if missing := [one.name for one in fields(self) if not getattr(self, one.name)]:
+            raise InputError(f"{self.name or 'an entry'} has no {missing[0]}, without which nobody can repeat it")
+        if not len(self.seeds) == len(self.bits_per_byte) == len(set(self.seeds)):
+            raise InputError(
+                f"{self.name}: seeds {self.seeds}, bits_per_byte {self.bits_per_byte}: expected one for each"
+            )
+        if self.commit.endswith("-dirty"):
+            raise InputError(f"{self.name}: commit {self.commit}: commit the source that is run, and run it again")
+        if "limit_val_batches" in self.config.get("trainer", {}):
+            raise InputError(f"{self.name} sets trainer.limit_val_batches: expected all of the validation stories")
+        _ = self.track
+
+    @property
+    def track(self) -> str:
+        """What the entry may cost, as the board has it."""
+        hardware = "one GPU" if self.machine.get("gpu") else "two cores" if self.machine.get("cores") == 2 else "others"
+        known = {
+            ("seconds", 300, "two cores"): "5 minutes of two cores",
+            ("seconds", 1200, "two cores"): "20 minutes of two cores",
+            ("seconds", 300, "one GPU"): "5 minutes of one GPU",
+            ("tokens", 4e6, None): "4 M tokens",
+            ("tokens", 41e6, None): "41 M tokens",
+        }
+        for (unit, number, on), title in known.items():
+            if self.budget.get(unit) == number and on in (None, hardware):
+                return title
+        raise InputError(f"{self.name}: budget {self.budget} on {hardware}: expected one of {list(known)}")
+
+
+def read_entries(folder: Path = RESULTS) -> list[Entry]:
+    """All entries, or an InputError that names the file, the line and what it lacks."""
+    entries = []
+    for file in sorted(folder.glob("*.jsonl")):
+        for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                entries.append(Entry(**json.loads(text)))
+            except (ValueError, TypeError) as error:
+                raise InputError(f"{file}, line {number}: {str(error).replace('Entry.__init__() ', '')}") from error
+    return entries
+
+
+def entry_of(name: str, about: str, lines: Sequence[dict[str, Any]]) -> Entry:
+    """The entry of the runs of one row, a line of a comparison each."""
+    if not lines or any("failed" in line for line in lines):
+        raise InputError(f"{name}: {len(lines)} runs, some of which failed: expected one or more that ended")
+    first, seen = lines[0], lines[0].get("environment", {})
+    data = {key: value for key, value in first["config"].get("data", {}).items() if key != "path"}
+    return Entry(
+        name=name,
+        about=about,
+        config={**first["config"], "data": data},
+        budget={unit: value for unit, value in first["budget"].items() if unit != "points"},
+        seeds=[line["seed"] for line in lines],
+        bits_per_byte=[round(line["curve"]["val/bits_per_byte"][-1], 5) for line in lines],
+        tokens=round(mean(line["curve"]["tokens"][-1] for line in lines)),
+        evaluated=first.get("evaluated", ""),
+        machine={key: seen[key] for key in ("processor", "gpu", "cores", "precision", "torch") if key in seen},
+        commit=seen.get("source", ""),
+        date=seen.get("date", ""),
+    )
+
+
+def render(entries: Sequence[Entry]) -> str:
+    """The page: a table for each budget and text, the fewest bits first."""
+    parts = [HEADER]
+    for track, evaluated in dict.fromkeys((entry.track, entry.evaluated) for entry in entries):
+        parts.append(f"\n## {track}\n\nJudged by {evaluated}.\n\n")
+        parts.append(
+            "| bits per byte | entry | seeds | tokens | what | machine | commit | date |\n|" + "---|" * 8 + "\n"
+        )
+        there = [entry for entry in entries if (entry.track, entry.evaluated) == (track, evaluated)]
+        for entry in sorted(there, key=lambda entry: mean(entry.bits_per_byte)):
+            spread = f" ± {stdev(entry.bits_per_byte):.4f}" if len(entry.seeds) > 1 else ", one seed"
+            machine = ", ".join(
+                str(entry.machine[key]) for key in ("gpu", "processor", "precision") if key in entry.machine
+            )
+            cells = [f"{mean(entry.bits_per_byte):.4f}{spread}", entry.name, ", ".join(map(str, entry.seeds))]
+            cells += [f"{entry.tokens / 1e6:.1f} M", entry.about, machine, entry.commit, entry.date]
+            parts.append(f"| {' | '.join(cells)} |\n")
+    return "".join(parts)
+
+
+def repeat(entry: Entry, words: Sequence[str], folder: Path = Path("runs/board")) -> None:
+    """Run the entry's configuration with its budget and seeds as a comparison of one row; words are its flags."""
+    from experiment.compare import main as compare
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config, file = folder / f"{entry.name}.yaml", folder / f"repeat-{entry.name}.yaml"
+    config.write_text(yaml.safe_dump(entry.config, sort_keys=False), encoding="utf-8")
+    rows = {entry.name: {"configs": [str(config)], "budget": entry.budget}}
+    file.write_text(yaml.safe_dump({**REPEATED, "seeds": entry.seeds, "rows": rows}), encoding="utf-8")
+    console.print(f"the entry had {entry.bits_per_byte} with seeds {entry.seeds}, judged by {entry.evaluated}")
+    compare([str(file), *words])
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; bad input ends with one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser("python -m lm.board", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    adding = commands.add_parser("add", help="make an entry of a comparison's row")
+    adding.add_argument("name")
+    adding.add_argument("--row", required=True)
+    adding.add_argument("--about", required=True, help="what it is, in a sentence")
+    adding.add_argument("--from", dest="file", type=Path, default=Path("runs/comparisons/recipes/recipes.jsonl"))
+    commands.add_parser("write", help="write BOARD.md")
+    repeating = commands.add_parser("repeat", help="run an entry once more", allow_abbrev=False)
+    repeating.add_argument("name")
+    options, words = parser.parse_known_args(args)
+    try:
+        if options.command == "add":
+            if not options.file.is_file():
+                raise InputError(f"--from {options.file} does not exist: expected the JSON lines of a comparison")
+            lines = [json.loads(text) for text in options.file.read_text(encoding="utf-8").splitlines()]
+            entry = entry_of(options.name, options.about, [line for line in lines if line["row"] == options.row])
+            RESULTS.mkdir(exist_ok=True)
+            with (RESULTS / f"{entry.name}.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(vars(entry)) + "\n")
+            console.print(f"added to {file.name}; next: python -m lm.board write")
+        elif options.command == "write":
+            BOARD.write_text(render(read_entries()), encoding="utf-8")
+            console.print(f"written: {BOARD}")
+        else:
+            entries = {entry.name: entry for entry in read_entries()}
+            if options.name not in entries:
+                raise InputError(f"{options.name} is no entry: expected one of {', '.join(entries)}")
+            repeat(entries[options.name], words)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""Comparisons: no run twice, none lost, several processes at once, and figures over seeds."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+import yaml
+from scipy.stats import ttest_rel
+
+from experiment import compare
+from experiment.comparison import draw, read_comparison, runs_of
+from experiment.differences import difference
+
+ROOT = Path(__file__).parents[2]
+# A training that writes what fit writes; its loss is rate + seed / 100. It can fail, and it can take a while.
+STAND_IN = """
+import json, os, sys, time
+from pathlib import Path
+if __name__ == "__main__":
+    given = dict(word[2:].split("=", 1) for word in sys.argv[2:])
+    run = Path(given["run_dir"])
+    with open("calls.txt", "a") as calls:
+        calls.write(f"{os.getppid()} {given['rate']} {given['seed_everything']}\\n")
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "begun").touch()
+    time.sleep(float(given.get("takes", 0)))
+    if Path("broken").exists() and given["rate"] == "2":
+        sys.exit(3)
+    loss = float(given["rate"]) + int(given["seed_everything"]) / 100
+    (run / "metrics.csv").write_text(f"step,train/loss,val/loss\\n1,9,9\\n2,8,{loss}\\n")
+    (run / "run.json").write_text(json.dumps({"calls": [{"seconds": 1.5}], "parameters": {"trainable": 7, "total": 7}}))
+"""
+# Saves when it is told to stop.
+SAVES = """
+import signal, sys, time
+from pathlib import Path
+if __name__ == "__main__":
+    asked = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: asked.append(number))
+    Path("begun").touch()
+    while not asked:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    Path("saved").write_text(" ".join(map(str, asked)))
+    sys.exit(128 + asked[0])
+"""
+CONTENT = {
+    "package": "stand_in", "seeds": [1, 2], "metric": {"name": "val/loss", "goal": "minimize"},
+    "report": ["val/loss", "trainable"], "baseline": "one",
+    "rows": {"one": {"flags": {"rate": 1}}, "two": {"flags": {"rate": 2}, "shows": "More."}},
+}  # fmt: skip
+
+
+@pytest.fixture
+def stand_in(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a stand-in for an experiment, and a comparison of it."""
+    (in_tmp / "stand_in.py").write_text(STAND_IN)
+    monkeypatch.syspath_prepend(in_tmp)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(in_tmp), str(ROOT))))
+    return write_comparison()
+
+
+def write_comparison(name: str = "rates", **changes: object) -> Path:
+    file = Path(f"{name}.yaml")
+    file.write_text(yaml.safe_dump(CONTENT | changes))
+    return file
+
+
+def run(*args: object) -> int:
+    try:
+        compare.main([str(arg) for arg in args])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def calls() -> list[str]:
+    return [line.split(" ", 1)[1] for line in Path("calls.txt").read_text().splitlines()]
+
+
+def table(name: str = "rates") -> list[dict[str, str]]:
+    with Path(f"runs/comparisons/{name}/{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_each_run_is_made_once_and_its_figures_are_compared(stand_in: Path) -> None:
+    assert run(stand_in) == 0
+    assert calls() == ["1 1", "2 1", "1 2", "2 2"]  # all rows of a seed first
+    one, two = table()
+    assert (one["validation loss"], two["validation loss"]) == ("1.0150 ± 0.0071", "2.0150 ± 0.0071")
+    assert (two["validation loss less that of one"], two["seeds"], two["what it shows"]) == (
+        "+1.0000 ± 0.0000",
+        "1, 2",
+        "More.",
+    )
+    folder = Path("runs/comparisons/rates")
+    lines = [json.loads(line) for line in (folder / "rates.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["seed"], line["seconds"]) for line in lines] == [
+        ("one", 1, 1.5), ("one", 2, 1.5), ("two", 1, 1.5), ("two", 2, 1.5)
+    ]  # fmt: skip
+    assert (folder / "rates.md").read_text().startswith("| row | validation loss |")
+    assert (folder / "rates.png").stat().st_size > 5_000
+
+    equal = write_comparison("other", rows={"same": {"flags": {"rate": "1.0e+0"}}}, baseline=None)
+    assert run(equal) == 0 == run(stand_in, "--only", "two")
+    assert len(calls()) == 4
+
+
+def test_results_of_other_machines_count(stand_in: Path) -> None:
+    assert run(stand_in, "--seeds", 1, "--out", "there") == 0 == run(stand_in, "--seeds", 2)
+    Path("there/results.jsonl").rename("runs/comparisons/results-there.jsonl")
+    assert run(stand_in, "--seeds", 1, 2) == 0
+    assert len(calls()) == 4 and [row["seeds"] for row in table()] == ["1, 2", "1, 2"]
+
+
+def test_row_that_fails_is_shown_as_failed_and_tried_again_by_the_next_call(stand_in: Path) -> None:
+    Path("broken").touch()
+    assert run(stand_in) == 1
+    assert len(calls()) == 4
+    assert [row["seeds"] for row in table()] == ["1, 2", "1 failed (exit code 3), 2 failed (exit code 3)"]
+    Path("broken").unlink()
+    assert run(stand_in) == 0
+    assert calls()[4:] == ["2 1", "2 2"] and [row["seeds"] for row in table()] == ["1, 2", "1, 2"]
+
+
+def start(file: Path, *args: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", "experiment.compare", str(file), *map(str, args)]
+    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+
+
+def wait_for(condition: object, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_two_processes_share_the_runs_of_a_comparison(stand_in: Path) -> None:
+    processes = [start(stand_in, "--seeds", *range(6), "--takes=0.2") for _ in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert sorted(calls()) == sorted(f"{rate} {seed}" for rate in (1, 2) for seed in range(6))
+    assert {line.split()[0] for line in Path("calls.txt").read_text().splitlines()} == {str(p.pid) for p in processes}
+
+
+def test_run_that_outlives_its_killed_comparison_is_waited_for(stand_in: Path) -> None:
+    process = start(stand_in, "--only", "one", "--seeds", 1, "--takes=2")
+    wait_for(lambda: list(Path("runs").rglob("begun")))
+    process.kill()
+    process.wait()
+    assert not list(Path("runs").rglob("metrics.csv"))
+    begun = time.monotonic()
+    assert run(stand_in, "--only", "one", "--seeds", 1, "--takes=2") == 0
+    assert time.monotonic() - begun > 2  # the second began once the first had ended
+    assert calls() == ["1 1", "1 1"]
+
+
+def test_comparison_that_is_stopped_lets_its_run_save(stand_in: Path) -> None:
+    Path("stand_in.py").write_text(SAVES)
+    for number, whole_group in ((signal.SIGINT, True), (signal.SIGTERM, False)):  # as a terminal does, as kill does
+        process = start(stand_in)
+        wait_for(Path("begun").exists)
+        (os.killpg if whole_group else os.kill)(process.pid, number)
+        assert process.wait(timeout=30) == 128 + number
+        assert Path("saved").read_text() == str(int(number))  # asked once
+        Path("saved").unlink(), Path("begun").unlink()
+
+
+def test_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text('\n{"key": "a", "loss": 1}\n{"key": "b", "curve": {"x": [1]}\n{"key": "c"}')
+    assert compare.read_results(tmp_path) == {"a": {"key": "a", "loss": 1}, "c": {"key": "c"}}
+
+
+# ------------------------------------------------------------------------------------------------------- the files
+
+
+def test_grid_keeps_the_kind_of_each_value(stand_in: Path) -> None:
+    values = [None, True, False, 1, 1.5, "text", [1, "a"], {"a": None}]
+    file = write_comparison(
+        rows={"one": {}}, parameters={"model.rate": {"values": values}, "data.seed": {"value": 7}}, baseline=None
+    )
+    runs = runs_of(read_comparison(file), [])[: len(values)]
+    words = [next(word for word in run.arguments if word.startswith("--model.rate=")) for run in runs]
+    assert [yaml.safe_load(word.partition("=")[2]) for word in words] == values
+    assert words[0] == "--model.rate=null" and runs[0].config == {"model": {"rate": None}, "data": {"seed": 7}}
+    assert runs[0].row.name == "one,rate=null"
+
+
+def test_draws_lie_in_their_range_and_are_the_same_whenever_the_file_is_read(stand_in: Path) -> None:
+    parameters = {
+        "rate": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-1},
+        "model.layers": {"min": 2, "max": 4}, "model.drop": {"min": 0.0, "max": 0.5},
+        "model.kind": {"values": ["a", None]},
+    }  # fmt: skip
+    file = write_comparison(method="random", run_cap=30, parameters=parameters, rows={"": {}}, baseline=None)
+    drawn = [row.flags for row in read_comparison(file).rows]
+    assert drawn == [row.flags for row in read_comparison(file).rows] and len(drawn) == 30
+    assert {flags["model.layers"] for flags in drawn} == {2, 3, 4} and {flags["model.kind"] for flags in drawn} == {
+        "a",
+        None,
+    }
+    assert all(1e-4 <= flags["rate"] <= 1e-1 and 0 <= flags["model.drop"] <= 0.5 for flags in drawn)
+    dice = random.Random(1)
+    small = sum(draw("rate", parameters["rate"], dice) < 10**-2.5 for _ in range(400))  # the middle of the logarithms
+    assert 160 < small < 240
+
+
+def test_flags_of_a_row_win_over_the_command_line_and_these_over_files(stand_in: Path) -> None:
+    Path("base.yaml").write_text("model: {rate: 1, r: 8, alpha: 16}\ndata: {path: here}")
+    rows = {"one": {}, "plain": {"flags": {"model.alpha": "${model.r}"}}}
+    file = write_comparison(configs=["base.yaml"], rows=rows, flags={"model.rate": 2, "data.path": "there"})
+    one, plain = runs_of(read_comparison(file), ["--model.r", "4", "--data.path=elsewhere"])[:2]
+    assert one.config == {"model": {"rate": 2, "r": 4, "alpha": 16}, "data": {"path": "elsewhere"}}
+    assert plain.config["model"]["alpha"] == 4 and "--model.alpha=4" in plain.arguments
+    assert one.key != plain.key
+
+
+@pytest.mark.parametrize(
+    ("changes", "args", "words"),
+    [
+        ({"rows": {"one": {"flgs": {}}}}, [], "unexpected keyword argument 'flgs'"),
+        ({"row": {}}, [], "unexpected keyword argument 'row'"),
+        ({"baseline": "three"}, [], "baseline three: expected one of None, one, two"),
+        ({"metric": {"name": "val/loss"}}, [], "goal"),
+        ({"method": "bayes"}, [], "method bayes: expected grid or random"),
+        ({"parameters": {"rate": {"min": 0}}}, [], "parameter rate"),
+        ({"budget": {"hours": 1}}, [], "budget {'hours': 1}: expected one above 0 of steps, tokens"),
+        ({"configs": ["nowhere.yaml"]}, [], "nowhere.yaml cannot be read"),
+        ({"command": ["python"]}, [], "command python: expected -m"),
+        ({}, ["--only", "three"], "--only three: there is no such row; expected some of one, two"),
+        ({}, ["--run_dir", "x"], "--run_dir is set for each run"),
+        ({}, ["--seeds", "x"], "invalid int value: 'x'"),
+        ({}, ["--budget", "tokens=many"], "budget {'points': 8, 'tokens': 'many'}"),
+        ({}, ["x"], "x: expected a flag of fit"),
+        ({}, ["--budget", "tokens=10"], "10 tokens are not counted beforehand by one"),
+        ({}, ["--budget", "steps=5", "--trainer.max_steps=9"], "--trainer.max_steps is set for each run"),
+        ({}, ["--rows", "a.yaml", "x/a.yaml"], "two would have the same name"),
+    ],
+)  # fmt: skip
+def test_bad_input_ends_in_one_line_and_runs_nothing(
+    stand_in: Path, changes: dict, args: list[str], words: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(write_comparison(**changes), *args) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("error: ") and error.count("\n") == 1
+    assert not Path("calls.txt").exists() and not Path("runs").exists()
+
+
+def test_difference_is_paired_over_seeds_and_says_what_may_be_chance() -> None:
+    theirs = {1: 0.90, 2: 0.95, 3: 1.00, 9: 5.0}
+    clear = {1: 0.80, 2: 0.86, 3: 0.89}  # each seed gains as much, although the seeds lie apart
+    noisy = {1: 0.80, 2: 1.00, 3: 0.98}
+    for ours in (clear, noisy):
+        pairs = [ours[seed] - theirs[seed] for seed in (1, 2, 3)]
+        p_value = ttest_rel([ours[s] for s in (1, 2, 3)], [theirs[s] for s in (1, 2, 3)]).pvalue
+        expected = f"{mean(pairs):+.4f} ± {stdev(pairs) / 3**0.5:.4f}" + (
+            ", within the noise" if p_value > 0.05 else ""
+        )
+        assert difference(ours, theirs) == expected
+    assert difference({1: 0.5}, theirs) == "-0.4000, one seed" and difference({4: 0.5}, theirs) == ""

@@ -1,0 +1,75 @@
+"""Every comparison of configs/comparisons, shrunk to seconds, and one that is killed inside a run."""
+
+import csv
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiment import compare
+from experiment.comparison import read_comparison
+from experiment.summary import read_metrics
+from tests.classify.conftest import save_tiny_bert
+from tests.processes import Commands
+from tests.runs import TINY, write_stories
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "configs" / "comparisons").glob("*.yaml"))
+SHRUNK = {
+    "lm": [
+        *(flag for flag in TINY if not flag.startswith(("--trainer.", "--checkpoint.", "--samples."))),
+        "--trainer.accelerator=cpu", "--samples.every_n_steps=0", "--data.path=stories", "--model.compile=false",
+        "--budget", "steps=2", "points=1",
+    ],
+    "classify": [
+        "--model.name=bert", "--data.path=demo", "--data.train_size=16", "--data.validation_size=8",
+        "--data.test_size=8", "--data.max_length=32", "--data.batch_size=8", "--trainer.accelerator=cpu",
+        "--trainer.max_epochs=1",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def forked(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are forks of a process that has imported everything, which saves the seconds that each would take."""
+    start = lambda command, pass_fds: commands.start(*command[3:], package=command[2])  # noqa: E731
+    monkeypatch.setattr(compare.subprocess, "Popen", start)
+
+
+def test_killed_comparison_goes_on_inside_its_run_to_the_same_figures(
+    in_tmp: Path, commands: Commands, forked: None
+) -> None:
+    write_stories(Path("stories"))
+    content = {
+        "package": "lm", "seeds": [1], "report": ["val/loss", "tokens"], "rows": {"small": {}},
+        "metric": {"name": "val/loss", "goal": "minimize"}, "budget": {"steps": 24, "points": 8},
+    }  # fmt: skip
+    Path("lm.yaml").write_text(yaml.safe_dump(content))
+    arguments = ["lm.yaml", *SHRUNK["lm"][:-3], "--model.optimizer.warmup_steps=0"]
+    process = commands.start(*arguments, package="experiment.compare")
+    process.wait(until=lambda: list(Path("runs").rglob("last.ckpt")))
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not Path("runs/comparisons/results.jsonl").exists()
+    compare.main(arguments)
+    compare.main([*arguments, "--out", "whole"])
+    (ours,), (expected,) = (list(compare.read_results(Path(out)).values()) for out in ("runs/comparisons", "whole"))
+    assert ours["curve"]["val/loss"] == expected["curve"]["val/loss"] and len(ours["curve"]["val/loss"]) == 8
+    assert ours["curve"]["tokens"] == expected["curve"]["tokens"] and ours["seconds"] is None
+    rates = [row["train/learning_rate"] for row in read_metrics(Path("whole/runs") / expected["key"])]
+    assert rates[-1] < 0.2 * rates[0]  # the schedule ends with the budget
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+def test_every_comparison_runs(file: Path, in_tmp: Path, forked: None) -> None:
+    write_stories(Path("stories"))
+    save_tiny_bert(Path("bert"))
+    Path("configs").symlink_to(ROOT / "configs")
+    comparison = read_comparison(file)
+    compare.main([str(file), "--seeds", "1", *SHRUNK[comparison.rows[0].package]])
+    with Path(f"runs/comparisons/{comparison.name}/{comparison.name}.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == len(comparison.rows) + len(comparison.quoted)
+    assert [row["seeds"] for row in rows] == ["1"] * len(comparison.rows) + [""] * len(comparison.quoted)
