@@ -92,7 +92,7 @@ def make_runs(runs: Sequence[Run], out: Path, tested: bool = False) -> dict[str,
         raise InputError(f"{row} would be judged by {text}, but {other_row} by {other}: these do not compare")
     if clocks := {name: timing_of(run) for name, run in left.items() if "seconds" in run.row.budget}:
         timed = make_runs(list(clocks.values()), out)
-        facts = {n: facts[n] | {"seconds_per_step": timed[clocks[n].key].get("seconds_per_step")} for n in clocks}
+        facts |= {n: facts[n] | {"seconds_per_step": timed[clocks[n].key].get("seconds_per_step")} for n in clocks}
     flags = {name: budget_flags(left[name].row, facts[name]) for name in left}
     waiting = dict(enumerate(runs, 1))
     while waiting:
@@ -105,8 +105,8 @@ def make_runs(runs: Sequence[Run], out: Path, tested: bool = False) -> dict[str,
                 console.print(f"[bold]run {number} of {len(runs)}[/bold]: {run.row.name}, seed {run.seed}{note}")
                 if not done(line):
                     line = make(run, out / "runs" / run.key, flags[run.row.name], facts[run.row.name], lock, tested)
-                    with (out / "results.jsonl").open("a", encoding="utf-8") as file:
-                        file.write("\n" + json.dumps(line))
+                    with (out / "results.jsonl").open("ab", buffering=0) as file:  # in one piece, for others write too
+                        file.write(f"\n{json.dumps(line)}".encode())
             del waiting[number]
         time.sleep(0.5 if waiting else 0)
     return read_results(out)
@@ -210,7 +210,7 @@ def measure(run: Run, run_dir: Path) -> Line:
     return {
         "curve": curve, "train/loss": mean(losses[-max(1, len(losses) // epochs) :] or [math.nan]),  # of the last epoch
         "trainable": record.get("parameters", {}).get("trainable"),
-        "environment": record.get("environment", {}) | {"date": calls[-1].get("started", "")[:10]},
+        "environment": record.get("environment", {}), "date": calls[-1].get("started", "")[:10],
         "seconds": sum(call["seconds"] for call in calls) if all("seconds" in call for call in calls) else None,
         "memory_mib": max((call["memory_mib"] for call in calls if "memory_mib" in call), default=None),
         "seconds_per_step": median(seconds[STEPS_SKIPPED:]) if len(seconds) > STEPS_SKIPPED else None,

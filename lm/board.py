@@ -133,7 +133,7 @@ def entry_of(name: str, about: str, lines: Sequence[dict[str, Any]]) -> Entry:
         evaluated=first.get("evaluated", ""),
         machine={key: seen[key] for key in ("processor", "gpu", "cores", "precision", "torch") if key in seen},
         commit=seen.get("source", ""),
-        date=seen.get("date", ""),
+        date=first.get("date", ""),
     )
 
 

@@ -9,6 +9,8 @@ commands:
   play       a local page to try runs
   convert    models to and from transformers and llama2.c
   decoding   compare ways of decoding on one model
+  compare    configurations side by side, with several seeds and equal budgets
+  board      entries of the board, and the board itself
   report     the page of a run, or of several over each other
 
 `tinylab COMMAND --help` explains each. `python -m lm`, `python -m classify` and so on do the same.
@@ -24,6 +26,8 @@ COMMANDS = {
     "play": "experiment.play",
     "convert": "lm.convert",
     "decoding": "lm.decoding",
+    "compare": "experiment.compare",
+    "board": "lm.board",
     "report": "experiment.report",
 }  # each imported only when it is called, for some bring torch along
 
