@@ -172,6 +172,7 @@ def draw(comparison: Comparison, results: Results, values: Values, file: Path) -
                 slope, level = np.polyfit(*points.T, 1)
                 line = np.exp(level + slope * points[:, 0])
                 panels[0].loglog(np.exp(points[:, 0]), line, color=color, label=f"{group}: C^{slope:.3f}")
+        panels[0].yaxis.set_minor_formatter("{x:g}")
         panels[0].set_xlabel("C = 6 x parameters x tokens, FLOP")
     for axes in panels:
         axes.grid(alpha=0.25)
