@@ -10,7 +10,7 @@ results.jsonl of --out; the lines of other machines count once their file lies t
 import argparse
 import contextlib
 import fcntl
-import importlib
+import importlib.util
 import io
 import json
 import math
@@ -123,13 +123,12 @@ def prepare(run: Run) -> Line:
     """Let fit make all of a run but its training, so that it refuses what it would refuse.
 
     Returns:
-        What a budget needs and who compares wants to know; nothing of a package that has no command line of ours.
+        What a budget needs and who compares wants to know; nothing of a module that is no package of ours.
     """
-    try:
-        kind = importlib.import_module(f"{run.row.package}.cli").CLI
-    except ModuleNotFoundError as error:
-        if error.name not in (run.row.package, f"{run.row.package}.cli"):
-            raise
+    found = importlib.util.find_spec(run.row.package)
+    if found is None:
+        raise InputError(f"row {run.row.name}: package {run.row.package}: expected lm, classify, or a module like them")
+    if found.submodule_search_locations is None:
         return {}
     from jsonargparse import ArgumentError  # brings Lightning with what follows, which --help need not wait for
 
@@ -137,6 +136,7 @@ def prepare(run: Run) -> Line:
     from experiment.quiet import quiet_libraries
 
     quiet_libraries(False)
+    kind = importlib.import_module(f"{run.row.package}.cli").CLI
     prepared = type("Prepared", (kind,), {"_run_subcommand": lambda self, subcommand: None})
     try:
         cli = prepared(["fit", *run.arguments, *["--trainer.max_epochs=-1"] * len(run.row.unit)])

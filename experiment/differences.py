@@ -41,11 +41,13 @@ def figure(line: Mapping[str, Any], name: str, at: str) -> float | None:
 
 def collect(comparison: Comparison, results: Results) -> Values:
     """Every figure that is reported or drawn."""
-    names, at = {*comparison.report, comparison.metric["name"], "compute"}, comparison.at
-    known = {row: {name: {line["seed"]: figure(line, name, at) for line in lines} for name in names}
-             for row, lines in results.items()}  # fmt: skip
-    return {row: {name: {s: v for s, v in seeds.items() if v is not None} for name, seeds in figures.items()}
-            for row, figures in known.items()}  # fmt: skip
+    names = {*comparison.report, comparison.metric["name"], "compute"}
+    values: dict[str, dict[str, dict[int, float]]] = {row: {name: {} for name in names} for row in results}
+    for row, name in itertools.product(results, names):
+        for line in results[row]:
+            if (value := figure(line, name, comparison.at)) is not None:
+                values[row][name][line["seed"]] = value
+    return values
 
 
 def cell(values: Sequence[float], form: str) -> str:
@@ -166,12 +168,13 @@ def draw(comparison: Comparison, results: Results, values: Values, file: Path) -
     else:
         for color, group in zip(COLORS * len(groups), groups, strict=False):
             rows = [values[row.name] for row in comparison.rows if row.group == group]
-            points = np.log([(row["compute"][seed], row[metric][seed]) for row in rows for seed in row[metric]])
-            panels[0].loglog(*np.exp(points.T), "o", color=color)
-            if len(rows) > 1:
-                slope, level = np.polyfit(*points.T, 1)
-                line = np.exp(level + slope * points[:, 0])
-                panels[0].loglog(np.exp(points[:, 0]), line, color=color, label=f"{group}: C^{slope:.3f}")
+            found = [(row["compute"][seed], row[metric][seed]) for row in rows for seed in row[metric]]
+            compute, measured = np.array(found).reshape(-1, 2).T
+            panels[0].loglog(compute, measured, "o", color=color)
+            if len(set(compute)) > 1:
+                slope, level = np.polyfit(np.log(compute), np.log(measured), 1)
+                label = f"{group}: C^{slope:.3f}"
+                panels[0].loglog(compute, np.exp(level) * compute**slope, color=color, label=label)
         panels[0].yaxis.set_minor_formatter("{x:g}")
         panels[0].set_xlabel("C = 6 x parameters x tokens, FLOP")
     for axes in panels:

@@ -39,8 +39,10 @@ python -m lm.board add NAME --row mine --about SENTENCE
 make board
 ```
 
-`python -m lm.board repeat NAME --data.path FOLDER` repeats an entry. Rows are ranked where they were judged by the same
-text; choices were made by those same stories, so that the best of many trials flatters itself a little.
+A budget is 300 or 1,200 seconds of training on two cores (`taskset -c 0,1` takes two of many), 300 seconds on one GPU,
+or 4 M or 41 M tokens (`tokens=4e6`). `python -m lm.board repeat NAME --data.path FOLDER` repeats an entry. Rows are
+ranked where they were judged by the same text; choices were made by those same stories, so that the best of many trials
+flatters itself a little.
 """
 
 

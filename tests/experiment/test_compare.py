@@ -13,11 +13,13 @@ from statistics import mean, stdev
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from scipy.stats import ttest_rel
 
 from experiment import compare
-from experiment.comparison import draw, read_comparison, runs_of
-from experiment.differences import difference
+from experiment.comparison import Comparison, Row, draw, read_comparison, runs_of
+from experiment.differences import collect, difference
+from experiment.differences import draw as draw_plot
 
 ROOT = Path(__file__).parents[2]
 # A training that writes what fit writes; its loss is rate + seed / 100. It can fail, and it can take a while.
@@ -235,6 +237,7 @@ def test_flags_of_a_row_win_over_the_command_line_and_these_over_files(stand_in:
         ({"budget": {"hours": 1}}, [], "budget {'hours': 1}: expected one above 0 of steps, tokens"),
         ({"configs": ["nowhere.yaml"]}, [], "nowhere.yaml cannot be read"),
         ({"command": ["python"]}, [], "command python: expected -m"),
+        ({"package": "nowhere"}, [], "row one: package nowhere: expected lm"),
         ({}, ["--only", "three"], "--only three: there is no such row; expected some of one, two"),
         ({}, ["--run_dir", "x"], "--run_dir is set for each run"),
         ({}, ["--seeds", "x"], "invalid int value: 'x'"),
@@ -266,3 +269,20 @@ def test_difference_is_paired_over_seeds_and_says_what_may_be_chance() -> None:
         )
         assert difference(ours, theirs) == expected
     assert difference({1: 0.5}, theirs) == "-0.4000, one seed" and difference({4: 0.5}, theirs) == ""
+
+
+def test_line_through_loss_and_compute_is_that_of_a_power_law(tmp_path: Path) -> None:
+    comparison = Comparison(
+        name="scaling", metric={"name": "val/loss", "goal": "minimize"}, report=["val/loss", "compute"], plot="compute",
+        rows=[Row(f"d{n}", "lm", group="equal tokens") for n in range(1, 5)],
+    )  # fmt: skip
+    results = {}
+    for n in range(1, 5):  # the loss is 40 (6 N D)^-0.125
+        curve = {"tokens": [n * 1e5], "val/loss": [40 * (6 * 1e4 * n * n * 1e5) ** -0.125]}
+        results[f"d{n}"] = [{"seed": 1, "parameters": n * 1e4, "curve": curve}]
+    panels = []
+    with pytest.MonkeyPatch.context() as patch:
+        subplots = Figure.subplots
+        patch.setattr(Figure, "subplots", lambda self, *a, **k: panels.append(subplots(self, *a, **k)) or panels[-1])
+        draw_plot(comparison, results, collect(comparison, results), tmp_path / "plot.png")
+    assert [text.get_text() for text in panels[0][0, 0].get_legend().get_texts()] == ["equal tokens: C^-0.125"]
