@@ -12,10 +12,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
-
 from classify.data import IMDB
 from classify.splits import draw_splits
 from experiment.comparison import merged, split_words
@@ -23,6 +19,10 @@ from experiment.comparison import merged, split_words
 
 def main(args: Sequence[str] | None = None) -> None:
     """Fit, and leave metrics.csv and run.json in the folder as a training does."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+
     configs, flags = split_words((sys.argv[1:] if args is None else args)[1:], reserved=())
     data = IMDB(**merged(configs, flags).get("data", {}))
     _, drawn = draw_splits(data.path, data.sizes, data.given_label_names, data.seed)

@@ -89,7 +89,8 @@ def test_every_configuration_fits_validates_tests_and_predicts(config: Path, sto
 
 def test_keys_of_every_configuration_carry_a_comment() -> None:
     for config in CONFIGS.rglob("*.yaml"):
-        for line in config.read_text().splitlines():
+        text, _, _ = config.read_text().partition("\nrows:")  # a comparison's rows say what they show
+        for line in text.splitlines():
             key, _, rest = line.partition(":")
             is_section = not rest.strip() or key.strip() == "class_path"
             assert "#" in line or is_section or not line.strip(), f"{config.name}: {line}"
