@@ -173,10 +173,9 @@ def make(run: Run, run_dir: Path, flags: Sequence[str], facts: Line, lock: int, 
     """Train in a process of its own, or go on where a training stopped, and see what it left."""
     line = {"key": run.key, "package": run.row.package, "seed": run.seed, "budget": run.row.budget, **facts}
     line |= {"config": run.config, "arguments": [*run.arguments, *flags]}
-    own = [*line["arguments"], f"--run_dir={run_dir}", "--ckpt_path=last"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", run.row.package, "fit", *own], pass_fds=[lock]
-    )  # it keeps the lock
+    own, environment = [f"--run_dir={run_dir}", "--ckpt_path=last"], {"WANDB_RUN_GROUP": run.group, **os.environ}
+    command = [sys.executable, "-m", run.row.package, "fit", *line["arguments"], *own]
+    process = subprocess.Popen(command, env=environment, pass_fds=[lock])  # which keeps the lock where this one dies
     try:
         code = process.wait()
     except BaseException as ending:
@@ -266,7 +265,6 @@ def read_arguments(args: Sequence[str] | None) -> tuple[Comparison, list[Run], P
 
 def compare(args: Sequence[str] | None) -> None:
     comparison, runs, out = read_arguments(args)
-    os.environ.setdefault("WANDB_RUN_GROUP", comparison.name)
     lines = make_runs(runs, out, any(name.startswith("test/") for name in comparison.report))
     results = {row.name: [lines[run.key] for run in runs if run.row.name == row.name] for row in comparison.rows}
     show(comparison, results, out)

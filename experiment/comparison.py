@@ -100,6 +100,7 @@ class Run:
     seed: int
     configs: Sequence[str]
     flags: Values
+    group: str  # the comparison's name, and W&B's group of its runs
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -248,7 +249,9 @@ def runs_of(comparison: Comparison, words: Sequence[str]) -> list[Run]:
     for seed, row in itertools.product(comparison.seeds, comparison.rows):
         files = [*row.configs, *configs]
         own = {name: _looked_up(value, merged(files, common), row) for name, value in row.flags.items()}
-        runs.append(Run(row, seed, files, {name: common[name] for name in common if name not in own} | own))
+        runs.append(
+            Run(row, seed, files, {name: common[name] for name in common if name not in own} | own, comparison.name)
+        )
     return runs
 
 

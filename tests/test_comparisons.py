@@ -35,7 +35,7 @@ SHRUNK = {
 @pytest.fixture
 def forked(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs are forks of a process that has imported everything, which saves the seconds that each would take."""
-    start = lambda command, pass_fds: commands.start(*command[3:], package=command[2])  # noqa: E731
+    start = lambda command, **_: commands.start(*command[3:], package=command[2])  # noqa: E731
     monkeypatch.setattr(compare.subprocess, "Popen", start)
 
 

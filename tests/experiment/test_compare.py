@@ -36,6 +36,7 @@ if __name__ == "__main__":
     time.sleep(float(given.get("takes", 0)))
     if Path("broken").exists() and given["rate"] == "2":
         sys.exit(3)
+    (run / "group").write_text(os.environ["WANDB_RUN_GROUP"])
     loss = float(given["rate"]) + int(given["seed_everything"]) / 100
     (run / "metrics.csv").write_text(f"step,train/loss,val/loss\\n1,9,9\\n2,8,{loss}\\n")
     (run / "run.json").write_text(json.dumps({"calls": [{"seconds": 1.5}], "parameters": {"trainable": 7, "total": 7}}))
@@ -112,6 +113,8 @@ def test_each_run_is_made_once_and_its_figures_are_compared(stand_in: Path) -> N
     assert (folder / "rates.md").read_text().startswith("| row | validation loss |")
     assert (folder / "rates.png").stat().st_size > 5_000
 
+    runs = Path("runs/comparisons/runs")
+    assert {file.read_text() for file in runs.glob("*/group")} == {"rates"} and "WANDB_RUN_GROUP" not in os.environ
     equal = write_comparison("other", rows={"same": {"flags": {"rate": "1.0e+0"}}}, baseline=None)
     assert run(equal) == 0 == run(stand_in, "--only", "two")
     assert len(calls()) == 4

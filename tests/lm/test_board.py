@@ -39,7 +39,7 @@ def test_entry_can_be_repeated_from_its_line(
 ) -> None:
     write_stories(Path("stories"))
     # Real runs, in forks of a process that has imported everything.
-    forked = lambda command, pass_fds: commands.start(*command[3:], package=command[2])  # noqa: E731
+    forked = lambda command, **_: commands.start(*command[3:], package=command[2])  # noqa: E731
     monkeypatch.setattr(compare.subprocess, "Popen", forked)
     repeat(entry, SHRUNK)
     (line,) = compare.read_results(Path("runs/comparisons")).values()
