@@ -1,11 +1,13 @@
 """Batches in an order that is known in advance: shuffled by seed and epoch, shared among processes, resumable."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch.distributed
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import SequentialSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, SequentialSampler
 
 from experiment.errors import InputError
 
@@ -77,6 +79,53 @@ class BatchSchedule(SequentialSampler):
         yield from batches[rank::world][start:]
 
 
+class DeviceLoader(DataLoader):
+    """A DataLoader of batches that are dictionaries, which knows how long it was waited for. For a GPU it is one batch
+    ahead: the copy of the next one, from pinned memory, is under way while this one is used.
+
+    Attributes:
+        device: The GPU that batches go to; None leaves them where they are.
+        seconds: That the training has waited for batches.
+    """
+
+    device: torch.device | None = None
+    seconds = 0.0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        batches = super().__iter__()
+        if self.device is None:
+            while (batch := self._timed(lambda: next(batches, None))) is not None:
+                yield batch
+            return
+        stream = torch.cuda.Stream(self.device)
+        ahead = self._timed(lambda: self._sent(batches, stream))
+        while ahead is not None:
+            batch, ahead = ahead, self._timed(lambda: self._sent(batches, stream))
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(stream)
+            for value in batch.values():
+                if isinstance(value, Tensor):
+                    value.record_stream(current)  # its memory is not used anew before this stream is done with it
+            yield batch
+
+    def _timed(self, fetch: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        batch = fetch()
+        self.seconds += time.perf_counter() - start
+        return batch
+
+    def _sent(self, batches: Iterator[dict[str, Any]], stream: torch.cuda.Stream) -> dict[str, Any] | None:
+        """The next batch on its way to the device."""
+        batch = next(batches, None)
+        if batch is None:
+            return None
+        with torch.cuda.stream(stream):
+            return {
+                name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+                for name, value in batch.items()
+            }
+
+
 class ResumableDataModule(LightningDataModule):
     """Remembers in the checkpoint how many batches of the current epoch were done, and goes on from there.
 
@@ -86,6 +135,18 @@ class ResumableDataModule(LightningDataModule):
     """
 
     train_schedule: BatchSchedule | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether batches go to a CUDA GPU."""
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+    def device_loader(self, data: Any, **options: Any) -> DeviceLoader:
+        """A loader of ``data``, whose items are whole batches, to where the trainer wants them."""
+        loader = DeviceLoader(data, batch_size=None, pin_memory=self.on_gpu, **options)
+        loader.device = self.trainer.strategy.root_device if self.on_gpu else None
+        return loader
+
     _position: tuple[int, int] = (0, 0)  # epoch, and batches of it that were done
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,6 +26,11 @@ def save_atomically(trainer: Trainer, file: Path, weights_only: bool = False) ->
     Raises:
         InputError: It cannot be written; what lay there before is left as it was.
     """
+    with trainer.lightning_module.stopwatch:
+        _save(trainer, file, weights_only)
+
+
+def _save(trainer: Trainer, file: Path, weights_only: bool) -> None:
     check_weights(trainer)
     partial = file.with_name(f"{file.name}.partial")
     try:

@@ -31,6 +31,7 @@ class Chart:
     paper: bool = False  # drawn as a PNG too
 
 
+STEP_SECONDS = ("train/step_seconds", "train/data_seconds")
 CHARTS = (
     Chart("loss", "Loss", ("train/loss", "val/loss"), ".4f", paper=True),
     Chart("perplexity", "Validation perplexity", ("val/perplexity",), ".4g", log=True, paper=True),
@@ -38,6 +39,9 @@ CHARTS = (
     Chart("accuracy", "Accuracy", ("train/accuracy", "val/accuracy"), ".4f", paper=True),
     Chart("learning_rate", "Learning rate", ("train/learning_rate",), ".2e"),
     Chart("tokens_per_second", "Training tokens per second", ("train/tokens_per_second",), ",.0f"),
+    Chart("gradient_norm", "Norm of the gradient before clipping", ("train/gradient_norm",), ".3g", log=True),
+    Chart("step_seconds", "Seconds of a step, and of it those waiting for data", STEP_SECONDS, ".3g", log=True),
+    Chart("mfu", "Share of the GPU's peak", ("train/mfu",), ".1%"),
 )
 
 

@@ -14,10 +14,12 @@ import torch.distributed
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from experiment.batches import rank_and_processes
 from experiment.clipping import clip_gradients
 from experiment.interruption import stop_request
+from experiment.stopwatch import Stopwatch
 
 UNIT = 4096.0  # what losses are divided by before their gradients are taken: these then suit half precision
 MOST_UNREAD = 100  # steps, which bounds the memory, and how late several processes with GPUs stop
@@ -138,6 +140,8 @@ class StepModule(LightningModule):
         """
         super().__init__()
         self.step_sums = StepSums(*names)
+        self.stopwatch = Stopwatch()  # paused by whoever does something else than train
+        self._gradient_norm: Tensor | None = None
 
     def on_fit_start(self) -> None:
         self.step_sums.reset()
@@ -166,7 +170,7 @@ class StepModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        clip_gradients(self, gradient_clip_val, gradient_clip_algorithm)
+        self._gradient_norm = clip_gradients(self, gradient_clip_val, gradient_clip_algorithm)
 
     @property
     def is_logged_step(self) -> bool:
@@ -193,6 +197,8 @@ class StepModule(LightningModule):
             figures = {f"train/{name}": mean for name, mean in self.step_sums.means.items()}
             shown = list(figures)
             figures["train/learning_rate"] = self._learning_rate
+            if self.is_logged_step and (norm := self._gradient_norm) is not None:
+                figures["train/gradient_norm"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
             log_figures(self.trainer, figures, shown, to_loggers=self.is_logged_step)
 
 

@@ -1,7 +1,6 @@
-"""What happens beside training: perplexity, speed, sample stories, and predictions to file."""
+"""What happens beside training: perplexity, sample stories, and predictions to file."""
 
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from rich.text import Text
 
 from experiment.errors import InputError
 from experiment.progress import console
-from experiment.step_sums import StepSums, log_figures
 from lm.generation import GenerationConfig, generate
 from lm.tokenizer import StoryTokenizer
 
@@ -35,45 +33,6 @@ class Perplexity(Callback):
         figures = pl_module.sums.compute()
         pl_module.log(f"{split}/perplexity", figures["perplexity"], prog_bar=split == "val")
         pl_module.log(f"{split}/bits_per_byte", figures["bits_per_byte"])
-
-
-class Throughput(Callback):
-    """Logs training tokens per second over all devices, and the tokens seen so far.
-
-    Time spent in validation and samples does not count.
-    """
-
-    def __init__(self) -> None:
-        self._before = 0  # tokens of the runs that this one goes on from
-        self._sums = StepSums()
-
-    def state_dict(self) -> dict[str, int]:
-        self._sums.read()
-        return {"tokens_seen": self._before + self._sums.count}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._before = state_dict["tokens_seen"]
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._sums = pl_module.step_sums
-        self._counted, self._seconds = 0, 0.0
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._start = time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        logged = pl_module.is_logged_step
-        if logged:
-            self._sums.read()
-        self._seconds += time.perf_counter() - self._start
-        if logged:
-            count = self._sums.count
-            speed = (count - self._counted) / self._seconds
-            figures = {"train/tokens": self._before + count, "train/tokens_per_second": speed}
-            log_figures(trainer, figures, ["train/tokens_per_second"], to_loggers=True)
-            self._counted, self._seconds = count, 0.0
 
 
 class Samples(Callback):
@@ -133,7 +92,8 @@ class Samples(Callback):
         step = trainer.global_step
         if self.every_n_steps and step % self.every_n_steps == 0 and step != self._last_step:
             self._last_step = step
-            self.write(trainer, pl_module)
+            with pl_module.stopwatch:
+                self.write(trainer, pl_module)
 
     @rank_zero_only
     def write(self, trainer: Trainer, pl_module: LightningModule) -> None:

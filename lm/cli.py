@@ -8,7 +8,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from experiment.cli import ExperimentCLI
 from experiment.errors import InputError
 from experiment.run import read_checkpoint, recorded, run_of
-from lm.callbacks import Perplexity, Predictions, Samples, Throughput
+from experiment.throughput import Throughput
+from lm.callbacks import Perplexity, Predictions, Samples
 from lm.data import TinyStories
 from lm.generation import GenerationConfig
 from lm.model import DecoderConfig

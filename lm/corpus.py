@@ -122,7 +122,7 @@ class WindowBatches(Dataset):
         windows: what the samples are.
         tokenizer: for the id of pads and the bytes of tokens.
         width: inputs of every row; None for those of the batch's longest row, rounded up to one of few widths.
-        with_bytes: add text_weights and bytes, which bits per byte need; the windows must know their stories.
+        with_bytes: add text_mask and bytes, which bits per byte need; the windows must know their stories.
     """
 
     def __init__(
@@ -137,22 +137,22 @@ class WindowBatches(Dataset):
         return len(self.windows.start)
 
     def __getitem__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """input_ids and targets (B, T) int64, weights (B, T) float32: 1 for a target that counts, else 0. With bytes
-        also text_weights (B, T) float32, which are 0 for eos too, and bytes (B, T) int64 of each target they count."""
+        """tokens (B, T + 1) int32, T inputs and, one later, T targets; loss_mask (B, T) bool, whether a target counts.
+        With bytes also text_mask (B, T) bool, which leaves out eos too, and bytes (B, T) int32 of each target in it."""
         indices = np.asarray(indices, dtype=np.int64)
         start, length = self.windows.start[indices, None], self.windows.length[indices, None]
         width = rounded_width(int(length.max()) - 1, self.longest) if self.width is None else self.width
         column = np.arange(width + 1)
         place = start + np.minimum(column, length - 1)  # (B, T + 1), in the file
-        ids = self.corpus.tokens[place].astype(np.int64)
-        ids[column >= length] = self.pad_id
-        place, targets = place[:, 1:], ids[:, 1:]
+        tokens = self.corpus.tokens[place].astype(np.int32)
+        tokens[column >= length] = self.pad_id
+        place = place[:, 1:]
         counted = (column[1:] < length) & (column[:-1] >= self.windows.skip[indices, None])
-        batch = {"input_ids": ids[:, :-1], "targets": targets, "weights": counted.astype(np.float32)}
+        batch = {"tokens": tokens, "loss_mask": counted}
         if self.with_bytes:
             story = self.windows.story[indices]
             text = counted & (place != self.corpus.offsets[story + 1, None] - 1)  # the last token is eos
             first = place == self.corpus.offsets[story, None] + 1
-            batch["text_weights"] = text.astype(np.float32)
-            batch["bytes"] = (self.bytes_per_token[targets] - self.prefix_bytes * first) * text
-        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
+            sizes = self.bytes_per_token[tokens[:, 1:]] - self.prefix_bytes * first
+            batch |= {"text_mask": text, "bytes": (sizes * text).astype(np.int32)}
+        return {name: torch.from_numpy(array) for name, array in batch.items()}

@@ -70,7 +70,8 @@ class TinyStories(ResumableDataModule):
         prompts: Beginnings of stories for ``predict``: a list, or a text file with one a line, or a JSON or JSON
             lines file of strings or of objects with a ``prompt``.
         seed: Of the order of the training sequences.
-        num_workers: Processes that prepare batches; 0 prepares them in the training process, which is fast enough.
+        num_workers: Processes that prepare batches; 0 prepares them in the training process. By default 2 where a GPU
+            is used, whose work the training process then only launches, else 0.
         streaming: Read the training stories while training, from the hub or from files, rather than tokenise them all
             first; for corpora larger than the disk. They are shuffled within blocks only, and max_steps ends the run.
         revision: Branch, tag or commit of a data set of the hub; by default the newest.
@@ -92,12 +93,12 @@ class TinyStories(ResumableDataModule):
         evaluation: Evaluation = "full",
         prompts: list[str] | str | None = None,
         seed: int = 1234,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         streaming: bool = False,
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        least = {"sequence_length": (sequence_length, 2), "num_workers": (num_workers, 0)}
+        least = {"sequence_length": (sequence_length, 2), "num_workers": (num_workers or 0, 0)}
         least |= {"batch_size": (batch_size, 1), "eval_batch_size": (eval_batch_size, 1), "seed": (seed, 0)}
         for name, (value, minimum) in least.items():
             if value < minimum:
@@ -120,7 +121,7 @@ class TinyStories(ResumableDataModule):
         self.evaluation = evaluation
         self.prompts = prompts
         self.seed = seed
-        self.num_workers = num_workers
+        self._num_workers = num_workers
         self.streaming = streaming
         self.revision = revision
         self.stream_progress = StreamProgress()
@@ -143,6 +144,10 @@ class TinyStories(ResumableDataModule):
     @property
     def _source(self) -> str:
         return source_fingerprint(self.path, self.revision)
+
+    @property
+    def num_workers(self) -> int:
+        return (2 if self.on_gpu else 0) if self._num_workers is None else self._num_workers
 
     @property
     def num_tokens(self) -> int:
@@ -281,7 +286,7 @@ class TinyStories(ResumableDataModule):
             self.stream_progress,
             self.revision,
         )
-        return DataLoader(stream, batch_size=None, num_workers=self.num_workers, collate_fn=_as_it_is)
+        return self.device_loader(stream, num_workers=self.num_workers, collate_fn=_as_it_is)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return self.stream_progress.begin(batch) if "position" in batch else batch
@@ -341,7 +346,7 @@ class TinyStories(ResumableDataModule):
 
     def _loader(self, data: Dataset, schedule: BatchSchedule) -> DataLoader:
         workers = self.num_workers
-        return DataLoader(data, sampler=schedule, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
+        return self.device_loader(data, sampler=schedule, num_workers=workers, persistent_workers=workers > 0)
 
 
 def _stories_in(chunks: Iterable[Sequence[str | None]], advance: Callable[[int], None]) -> Iterator[str]:

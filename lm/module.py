@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from experiment.hardware import can_compile, fast_bfloat16
 from experiment.step_sums import StepModule
 from lm.compilation import CompilationError
 from lm.generation import GenerationConfig, generate
-from lm.loss import linear_cross_entropy, token_losses
+from lm.loss import token_losses
 from lm.model import DecoderConfig
+from lm.objective import MOST_GRAPHED, CompiledLoss, summed_loss
 from lm.optim import OptimizerConfig, learning_rate_factor, make_optimizer
 from lm.variants import Variant, make_decoder
 
@@ -42,22 +44,22 @@ class TokenSums(Metric):
         for name in ("loss", "tokens", "text_loss", "bytes", "not_finite"):
             self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, losses: Tensor, weights: Tensor, text_weights: Tensor, num_bytes: Tensor) -> None:
+    def update(self, losses: Tensor, loss_mask: Tensor, text_mask: Tensor, num_bytes: Tensor) -> None:
         """Add a batch.
 
         Args:
             losses: (N,) float, cross-entropy of each target in nats.
-            weights: (N,) 1 for targets that count, 0 for padding.
-            text_weights: (N,) 1 for targets that are text, 0 for bos, eos and padding.
-            num_bytes: (N,) int64, UTF-8 bytes of each target that is text.
+            loss_mask: (N,) bool, whether a target counts, as padding does not.
+            text_mask: (N,) bool, whether it is text, as bos, eos and padding are not.
+            num_bytes: (N,) integers, UTF-8 bytes of each target that is text.
         """
         finite = torch.isfinite(losses)
-        self.not_finite += (~finite & (weights > 0)).sum()
+        self.not_finite += (~finite & loss_mask).sum()
         units = (torch.where(finite, losses.float(), 0.0) / self.UNIT).round().to(torch.int64)
-        self.loss += (units * weights.to(torch.int64)).sum()
-        self.tokens += weights.to(torch.int64).sum()
-        self.text_loss += (units * text_weights.to(torch.int64)).sum()
-        self.bytes += (num_bytes * text_weights.to(torch.int64)).sum()
+        self.loss += (units * loss_mask).sum()
+        self.tokens += loss_mask.sum()
+        self.text_loss += (units * text_mask).sum()
+        self.bytes += (num_bytes * text_mask).sum()
 
     def compute(self) -> dict[str, float]:
         """``loss`` in nats per token, ``perplexity`` = exp(loss), ``bits_per_byte`` of the text.
@@ -89,8 +91,9 @@ class LanguageModel(StepModule):
             optimizer: The optimizer and its schedule.
             generation: How ``predict`` decodes.
             variant: Parts of the decoder that are changed, for comparisons; such a model cannot be exported.
-            compile: Train the blocks in code made by torch.compile at the first step, which takes some 20 s once; a
-                note, and the plain code, where there is no compiler.
+            compile: Train in code made by torch.compile at the first step, which takes some 20 s once: on a GPU the
+                whole way from batch to loss, for small models as CUDA graphs; on a CPU the blocks. A note, and the
+                plain code, where there is no compiler.
         """
         super().__init__("loss")
         # A checkpoint holds plain values, so that it can be read without running code; here they come back.
@@ -120,23 +123,36 @@ class LanguageModel(StepModule):
             fully_shard(module, mesh=mesh)
         register_fsdp_forward_method(self.decoder, "hidden_states")
 
+    def flops_per_token(self, length: int) -> int:
+        """Floating-point operations of training a token in a sequence of that length: six for each weight that it is
+        multiplied by, and those of attention, the masked half included (arXiv:2204.02311, appendix B)."""
+        config, decoder = self.decoder.config, self.decoder
+        weights = sum(weight.numel() for weight in decoder.parameters())
+        if not config.tie_embeddings:
+            weights -= decoder.embedding.weight.numel()
+        return 6 * weights + 12 * config.num_layers * config.hidden_size * length
+
     # training
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        self._summed_loss = partial(summed_loss, self.decoder)
         if self.compile_blocks and can_compile(self.device.type):
-            self.decoder.compile_blocks()
+            # On a CPU blocks for any shape, so that a resumed run has the same code; FSDP fetches weights between them.
+            if self.device.type == "cuda" and not isinstance(self.decoder, FSDPModule):
+                alone = self.trainer.accumulate_grad_batches == self.trainer.world_size == 1
+                small = sum(weight.numel() for weight in self.decoder.parameters()) <= MOST_GRAPHED
+                self._summed_loss = CompiledLoss(self.decoder, use_graphs=alone and small)
+            else:
+                self.decoder.compile_blocks()
         elif self.compile_blocks:
             note = "note: model.compile does not work here (no g++, Python headers or Triton): training in plain code"
             rank_zero_only(console.print)(note)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean loss over the tokens of a micro-batch."""
-        hidden = self.decoder.hidden_states(batch["input_ids"])
-        loss = linear_cross_entropy(
-            hidden.flatten(0, 1), self.decoder.head_weight, batch["targets"].flatten(), batch["weights"].flatten()
-        )
-        return self.step_loss(batch_idx, batch["weights"].sum(), loss)
+        loss, tokens = self._summed_loss(batch["tokens"], batch["loss_mask"])
+        return self.step_loss(batch_idx, tokens, loss)
 
     def check_trainer(self, trainer: Trainer) -> None:
         """See that the optimizer, its schedule and compiling suit the run.
@@ -179,9 +195,10 @@ class LanguageModel(StepModule):
         self.sums.reset()
 
     def _evaluate(self, batch: Batch) -> None:
-        hidden = self.decoder.hidden_states(batch["input_ids"])
-        losses = token_losses(hidden.flatten(0, 1), self.decoder.head_weight, batch["targets"].flatten())
-        self.sums.update(losses, batch["weights"].flatten(), batch["text_weights"].flatten(), batch["bytes"].flatten())
+        tokens = batch["tokens"].long()
+        hidden = self.decoder.hidden_states(tokens[:, :-1])
+        losses = token_losses(hidden.flatten(0, 1), self.decoder.head_weight, tokens[:, 1:].flatten())
+        self.sums.update(losses, *(batch[name].flatten() for name in ("loss_mask", "text_mask", "bytes")))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch)

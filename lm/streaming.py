@@ -24,8 +24,8 @@ Position = dict[str, Any]  # plain values: where a reader's next batch begins
 
 
 class StoryStream(IterableDataset):
-    """Endless batches {"input_ids", "targets", "weights"} of (batch_size, sequence_length), each with a "reader" and
-    the "position" from which that reader goes on after this batch.
+    """Endless batches of ``tokens`` and ``loss_mask`` as `WindowBatches` gives them, each with a ``reader`` and the
+    ``position`` from which that reader goes on after this batch.
 
     Args:
         path: As ``--data.path``.
@@ -120,13 +120,12 @@ class StoryStream(IterableDataset):
         return rows, flat[whole * length :].tolist()  # the last target of the last row is the next one's first input
 
     def _batch(self, rows: Sequence[np.ndarray]) -> dict[str, Tensor]:
-        ids = np.full((len(rows), self.sequence_length + 1), self.tokenizer.pad_id, dtype=np.int64)
-        weights = np.zeros((len(rows), self.sequence_length), dtype=np.float32)
+        tokens = np.full((len(rows), self.sequence_length + 1), self.tokenizer.pad_id, dtype=np.int32)
+        loss_mask = np.zeros((len(rows), self.sequence_length), dtype=bool)
         for i, row in enumerate(rows):
-            ids[i, : len(row)] = row
-            weights[i, : len(row) - 1] = 1
-        arrays = {"input_ids": ids[:, :-1], "targets": ids[:, 1:], "weights": weights}
-        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+            tokens[i, : len(row)] = row
+            loss_mask[i, : len(row) - 1] = True
+        return {"tokens": torch.from_numpy(tokens), "loss_mask": torch.from_numpy(loss_mask)}
 
 
 class StreamProgress:

@@ -19,6 +19,7 @@ STORIES = [
     for mood in ("happy", "very sad", "kind")
 ]
 STEPS = 26
+TIMES = ("train/tokens_per_second", "train/step_seconds", "train/data_seconds")  # which no two runs share
 TINY = [
     "--data.vocab_size=345", "--data.sequence_length=16", "--data.batch_size=4",
     "--model.decoder.hidden_size=16", "--model.decoder.intermediate_size=24", "--model.decoder.num_layers=1",
@@ -42,10 +43,7 @@ def rows(run: Path) -> list[dict[str, str]]:
     if not (run / "metrics.csv").exists():
         return []
     with (run / "metrics.csv").open() as stream:
-        return [
-            {name: value for name, value in row.items() if name != "train/tokens_per_second"}
-            for row in csv.DictReader(stream)
-        ]
+        return [{name: value for name, value in row.items() if name not in TIMES} for row in csv.DictReader(stream)]
 
 
 def checkpoint(run: Path) -> dict:

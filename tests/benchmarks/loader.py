@@ -32,8 +32,8 @@ def main(
     begin = time.perf_counter()
     while (spent := time.perf_counter() - begin) < seconds:
         for batch in loader:
-            places += batch["weights"].numel()
-            tokens += int(batch["weights"].sum())
+            places += batch["loss_mask"].numel()
+            tokens += int(batch["loss_mask"].sum())
     print(
         f"{tokens / spent:,.0f} tokens/s ({places / spent:,.0f} with pads): {path}, sequence_length {sequence_length}, "
         f"batch_size {batch_size}, packing {packing}, num_workers {num_workers}; {machine()}"

@@ -87,7 +87,7 @@ def start(measured: Callable[..., None], folder: str, tokenizer: str) -> None:
     begin, tokens = time.perf_counter(), 0
     while (spent := time.perf_counter() - begin) < 2:
         for batch in loader:
-            tokens += int(batch["weights"].sum())
+            tokens += int(batch["loss_mask"].sum())
     measured(tokens / spent, start=seconds, epoch_tokens=len(loader) * 32 * 128, own_memory=own_memory())
 
 

@@ -38,7 +38,7 @@ from experiment.finite import FiniteLoss
 from experiment.hardware import default_precision, fast_bfloat16
 from experiment.metrics_file import MetricsFile
 from experiment.quiet import quiet_libraries
-from lm.callbacks import Throughput
+from experiment.throughput import Throughput
 from lm.loss import linear_cross_entropy
 from lm.model import DecoderConfig
 from lm.module import LanguageModel
@@ -52,9 +52,8 @@ class OurTokens(Tokens):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         # The last position has no target within the row; transformers leaves it out in the same way.
-        weights = torch.ones(self.ids.shape[1])
-        weights[-1] = 0
-        return {"input_ids": self.ids[index], "targets": self.ids[index].roll(-1), "weights": weights}
+        tokens = torch.nn.functional.pad(self.ids[index].int(), (0, 1))
+        return {"tokens": tokens, "loss_mask": torch.arange(len(tokens) - 1) < len(tokens) - 2}
 
 
 class LightningTurns(Callback):
@@ -64,7 +63,7 @@ class LightningTurns(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.turns.step(batch["input_ids"].numel(), outputs["loss"].detach().clone())
+        self.turns.step(batch["loss_mask"].numel(), outputs["loss"].detach().clone())
 
 
 def tinylab(measured: Callable[..., None], work: Work) -> None:

@@ -40,10 +40,22 @@ def write_run(folder: Path, columns: list[str], rows: list[list], **config: obje
 
 @pytest.fixture
 def language_run(tmp_path: Path) -> Path:
-    columns = ["step", "train/learning_rate", "train/loss", "train/tokens", "train/tokens_per_second",
+    columns = ["step", "train/data_seconds", "train/gradient_norm", "train/mfu", "train/step_seconds",
+               "train/learning_rate", "train/loss", "train/tokens", "train/tokens_per_second",
                "val/bits_per_byte", "val/loss", "val/perplexity"]  # fmt: skip
     rows = [
-        [s, 1e-3, 5 - s / 50, 2048 * s, 7000 + s, *((1.5, 4.9 - s / 50, 99.0) if s % 20 == 0 else ("", "", ""))]
+        [
+            s,
+            1e-4,
+            1.5,
+            0.4,
+            0.3,
+            1e-3,
+            5 - s / 50,
+            2048 * s,
+            7000 + s,
+            *((1.5, 4.9 - s / 50, 99.0) if s % 20 == 0 else ("", "", "")),
+        ]
         for s in range(1, 101)
     ]
     run = write_run(tmp_path / "tiny", columns, rows, num_layers=2)

@@ -21,6 +21,7 @@ from lm.model import DecoderConfig
 from lm.module import LanguageModel
 from tests.processes import Commands
 from tests.runs import TINY, rows, torchrun, write_stories
+from tests.windows import unpacked
 
 # What on a GPU makes the host wait: a number asked for, a shape that depends on numbers, memory that is not pinned.
 WAITS = {"item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__", "__contains__"}
@@ -132,7 +133,7 @@ class Seen(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.losses.append(float(outputs["loss"]))
-        self.batches.append(batch)
+        self.batches.append(unpacked(batch))
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -151,8 +152,8 @@ def test_a_callback_sees_the_loss_and_the_gradients_of_the_mean(accumulate: int,
         nats = F.cross_entropy(
             seen.before(batch["input_ids"]).flatten(0, 1), batch["targets"].flatten(), reduction="none"
         )
-        sums.append((nats * batch["weights"].flatten()).sum())
-        counts.append(batch["weights"].sum())
+        sums.append((nats * batch["loss_mask"].flatten()).sum())
+        counts.append(batch["loss_mask"].sum())
     assert len(set(map(float, counts))) == accumulate  # of different lengths
     means = [float((total / count).detach()) / accumulate for total, count in zip(sums, counts, strict=True)]
     assert seen.losses == pytest.approx(means, rel=1e-5)

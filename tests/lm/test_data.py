@@ -18,6 +18,7 @@ from lm.data import TinyStories
 from lm.prompts import read_prompts
 from lm.stories import demo_texts
 from lm.tokenizer import train_tokenizer
+from tests.windows import unpacked
 
 STORIES = demo_texts("validation")[:60]
 TOKENIZER = train_tokenizer(demo_texts("validation"), 500)
@@ -61,14 +62,14 @@ def story_ids(folder: Path, split: str) -> list[list[int]]:
 
 def rows(loader, *names: str) -> list[tuple]:
     """All rows of all batches as tuples of lists."""
-    return [row for batch in loader for row in zip(*(batch[name].tolist() for name in names), strict=True)]
+    return [row for batch in loader for row in zip(*(unpacked(batch)[name].tolist() for name in names), strict=True)]
 
 
 def counted(loader, *names: str) -> list:
     """(input, target, ...) of all positions that count, over all batches."""
     return [
         position
-        for ids, targets, weights, *more in rows(loader, "input_ids", "targets", "weights", *names)
+        for ids, targets, weights, *more in rows(loader, "input_ids", "targets", "loss_mask", *names)
         for *position, weight in zip(ids, targets, *more, weights, strict=True)
         if weight
     ]
@@ -97,10 +98,10 @@ lengths = st.integers(2, 12)
 def test_packing_loses_and_invents_no_token_and_aligns_targets(stories, length):
     corpus = Written(stories)
     windows = packed_windows(len(corpus.tokens), length)
-    batch = WindowBatches(corpus, windows, TOKENIZER, length)[list(range(len(windows.start)))]
-    assert batch["input_ids"].shape == batch["targets"].shape == batch["weights"].shape
+    batch = unpacked(WindowBatches(corpus, windows, TOKENIZER, length)[list(range(len(windows.start)))])
+    assert batch["input_ids"].shape == batch["targets"].shape == batch["loss_mask"].shape
     assert batch["input_ids"].shape[1] == length
-    counts = batch["weights"].flatten().bool()
+    counts = batch["loss_mask"].flatten().bool()
     stream = corpus.tokens.tolist()
     assert batch["targets"].flatten()[counts].tolist() == stream[1:]
     assert batch["input_ids"].flatten()[counts].tolist() == stream[:-1]
@@ -115,10 +116,10 @@ def test_full_evaluation_predicts_each_token_exactly_once(stories, length):
     data = WindowBatches(corpus, windows, TOKENIZER, width=None)
     seen = np.zeros(len(corpus.tokens), dtype=int)
     for i in range(len(data)):
-        batch = data[[i]]
+        batch = unpacked(data[[i]])
         assert batch["input_ids"].shape[1] <= length
         begin = int(windows.start[i])
-        for j in batch["weights"][0].nonzero().flatten().tolist():
+        for j in batch["loss_mask"][0].nonzero().flatten().tolist():
             place = begin + j + 1
             seen[place] += 1
             assert batch["targets"][0, j] == corpus.tokens[place]
@@ -138,9 +139,9 @@ def test_full_evaluation_predicts_each_token_exactly_once(stories, length):
 def test_report_windows_are_the_first_tokens_of_each_story(stories, length):
     corpus = Written(stories)
     windows = first_windows(corpus.offsets, length)
-    batch = WindowBatches(corpus, windows, TOKENIZER, length)[list(range(len(stories)))]
+    batch = unpacked(WindowBatches(corpus, windows, TOKENIZER, length)[list(range(len(stories)))])
     for i, story in enumerate(stories):
-        counts = batch["weights"][i].bool()
+        counts = batch["loss_mask"][i].bool()
         assert batch["input_ids"][i][counts].tolist() == story[:-1][:length]
         assert batch["targets"][i][counts].tolist() == story[1:][:length]
 
@@ -151,7 +152,7 @@ def test_report_windows_are_the_first_tokens_of_each_story(stories, length):
 def test_unpacked_rows_are_the_stories_cut_or_padded(module, source):
     data = module(sequence_length=100)
     data.setup("fit")
-    found = sorted(rows(data.train_dataloader(), "input_ids", "targets", "weights"))
+    found = sorted(rows(data.train_dataloader(), "input_ids", "targets", "loss_mask"))
     expected = []
     for story in story_ids(source, "train"):
         inputs, targets = story[:-1][:100], story[1:][:100]
@@ -193,7 +194,7 @@ def test_beginnings_end_the_first_epoch_and_begin_the_second(module, source):
     data.setup("fit")
     loader = data.train_dataloader()
     starts = {tuple(story[:4]) for story in story_ids(source, "train")}
-    first, second = ([tuple(batch["input_ids"][0, :4].tolist()) in starts for batch in loader] for _ in range(2))
+    first, second = ([tuple(batch["tokens"][0, :4].tolist()) in starts for batch in loader] for _ in range(2))
     assert all(first[-20:]) and all(second[:20])  # 20 stories
     assert not all(first[:20]) and not all(second[-20:])
 
@@ -204,7 +205,7 @@ def test_evaluation_does_not_depend_on_batch_size(module, evaluation):
     for size in (1, 3, 64):
         data = module(sequence_length=48, eval_batch_size=size, evaluation=evaluation)
         data.setup("validate")
-        results.append(sorted(counted(data.val_dataloader(), "text_weights", "bytes")))
+        results.append(sorted(counted(data.val_dataloader(), "text_mask", "bytes")))
     assert results[0] == results[1] == results[2]
 
 
@@ -212,7 +213,7 @@ def test_full_evaluation_covers_every_story_and_every_byte_of_text(module, sourc
     data = module(sequence_length=48)
     data.setup("validate")
     stories = story_ids(source, "validation")
-    found = counted(data.val_dataloader(), "text_weights", "bytes")
+    found = counted(data.val_dataloader(), "text_mask", "bytes")
     assert sorted(target for _, target, _, _ in found) == sorted(token for story in stories for token in story[1:])
     texts = [json.loads(line)["text"] for line in (source / "validation.jsonl").read_text().splitlines()]
     assert sum(size for *_, size in found) == sum(len(text.encode()) for text in texts)
@@ -255,7 +256,7 @@ def test_workers_give_the_same_batches(module):
     for workers in (0, 1):
         data = module(sequence_length=32, num_workers=workers)
         data.setup("fit")
-        found.append(rows(data.train_dataloader(), "input_ids", "targets", "weights"))
+        found.append(rows(data.train_dataloader(), "input_ids", "targets", "loss_mask"))
     assert found[0] == found[1]
 
 
@@ -508,7 +509,7 @@ def test_real_stories_are_read(shared):
         str(shared / "data/tinystories"), str(shared / "tokenizers/mistral-v3-32768"), evaluation="report"
     )
     data.setup("validate")
-    batch = next(iter(data.val_dataloader()))
+    batch = unpacked(next(iter(data.val_dataloader())))
     assert data.num_tokens == 32768
     assert batch["input_ids"].shape == (64, 128)
     assert (batch["input_ids"][:, 0] == 1).all()

@@ -14,6 +14,7 @@ from lm.data import TinyStories
 from lm.model import DecoderConfig
 from lm.module import LanguageModel, TokenSums
 from lm.optim import OptimizerConfig, learning_rate_factor, parameter_groups
+from tests.windows import unpacked
 
 TEXTS = [
     "Tom ran.",
@@ -104,11 +105,11 @@ def test_full_perplexity_over_windows_equals_a_direct_sum(tmp_path: Path) -> Non
 
 
 def test_loss_that_is_no_number_is_not_hidden_by_the_sums() -> None:
-    sums, ones = TokenSums(), torch.ones(4)
+    sums, ones = TokenSums(), torch.ones(4, dtype=torch.bool)
     sums.update(torch.tensor([1.0, 2.0, math.nan, math.inf]), ones, ones, ones.long())
     assert all(math.isnan(value) for value in sums.compute().values())
     sums.reset()
-    sums.update(torch.tensor([1.0, 3.0, math.nan, 2.0]), torch.tensor([1.0, 1, 0, 0]), ones, ones.long())
+    sums.update(torch.tensor([1.0, 3.0, math.nan, 2.0]), torch.tensor([True, True, False, False]), ones, ones.long())
     assert sums.compute()["loss"] == 2.0
 
 
@@ -136,11 +137,11 @@ def test_training_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
     model = language_model(data)
     data.prepare_data()
     data.setup("fit")
-    batch = next(iter(data.train_dataloader()))
+    batch = unpacked(next(iter(data.train_dataloader())))
     with torch.no_grad():
         logits = model(batch["input_ids"]).flatten(0, 1)
     nats = F.cross_entropy(logits, batch["targets"].flatten(), reduction="none")
-    expected = (nats * batch["weights"].flatten()).sum() / batch["weights"].sum()
+    expected = (nats * batch["loss_mask"].flatten()).sum() / batch["loss_mask"].sum()
     lightning = trainer(max_steps=1, limit_val_batches=0)
     lightning.fit(model, data)
     assert float(lightning.callback_metrics["train/loss"]) == pytest.approx(float(expected), abs=1e-6)

@@ -15,6 +15,7 @@ from lm.data import TinyStories
 from lm.stories import demo_texts
 from lm.streaming import StoryStream, StreamProgress
 from lm.tokenizer import train_tokenizer
+from tests.windows import unpacked
 
 TEXTS = [text.replace("\n", " ")[: 30 + 7 * i].strip() for i, text in enumerate(demo_texts("validation")[:23])]
 TOKENIZER = train_tokenizer(demo_texts("validation"), 500)
@@ -44,7 +45,8 @@ def stream(path: str, *, packing: bool = False, batch_size: int = 1, length: int
 
 
 def story_of(batch: dict) -> list[int]:
-    counted = int(batch["weights"].sum())
+    batch = unpacked(batch)
+    counted = int(batch["loss_mask"].sum())
     return [*batch["input_ids"][0, :counted].tolist(), int(batch["targets"][0, counted - 1])]
 
 
@@ -65,11 +67,12 @@ def test_an_epoch_of_all_readers_holds_every_story_once(tmp_path: Path, shares: 
 
 
 def test_packed_stream_loses_and_invents_no_token(tmp_path: Path) -> None:
-    batches = list(islice(stream(write(tmp_path, ".jsonl"), packing=True, batch_size=2, length=16), 60))
+    source = stream(write(tmp_path, ".jsonl"), packing=True, batch_size=2, length=16)
+    batches = list(map(unpacked, islice(source, 60)))
     inputs = torch.cat([batch["input_ids"].flatten() for batch in batches])
     targets = torch.cat([batch["targets"].flatten() for batch in batches])
     assert torch.equal(inputs[1:], targets[:-1])
-    assert all(batch["weights"].all() for batch in batches)
+    assert all(batch["loss_mask"].all() for batch in batches)
     flat, stories = inputs.tolist(), []
     while TOKENIZER.eos_id in flat:
         end = flat.index(TOKENIZER.eos_id) + 1
@@ -86,7 +89,7 @@ def test_order_changes_with_the_epoch(tmp_path: Path) -> None:
 
 
 def equal(left: dict, right: dict) -> bool:
-    return all(torch.equal(left[name], right[name]) for name in ("input_ids", "targets", "weights"))
+    return all(torch.equal(left[name], right[name]) for name in ("tokens", "loss_mask"))
 
 
 @pytest.mark.parametrize("packing", [False, True])

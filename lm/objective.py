@@ -1,0 +1,59 @@
+"""From a batch to the sum of its losses: in plain code, or as one compiled function on a GPU."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lm.loss import linear_cross_entropy
+from lm.model import Decoder
+
+IGNORED = -100  # cross_entropy's own mark of a target that does not count
+MOST_GRAPHED = 50_000_000  # weights; kernels of larger models take longer than their launch, which graphs save
+
+
+def summed_loss(decoder: Decoder, tokens: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the losses of all tokens that count, in nats, and their number.
+
+    Args:
+        decoder: Whose losses.
+        tokens: (B, T + 1) of any integer type: T inputs and, one later, T targets.
+        loss_mask: (B, T) bool, whether a target counts.
+    """
+    tokens = tokens.long()
+    hidden = decoder.hidden_states(tokens[:, :-1]).flatten(0, 1)
+    targets, counted = tokens[:, 1:].flatten(), loss_mask.flatten()
+    if torch.compiler.is_compiling():  # which joins what follows to a few kernels that read the logits once
+        logits = F.linear(hidden, decoder.head_weight).float()
+        loss = F.cross_entropy(logits, targets.masked_fill(~counted, IGNORED), ignore_index=IGNORED, reduction="sum")
+    else:
+        loss = linear_cross_entropy(hidden, decoder.head_weight, targets, counted.float())
+    return loss, counted.sum()
+
+
+class CompiledLoss:
+    """`summed_loss` of one decoder as one function that torch.compile makes, for batches of one shape."""
+
+    def __init__(self, decoder: Decoder, use_graphs: bool) -> None:
+        """
+        Args:
+            decoder: Whose losses.
+            use_graphs: Replay it as CUDA graphs. Each replay overwrites the results and gradients of the one before, so
+                that gradients cannot be accumulated.
+        """
+        self.decoder, self.use_graphs = decoder, use_graphs
+        self.rows = 0  # of the largest batch so far
+
+        def loss(tokens: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+            return summed_loss(decoder, tokens, loss_mask)
+
+        self.function = torch.compile(loss, dynamic=False, mode="reduce-overhead" if use_graphs else None)
+
+    def __call__(self, tokens: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Arguments and results as of `summed_loss`."""
+        self.rows = max(self.rows, len(tokens))
+        if missing := self.rows - len(tokens):  # the last batch of an epoch gets rows that do not count
+            tokens, loss_mask = (F.pad(rows, (0, 0, 0, missing)) for rows in (tokens, loss_mask))
+        if self.use_graphs:
+            self.decoder.zero_grad()  # while they are still what the last replay made them
+            torch.compiler.cudagraph_mark_step_begin()
+        return self.function(tokens, loss_mask)
