@@ -135,9 +135,9 @@ def test_gradient_accumulation_weighs_tokens_not_micro_batches(tmp_path: Path) -
 def test_training_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
     data = stories(tmp_path, batch_size=5)
     model = language_model(data)
-    data.prepare_data()
-    data.setup("fit")
-    batch = unpacked(next(iter(data.train_dataloader())))
+    other = stories(tmp_path, batch_size=5)  # a loader that has begun would have the training go on after its epoch
+    other.setup("fit")
+    batch = unpacked(next(iter(other.train_dataloader())))
     with torch.no_grad():
         logits = model(batch["input_ids"]).flatten(0, 1)
     nats = F.cross_entropy(logits, batch["targets"].flatten(), reduction="none")
