@@ -1,4 +1,16 @@
-"""
+"""The classifier's command line: `python -m classify`."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from experiment.allocators import set_up_allocators
+from experiment.overview import answer
+
+if TYPE_CHECKING:
+    from classify.cli import ClassifyCLI
+
+OVERVIEW = """
 usage: python -m classify COMMAND [--config FILE ...] [--OPTION VALUE ...]
 
 The classifier: BERT with LoRA, by hand or by PEFT, that learns to judge reviews.
@@ -18,22 +30,12 @@ examples:
   python -m classify predict  --config configs/classify/custom.yaml --ckpt_path best --data.texts '["I loved it."]'
 
 Beside it: `python -m experiment.compare configs/comparisons/table1.yaml` lays many such runs side by side.
-"""
-
-import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from experiment.allocators import set_up_allocators
-from experiment.overview import answer
-
-if TYPE_CHECKING:
-    from classify.cli import ClassifyCLI
+"""  # no docstring: `python -OO` has none
 
 
 def main(args: Sequence[str] | None = None) -> "ClassifyCLI":
     """Run the command line; `args` stands in for that of the process."""
-    answer(__doc__, sys.argv[1:] if args is None else args)
+    answer(OVERVIEW, sys.argv[1:] if args is None else args)
     set_up_allocators()
     from classify.cli import ClassifyCLI
     from experiment.cli import run  # brings Lightning, which --help need not wait for

@@ -37,6 +37,10 @@ class ClassifyCLI(ExperimentCLI):
             hyperparameters = read_checkpoint(self.checkpoint).get("hyper_parameters", {}) if self.checkpoint else {}
             config.data.label_names = hyperparameters.get("label_names")
 
+    def before_fit(self) -> None:
+        self.model.check_trainer(self.trainer)
+        super().before_fit()
+
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()

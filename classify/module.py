@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
@@ -196,6 +197,17 @@ class ReviewClassifier(StepModule):
     def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Tensor]:
         """Class probabilities (B, classes), with the texts' positions and labels (B,)."""
         return _verdicts(batch, self(batch["input_ids"], batch["attention_mask"]))
+
+    def check_trainer(self, trainer: Trainer) -> None:
+        """See that the schedule has an end to fall to.
+
+        Raises:
+            InputError: It has none.
+        """
+        if trainer.max_steps == trainer.max_epochs == -1:
+            raise InputError(
+                "trainer.max_epochs -1: the learning rate falls to 0 at the last step; give --trainer.max_steps"
+            )
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW; biases, norms and DoRA's magnitudes do not decay; the rate rises, then falls, linearly."""

@@ -1,7 +1,9 @@
 """Batches in an order that is known in advance: shuffled by seed and epoch, shared among processes, resumable."""
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch.distributed
@@ -148,6 +150,7 @@ class ResumableDataModule(LightningDataModule):
         return loader
 
     _position: tuple[int, int] = (0, 0)  # epoch, and batches of it that were done
+    rescaled: int | None = None  # the latter, where an epoch now has another number of batches than it had
 
     def state_dict(self) -> dict[str, Any]:
         """The position to go on from: the epoch, and the batches of it that each process has done."""
@@ -157,8 +160,15 @@ class ResumableDataModule(LightningDataModule):
         done = batches.current.processed
         # After the last batch Lightning goes on with the next epoch, unless it had closed this one, as fit's end does.
         if batches.is_last_batch and done == batches.current.ready and epochs.processed < epochs.ready:
-            return {"epoch": epoch + 1, "batches_done": 0}
-        return {"epoch": epoch, "batches_done": done}
+            epoch, done = epoch + 1, 0
+        sizes = self._sizes(epoch)
+        samples = sum(sizes[: done * self.trainer.world_size])
+        share = len(sizes) // self.trainer.world_size
+        return {"epoch": epoch, "batches_done": done, "batches": share, "samples_done": samples}
+
+    def _sizes(self, epoch: int) -> list[int]:
+        """Samples in each batch of an epoch, those of all processes."""
+        return [len(batch) for batch in self.train_schedule.plan(epoch)]
 
     def describe_batch(self, index: int) -> str:
         """Which samples the batch of that number in the current epoch holds, for people."""
@@ -173,7 +183,19 @@ class ResumableDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "epoch" not in state_dict:
             raise InputError("this run has streamed its data: resume it with --data.streaming true")
-        self._position = int(state_dict["epoch"]), int(state_dict["batches_done"])
+        epoch, done = int(state_dict["epoch"]), int(state_dict["batches_done"])
+        before, sizes = state_dict.get("batches"), self._sizes(epoch)
+        if before is not None and before != (share := len(sizes) // self.trainer.world_size):
+            if self.trainer.max_epochs not in (None, -1) or self.trainer.max_steps == -1:
+                raise InputError(
+                    f"an epoch has {share} batches a process, and had {before} when the checkpoint was written: what is "
+                    "left of a run that ends with an epoch cannot be told; put data.batch_size and the processes back, "
+                    "or give --trainer.max_steps and --trainer.max_epochs -1"
+                )
+            if done:
+                batches = bisect_right(list(accumulate(sizes)), state_dict["samples_done"])
+                self.rescaled = done = batches // self.trainer.world_size
+        self._position = epoch, done
         if self.train_schedule is not None:  # the loader was made before the checkpoint was read
             self.train_schedule.epoch, self.train_schedule.start = self._position
 

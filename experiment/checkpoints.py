@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.optim.lr_scheduler import LambdaLR
 
 from experiment.errors import InputError
 from experiment.finite import check_weights, newest_checkpoint
@@ -39,9 +40,12 @@ def _save(trainer: Trainer, file: Path, weights_only: bool) -> None:
             with partial.open("r+b") as stream:
                 os.fsync(stream.fileno())  # else a machine that loses power has the new name and not the content
             partial.replace(file)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except Exception as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+        # torch reports a full disk as a RuntimeError of its writer; any other, such as a lack of memory, is not that.
+        if not isinstance(error, OSError) and "inline_container" not in str(error):
+            raise
         cause = getattr(error, "strerror", None) or error
         raise InputError(
             f"{file} cannot be written ({cause}): free space, or copy the run's folder elsewhere, and continue with "
@@ -164,14 +168,19 @@ class BestCheckpoint(ModelCheckpoint):
 class ExactResume(Callback):
     """Carries through a resume what Lightning leaves out: the random numbers, and the count of logged steps.
 
+    What is configured wins over what the checkpoint stores: learning rates, decay, betas and whatever else a parameter
+    group has, the patience of EarlyStopping, the seed. Where nothing was changed, these are equal to the bit.
+
     It also has the model validated after the last step of a run, where the interval does not hit that step.
     """
 
     def __init__(self) -> None:
         self._random_states: list[dict[str, Any]] | None = None  # of each process
+        self._patience: list[int] = []
+        self._groups: list[list[dict[str, Any]]] = []  # of each optimizer, as configured
 
     def state_dict(self) -> dict[str, Any]:
-        states: dict[str, Any] = {"cpu": torch.get_rng_state()}
+        states: dict[str, Any] = {"cpu": torch.get_rng_state(), "seed": torch.initial_seed()}
         if torch.cuda.is_available():
             states["cuda"] = torch.cuda.get_rng_state()
         if not torch.distributed.is_initialized():
@@ -183,14 +192,47 @@ class ExactResume(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._random_states = state_dict["processes"]
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._patience = [callback.patience for callback in trainer.early_stopping_callbacks]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The checkpoint's callbacks are restored by now, its optimizers are not.
+        for callback, patience in zip(trainer.early_stopping_callbacks, self._patience, strict=True):
+            callback.patience = patience
+        self._groups = [
+            [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in groups]
+            for groups in (optimizer.param_groups for optimizer in trainer.optimizers)
+        ]
+
+    def _configure(self, trainer: Trainer) -> None:
+        """Give the restored optimizers and schedules what is configured."""
+        for optimizer, configured in zip(trainer.optimizers, self._groups, strict=True):
+            for group, options in zip(optimizer.param_groups, configured, strict=True):
+                group.update(options)
+        for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
+            if isinstance(scheduler, LambdaLR):
+                scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
+                rates = [
+                    base * factor(scheduler.last_epoch)
+                    for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+                ]
+                for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate
+                scheduler._last_lr = rates
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
             torch.manual_seed(torch.initial_seed() + trainer.global_rank)  # else all would drop out the same neurons
         if self._random_states is not None:
             # A batch that had begun when the checkpoint was written comes again; counted twice, it would shift every
             # later validation.
-            batches = trainer.fit_loop.epoch_loop.batch_progress.total
+            progress = trainer.fit_loop.epoch_loop.batch_progress
+            batches = progress.total
             batches.ready = batches.started = batches.processed = batches.completed
+            if (done := getattr(trainer.datamodule, "rescaled", None)) is not None:
+                batches = progress.current
+                batches.ready = batches.started = batches.processed = batches.completed = done
+            self._configure(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Lightning's count, by which it decides when to log, may be one off after a resume.
@@ -198,9 +240,10 @@ class ExactResume(Callback):
         if self._random_states is not None:
             if len(self._random_states) == trainer.world_size:  # with other processes it is another run anyway
                 states = self._random_states[trainer.global_rank]
-                torch.set_rng_state(states["cpu"].cpu())
-                if "cuda" in states and torch.cuda.is_available():
-                    torch.cuda.set_rng_state(states["cuda"].cpu())
+                if states.get("seed", torch.initial_seed()) == torch.initial_seed():  # else another was given
+                    torch.set_rng_state(states["cpu"].cpu())
+                    if "cuda" in states and torch.cuda.is_available():
+                        torch.cuda.set_rng_state(states["cuda"].cpu())
             self._random_states = None
 
     def on_train_batch_end(

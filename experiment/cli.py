@@ -6,7 +6,7 @@ import secrets
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,12 @@ from experiment.hardware import default_precision
 from experiment.interruption import Interrupted
 from experiment.launch import agreed, leave_slurm_alone
 from experiment.metrics_file import MetricsFile
-from experiment.parser import ExperimentParser
+from experiment.parser import ExperimentParser, reworded
 from experiment.progress import RunProgressBar, console, validation_results
 from experiment.provenance import RunRecord, command_line
 from experiment.quiet import quiet_libraries
 from experiment.report import write_report
-from experiment.run import CONFIG, check_fits, check_free, resolve_checkpoint, resolve_run_dir
+from experiment.run import CONFIG, check_fits, check_free, read_checkpoint, resolve_checkpoint, resolve_run_dir
 from experiment.wandb_logger import WandbLogger
 
 DESCRIPTIONS = {
@@ -223,15 +223,18 @@ class ExperimentCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        # What the data does not allow is told before anything is written.
+        # What data and checkpoint do not allow is told before anything is written.
+        self.datamodule.trainer = self.trainer
         self.datamodule.prepare_data()
         self.datamodule.setup("fit")
         check_training(self.trainer, self.datamodule)
+        finished = self.checkpoint is not None and self._check_resume(read_checkpoint(self.checkpoint))
         for logger in self._wandb_loggers():
             logger.log_in()
         if rank_zero_only.rank == 0:
             self._take_folder()
-        self._save_config()
+        if not finished:  # else the configuration has no effect
+            self._save_config()
         for logger in self.trainer.loggers:
             if isinstance(logger, MetricsFile):
                 logger.rewind(_step_of(self.checkpoint))
@@ -242,6 +245,30 @@ class ExperimentCLI(LightningCLI):
                 logger.begin(self.trainer, self.run_dir, self.package, self.record.record)
         if self.checkpoint is not None:
             console.print(f"resuming from {self.checkpoint}")
+
+    def _check_resume(self, stored: Mapping[str, Any]) -> bool:
+        """See that a checkpoint can be gone on from as the run is configured now; whether nothing is left to train.
+
+        Raises:
+            InputError: It cannot.
+        """
+        self.model.on_load_checkpoint(dict(stored))
+        if position := stored.get(type(self.datamodule).__qualname__):
+            self.datamodule.load_state_dict(position)
+        try:
+            epochs = stored["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        except (KeyError, TypeError):  # an imported model
+            return False
+        loop, steps = self.trainer.fit_loop, stored["global_step"]
+        if 0 <= self.trainer.max_steps <= steps:
+            limit = f"trainer.max_steps {self.trainer.max_steps}"
+        elif loop.max_epochs is not None and 0 <= loop.max_epochs <= epochs:
+            limit = f"trainer.max_epochs {loop.max_epochs}"
+            loop.max_epochs = epochs  # Lightning refuses a smaller one
+        else:
+            return False
+        console.print(f"note: nothing is left to train: {self.checkpoint.name} has {steps} steps, and {limit} is given")
+        return True
 
     def _run_subcommand(self, subcommand: str) -> None:
         with ExitStack() as self._until_the_end:
@@ -337,8 +364,6 @@ def _drawn_seed() -> str:
 
 
 def _step_of(checkpoint: Path | None) -> int:
-    from experiment.run import read_checkpoint
-
     return 0 if checkpoint is None else int(read_checkpoint(checkpoint)["global_step"])
 
 
@@ -363,7 +388,7 @@ def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> Experime
     except (InputError, jsonargparse.ArgumentError) as error:
         if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {reworded(str(error), ())}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if debug or error.errno not in UNWRITABLE:

@@ -3,13 +3,43 @@
 import difflib
 import re
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
 KIND = re.compile(rf"(typing\.)?Literal\[(?P<values>[^\]]*)\]|<class '(?P<name>{'|'.join(KINDS)})'>")
+PROBLEM = r"Problem with given class_path '[^']*?(?P<name>\w+)': (?P<why>.*?)(?= - Expected a | Given value|$)"
 PLAIN = r"(Does not validate against any of the Union subtypes Subtypes:)?( ?Expected a)?[\s\[\],.]*"
+
+
+class RepeatedKey(yaml.YAMLError):
+    """A mapping has a key twice, of which YAML's readers keep the last without a word."""
+
+
+def load_yaml(text: str) -> Any:
+    """As jsonargparse's loader, but a key that stands twice is an error that names its lines."""
+    nodes = [yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, value in node.value:
+                line = key.start_mark.line + 1
+                if str(key.value) in lines:
+                    lines_of = f"in lines {lines[str(key.value)]} and {line}"
+                    raise RepeatedKey(f"{key.value} stands twice, {lines_of}: join the two")
+                lines[str(key.value)] = line
+                nodes.append(value)
+    return _load_yaml(text)
+
+
+_load_yaml = get_loader("yaml")
+set_loader("yaml", load_yaml, (yaml.YAMLError,))
 
 
 class ExperimentParser(LightningArgumentParser):
@@ -36,6 +66,9 @@ def reworded(message: str, options: Iterable[str]) -> str:
         options: Every option there is, ``--`` included, for a hint at a mistyped one.
     """
     message = " ".join(message.split())
+    if found := re.search(PROBLEM, message):
+        key = re.match(r'Parser key "(?P<key>[^"]+)"', message)
+        return f"{key['key'] + ' ' if key else ''}{found['name']}: {found['why']}"
     if found := re.match(
         r'Parser key "(?P<key>.+?)": (?P<types>.*?Expected a .*) (Got|Given) value: (?P<value>.*)$', message
     ):

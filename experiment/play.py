@@ -97,7 +97,7 @@ def open_page(runs: Sequence[Path], port: int | None = None) -> tuple["gr.Blocks
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(prog="python -m experiment.play", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m experiment.play", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "runs", nargs="*", type=Path, metavar="RUN", help="folders of runs; by default those of the newest make demo"
     )

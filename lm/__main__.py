@@ -1,4 +1,16 @@
-"""
+"""The language model's command line: `python -m lm`."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from experiment.allocators import set_up_allocators
+from experiment.overview import answer
+
+if TYPE_CHECKING:
+    from lm.cli import LanguageCLI
+
+OVERVIEW = """
 usage: python -m lm COMMAND [--config FILE ...] [--OPTION VALUE ...]
 
 The language model: a LLaMA-style decoder that learns to tell stories.
@@ -19,22 +31,12 @@ examples:
 
 Beside it: `python -m lm.convert` takes weights in and out, `python -m lm.decoding` compares ways of decoding,
 `python -m experiment.compare` configurations, at equal tokens or time.
-"""
-
-import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from experiment.allocators import set_up_allocators
-from experiment.overview import answer
-
-if TYPE_CHECKING:
-    from lm.cli import LanguageCLI
+"""  # no docstring: `python -OO` has none
 
 
 def main(args: Sequence[str] | None = None) -> "LanguageCLI":
     """Run the command line; ``args`` are by default those of the process."""
-    answer(__doc__, sys.argv[1:] if args is None else args)
+    answer(OVERVIEW, sys.argv[1:] if args is None else args)
     set_up_allocators()
     from experiment.cli import run  # brings Lightning, which --help need not wait for
     from lm.cli import LanguageCLI

@@ -300,7 +300,11 @@ class TinyStories(ResumableDataModule):
         if self.trainer.world_size > 1:
             processes *= self.trainer.world_size
             torch.distributed.all_gather_object(processes, state)
-        return {"processes": processes, "num_workers": self.num_workers}
+        return {"processes": processes, "num_workers": self.num_workers, **self._cut()}
+
+    def _cut(self) -> dict[str, Any]:
+        """What decides how a stream is cut into batches."""
+        return {name: getattr(self, name) for name in ("batch_size", "sequence_length", "packing")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not self.streaming:
@@ -314,6 +318,12 @@ class TinyStories(ResumableDataModule):
                 f"this run has streamed with {found[0]} processes and data.num_workers {found[1]}: resume it with as "
                 "many, since each has its own share of the stories"
             )
+        for name, now in self._cut().items():
+            if (before := state_dict.get(name, now)) != now:
+                raise InputError(
+                    f"data.{name} {now}: this run has streamed with {before}, on which its place depends; "
+                    f"give --data.{name} {before}"
+                )
         self.stream_progress.load(state_dict["processes"][self.trainer.global_rank])
 
     def val_dataloader(self) -> DataLoader:

@@ -1,4 +1,10 @@
-"""
+"""The command `tinylab`."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+OVERVIEW = """
 usage: tinylab COMMAND [ARGUMENTS]
 
 A small laboratory for language models.
@@ -14,12 +20,7 @@ commands:
   report     the page of a run, or of several over each other
 
 `tinylab COMMAND --help` explains each. `python -m lm`, `python -m classify` and so on do the same.
-"""
-
-import sys
-from collections.abc import Sequence
-from importlib import import_module
-
+"""  # no docstring: `python -OO` has none
 COMMANDS = {
     "lm": "lm.__main__",
     "classify": "classify.__main__",
@@ -36,7 +37,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run one of the commands; an unknown one ends with one line on stderr and exit code 2."""
     args = list(sys.argv[1:] if args is None else args)
     if args and args[0] in ("-h", "--help"):
-        print(__doc__.strip())
+        print(OVERVIEW.strip())
     elif not args or args[0] not in COMMANDS:
         found = f"{args[0]!r} is not a command" if args else "no command is given"
         print(f"error: {found}: expected {', '.join(COMMANDS)}; --help explains them", file=sys.stderr)
