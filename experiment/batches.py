@@ -188,9 +188,9 @@ class ResumableDataModule(LightningDataModule):
         if before is not None and before != (share := len(sizes) // self.trainer.world_size):
             if self.trainer.max_epochs not in (None, -1) or self.trainer.max_steps == -1:
                 raise InputError(
-                    f"an epoch has {share} batches a process, and had {before} when the checkpoint was written: what is "
-                    "left of a run that ends with an epoch cannot be told; put data.batch_size and the processes back, "
-                    "or give --trainer.max_steps and --trainer.max_epochs -1"
+                    f"an epoch has {share} batches a process, and had {before} when the checkpoint was written: what "
+                    "is left of a run that ends with an epoch cannot be told; put data.batch_size and the processes "
+                    "back, or give --trainer.max_steps and --trainer.max_epochs -1"
                 )
             if done:
                 batches = bisect_right(list(accumulate(sizes)), state_dict["samples_done"])

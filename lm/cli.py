@@ -44,8 +44,12 @@ class LanguageCLI(ExperimentCLI):
         # A run keeps its tokenizer, so that its model can be used where that one's source is not. Another one that is
         # given by hand wins.
         if self.checkpoint is not None and (own := run_of(self.checkpoint) / "tokenizer").is_dir():
-            given = self.config[self.subcommand].data.tokenizer
-            if given in ("train", recorded(own.parent, "data.tokenizer")):
+            data, before = self.config[self.subcommand].data, recorded(own.parent, "data") or {}
+            size = before.get("vocab_size", data.vocab_size)
+            if data.tokenizer == before.get("tokenizer") != "train" or (data.tokenizer, data.vocab_size) == (
+                "train",
+                size,
+            ):
                 self.set_for_this_call("data.tokenizer", str(own))
 
     def _set_seed(self) -> None:
