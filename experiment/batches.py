@@ -184,6 +184,9 @@ class ResumableDataModule(LightningDataModule):
         if "epoch" not in state_dict:
             raise InputError("this run has streamed its data: resume it with --data.streaming true")
         epoch, done = int(state_dict["epoch"]), int(state_dict["batches_done"])
+        if self.train_schedule is None:  # no training, or its loader is still to be made
+            self._position = epoch, done
+            return
         before, sizes = state_dict.get("batches"), self._sizes(epoch)
         if before is not None and before != (share := len(sizes) // self.trainer.world_size):
             if self.trainer.max_epochs not in (None, -1) or self.trainer.max_steps == -1:
@@ -196,8 +199,7 @@ class ResumableDataModule(LightningDataModule):
                 batches = bisect_right(list(accumulate(sizes)), state_dict["samples_done"])
                 self.rescaled = done = batches // self.trainer.world_size
         self._position = epoch, done
-        if self.train_schedule is not None:  # the loader was made before the checkpoint was read
-            self.train_schedule.epoch, self.train_schedule.start = self._position
+        self.train_schedule.epoch, self.train_schedule.start = self._position
 
     def resumable(self, schedule: BatchSchedule) -> BatchSchedule:
         """Register the schedule of the training loader, so that it starts where the checkpoint left off, or goes on

@@ -174,7 +174,9 @@ def repeat(entry: Entry, words: Sequence[str], folder: Path = Path("runs/board")
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser("python -m lm.board", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "python -m lm.board", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     adding = commands.add_parser("add", help="make an entry of a comparison's row")
     adding.add_argument("name")

@@ -45,11 +45,8 @@ class LanguageCLI(ExperimentCLI):
         # given by hand wins.
         if self.checkpoint is not None and (own := run_of(self.checkpoint) / "tokenizer").is_dir():
             data, before = self.config[self.subcommand].data, recorded(own.parent, "data") or {}
-            size = before.get("vocab_size", data.vocab_size)
-            if data.tokenizer == before.get("tokenizer") != "train" or (data.tokenizer, data.vocab_size) == (
-                "train",
-                size,
-            ):
+            trained = data.tokenizer == "train" and data.vocab_size == before.get("vocab_size", data.vocab_size)
+            if trained or data.tokenizer == before.get("tokenizer") != "train":
                 self.set_for_this_call("data.tokenizer", str(own))
 
     def _set_seed(self) -> None:
