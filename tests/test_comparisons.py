@@ -12,6 +12,7 @@ import yaml
 from experiment import compare
 from experiment.comparison import read_comparison, read_yaml
 from experiment.summary import read_metrics
+from lm.data import TinyStories
 from tests.classify.conftest import save_tiny_bert
 from tests.processes import Commands
 from tests.runs import TINY, write_stories
@@ -60,6 +61,29 @@ def test_killed_comparison_goes_on_inside_its_run_to_the_same_figures(
     assert ours["curve"]["tokens"] == expected["curve"]["tokens"] and ours["seconds"] is None
     rates = [row["train/learning_rate"] for row in read_metrics(Path("whole/runs") / expected["key"])]
     assert rates[-1] < 0.2 * rates[0]  # the schedule ends with the budget
+
+
+def test_budget_of_tokens_is_met_and_rows_that_are_judged_by_other_text_are_refused(
+    in_tmp: Path, forked: None, capsys: pytest.CaptureFixture
+) -> None:
+    write_stories(Path("stories")), write_stories(Path("others"), validation=5)
+    content = {
+        "package": "lm", "seeds": [3], "report": ["val/loss", "tokens"], "rows": {"cut": {}},
+        "metric": {"name": "val/loss", "goal": "minimize"}, "flags": {"trainer.accumulate_grad_batches": 2},
+    }  # fmt: skip
+    Path("lm.yaml").write_text(yaml.safe_dump(content))
+    flags = [flag for flag in SHRUNK["lm"][:-3] if "decoder.dropout" not in flag]
+    data = TinyStories(path="stories", vocab_size=345, sequence_length=16, batch_size=4)
+    epoch = sum(int(batch["weights"].sum()) for batch in data.train_dataloader())  # padding is not counted
+    compare.main(["lm.yaml", *flags, "--budget", f"tokens={2 * epoch}", "points=2"])
+    (line,) = compare.read_results(Path("runs/comparisons")).values()
+    assert line["curve"]["tokens"][-1] == 2 * epoch and len(line["curve"]["tokens"]) == 2
+    rows = {"cut": {}, "other": {"flags": {"data.path": "others"}}}
+    Path("lm.yaml").write_text(yaml.safe_dump(content | {"rows": rows}))
+    with pytest.raises(SystemExit, match=r"^2$"):
+        compare.main(["lm.yaml", *flags, "--budget", "steps=2"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "would be judged by every token of every story of" in error and "these do not compare" in error
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

@@ -41,6 +41,18 @@ if __name__ == "__main__":
     (run / "metrics.csv").write_text(f"step,train/loss,val/loss\\n1,9,9\\n2,8,{loss}\\n")
     (run / "run.json").write_text(json.dumps({"calls": [{"seconds": 1.5}], "parameters": {"trainable": 7, "total": 7}}))
 """
+# Each step trains 100 tokens, the first in 2 s and each other in half a second.
+TIMED = """
+import sys
+from pathlib import Path
+if __name__ == "__main__":
+    given = dict(word[2:].split("=", 1) for word in sys.argv[2:])
+    run, steps = Path(given["run_dir"]), int(given["trainer.max_steps"])
+    run.mkdir(parents=True, exist_ok=True)
+    rows = [f"{step},{100 * step},{50 if step == 1 else 200}," for step in range(1, steps)]
+    rows += [f"{steps},{100 * steps},200,3"]
+    (run / "metrics.csv").write_text("\\n".join(["step,train/tokens,train/tokens_per_second,val/loss", *rows, ""]))
+"""
 # Saves when it is told to stop.
 SAVES = """
 import signal, sys, time
@@ -177,6 +189,20 @@ def test_comparison_that_is_stopped_lets_its_run_save(stand_in: Path) -> None:
         assert process.wait(timeout=30) == 128 + number
         assert Path("saved").read_text() == str(int(number))  # asked once
         Path("saved").unlink(), Path("begun").unlink()
+
+
+def test_budget_of_seconds_is_as_many_steps_as_it_takes_once_a_step_is_timed(stand_in: Path) -> None:
+    Path("stand_in.py").write_text(TIMED)
+    file = write_comparison(rows={"one": {}}, seeds=[1, 2], report=["val/loss", "tokens", "training_seconds"])
+    assert run(file, "--budget", "seconds=30", "points=4") == 0
+    lines = list(compare.read_results(Path("runs/comparisons")).values())
+    assert [line["seconds_per_step"] for line in lines] == [0.5] * 3  # of one run that times, and two that train
+    assert [line["curve"]["tokens"] for line in lines[1:]] == [[6000.0]] * 2  # 60 steps
+    assert lines[1]["curve"]["training_seconds"] == [2 + 59 * 0.5]
+    flags = lines[1]["arguments"]
+    assert {"--trainer.max_steps=60", "--trainer.val_check_interval=15", "--checkpoint.every_n_steps=15"} <= {*flags}
+    assert run(file, "--budget", "seconds=0.1") == 2
+    assert len(compare.read_results(Path("runs/comparisons"))) == 3  # what was timed is known
 
 
 def test_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
