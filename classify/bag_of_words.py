@@ -37,10 +37,10 @@ def main(args: Sequence[str] | None = None) -> None:
         figures[f"{name}/accuracy"] = model.score(features, split.labels)
     run, size = Path(flags["run_dir"]), model.coef_.size + model.intercept_.size
     run.mkdir(parents=True, exist_ok=True)
-    with (run / "metrics.csv").open("w", newline="") as file:
+    with (run / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([figures, figures.values()])
     record = {"parameters": {"trainable": size, "total": size}, "calls": [{"seconds": time.monotonic() - start}]}
-    (run / "run.json").write_text(json.dumps(record))
+    (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 if __name__ == "__main__":

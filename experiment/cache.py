@@ -55,7 +55,7 @@ def cached_folder(kind: str, key: Mapping[str, Any], build: Callable[[Path], Non
             partial.mkdir()
             try:
                 build(partial)
-                (partial / "key.json").write_text(text + "\n")
+                (partial / "key.json").write_text(text + "\n", encoding="utf-8")
                 partial.rename(target)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)

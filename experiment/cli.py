@@ -33,6 +33,7 @@ from experiment.progress import RunProgressBar, console, validation_results
 from experiment.provenance import RunRecord, command_line
 from experiment.quiet import quiet_libraries
 from experiment.report import write_report
+from experiment.rows import repaired
 from experiment.run import CONFIG, check_fits, check_free, read_checkpoint, resolve_checkpoint, resolve_run_dir
 from experiment.wandb_logger import WandbLogger
 
@@ -152,7 +153,10 @@ class ExperimentCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
         """As Lightning's, without its warning where a caller gives the arguments: the tests and tables do."""
-        self.config = parser.parse_args(configs_first(sys.argv[1:] if args is None else args))
+        given = sys.argv[1:] if args is None else args
+        # Text that the locale could not read, but no name of a file, whose bytes must stay as they are.
+        given = [argument if os.path.exists(argument) else repaired(argument) for argument in given]
+        self.config = parser.parse_args(configs_first(given))
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets the hyperparameters of a checkpoint override flags; here the user wins."""

@@ -31,10 +31,10 @@ def newest_revision(name: str, revision: str | None = None) -> str | None:
 
     Where the hub cannot be asked, the revision as it was given: what is cached is then taken.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
     look_for_hub()
     try:
-        return HfApi().dataset_info(name, revision=revision, timeout=10).sha
+        return HfApi(endpoint=constants.ENDPOINT).dataset_info(name, revision=revision, timeout=10).sha
     except Exception:  # offline, no such name, no access: reading the data tells which
         return revision

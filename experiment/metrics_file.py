@@ -67,7 +67,7 @@ class MetricsFile(Logger):
                 self._write_all(rows)
             same_row = self._row.get("step") == step
             self._row = {**(self._row if same_row else {"step": step}), **metrics}
-            with self.file.open("r+", newline="") as stream:
+            with self.file.open("r+", newline="", encoding="utf-8") as stream:
                 self._row_start = stream.seek(self._row_start if same_row else 0, 0 if same_row else 2)
                 stream.truncate()
                 csv.DictWriter(stream, self._columns, extrasaction="ignore").writerow(self._row)
@@ -79,7 +79,7 @@ class MetricsFile(Logger):
     def _read(self) -> list[dict[str, Any]]:
         if not self.file.exists():
             return []
-        with self.file.open(newline="") as stream:
+        with self.file.open(newline="", encoding="utf-8") as stream:
             reader = csv.DictReader(stream)
             rows = [row for row in reader if row["step"] and None not in row.values()]
             self._columns = list(reader.fieldnames or ["step"])
@@ -88,7 +88,7 @@ class MetricsFile(Logger):
     def _write_all(self, rows: list[dict[str, Any]]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_suffix(".partial")
-        with partial.open("w", newline="") as stream:
+        with partial.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, self._columns)
             writer.writeheader()
             for row in rows:

@@ -72,6 +72,9 @@ def open_page(runs: Sequence[Path], port: int | None = None) -> tuple["gr.Blocks
     # Both are read when the libraries are imported. The base model of a run was fetched when it was trained.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # Gradio asks its own server whether it is up, and a proxy would look for that on its own machine.
+    for variable in ("no_proxy", "NO_PROXY"):
+        os.environ[variable] = ",".join(filter(None, (os.environ.get(variable), "127.0.0.1", "localhost")))
     tabs = find_tabs(runs)
     import gradio as gr
     import torch

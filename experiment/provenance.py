@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiment.errors import InputError
+from experiment.rows import repaired
 
 if TYPE_CHECKING:  # the report reads run.json without waiting for torch
     from lightning.pytorch import LightningModule, Trainer
@@ -24,14 +25,14 @@ PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "tokenizer
 
 def command_line(package: str, args: Sequence[str]) -> str:
     """The command as it can be pasted into a shell."""
-    return f"python -m {package} {shlex.join(args)}"
+    return repaired(f"python -m {package} {shlex.join(args)}")
 
 
 def processor_name() -> str:
     """The CPU's own name where the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
+        for line in cpuinfo.read_text(errors="replace", encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

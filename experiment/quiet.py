@@ -5,6 +5,8 @@ import os
 import re
 import warnings
 
+from experiment.console import expect_any_text
+
 # Regular expressions over the message, and the category.
 IGNORED: tuple[tuple[str, type[Warning]], ...] = (
     # torch's own tree utilities deprecate a call that lightning 2.6.6 still makes.
@@ -42,7 +44,8 @@ def _was_asked_for(record: logging.LogRecord) -> bool:
 
 
 def quiet_libraries(debug: bool = False) -> None:
-    """Leave on the screen what a user can act on; ``debug`` shows everything."""
+    """Leave on the screen what a user can act on; ``debug`` shows everything. Any character may be shown."""
+    expect_any_text()
     # Must stand before the first fork, else the tokenizers library warns from every loader process.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # jsonargparse >= 4.49 deprecates calls that lightning 2.6.6 still makes (pytorch-lightning#21255).

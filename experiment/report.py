@@ -197,7 +197,7 @@ def write_report(folders: Sequence[Path], folder: Path | None = None, names: Seq
                 if len(runs) == 1:
                     draw_pngs(run.verdicts, pictures)
         partial = folder / f"{PAGE}.partial"
-        partial.write_text(render(runs, charts, figures), encoding="utf-8")
+        partial.write_text(render(runs, charts, figures), encoding="utf-8", errors="replace")
         partial.replace(folder / PAGE)
     except OSError as error:
         raise InputError(

@@ -110,12 +110,17 @@ def read_given(file: Path, column: str, where: str) -> list[str]:
 
 
 def repaired(text: str) -> str:
-    """The text with U+FFFD for halves of a UTF-16 pair, which JSON can spell but no UTF-8 can hold."""
+    """The text as UTF-8 can hold it: U+FFFD for half of a UTF-16 pair, which JSON can spell; and the bytes of a command
+    line that the locale could not read are read as UTF-8."""
     try:
         text.encode()
+        return text
+    except UnicodeEncodeError:
+        pass
+    try:
+        return text.encode(errors="surrogateescape").decode(errors="replace")
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 @contextmanager

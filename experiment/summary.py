@@ -27,7 +27,7 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     file = run / "metrics.csv"
     if not file.is_file():
         raise InputError(f"{run} holds no metrics.csv: expected the folder of a run that fit has written")
-    with file.open(newline="") as stream:
+    with file.open(newline="", encoding="utf-8") as stream:
         rows = [row for row in csv.DictReader(stream) if None not in row.values() and None not in row]
     return [{name: float(value) for name, value in row.items() if value} for row in rows]
 
@@ -52,7 +52,7 @@ def summarize(runs: list[Path]) -> None:
     for run in runs:
         predictions = run / "predictions.jsonl"
         if predictions.is_file():
-            first = json.loads(predictions.read_text().split("\n")[0])
+            first = json.loads(predictions.read_text(encoding="utf-8").split("\n")[0])
             label = f" → {first['label']}" if "label" in first else ""
             console.print(f"\n[dim]{run.name} says:[/dim]")
             console.print(first["text"] + label, markup=False)

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from experiment.errors import InputError
 from experiment.progress import console
+from experiment.rows import repaired
 from lm.generation import GenerationConfig, generate
 from lm.tokenizer import StoryTokenizer
 
@@ -57,7 +58,7 @@ class Samples(Callback):
         if every_n_steps < 0:
             raise InputError(f"samples.every_n_steps {every_n_steps}: expected 0 (none) or more")
         self.every_n_steps = every_n_steps
-        self.prompts = list(prompts)
+        self.prompts = [repaired(prompt) for prompt in prompts]
         self.config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
     def check(self, tokenizer: StoryTokenizer, context: int) -> None:
@@ -67,7 +68,7 @@ class Samples(Callback):
             InputError: One does not.
         """
         for prompt in self.prompts if self.every_n_steps else ():
-            if (length := 1 + len(tokenizer.encode(prompt))) > context:
+            if (length := len(tokenizer.encode_prompt(prompt))) > context:
                 raise InputError(
                     f"samples.prompts {prompt[:40]!r} has {length} tokens, expected at most the model's context of "
                     f"{context}: shorten it"
@@ -81,9 +82,13 @@ class Samples(Callback):
     def _rewind(self, file: Path, step: int) -> None:
         """Drop what a killed run wrote after the checkpoint that this one goes on from."""
         if file.exists():
-            lines = [line for line in file.read_text(errors="replace").split("\n") if _step_of(line) <= step]
+            lines = [
+                line
+                for line in file.read_text(errors="replace", encoding="utf-8").split("\n")
+                if _step_of(line) <= step
+            ]
             partial = file.with_suffix(".partial")
-            partial.write_text("".join(f"{line}\n" for line in lines))
+            partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
             partial.replace(file)
 
     def on_train_batch_end(
@@ -99,13 +104,13 @@ class Samples(Callback):
     def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """One round of samples with the model as it is."""
         tokenizer = trainer.datamodule.tokenizer
-        prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in self.prompts]
+        prompts = [tokenizer.encode_prompt(prompt) for prompt in self.prompts]
         results = generate(pl_module.decoder, prompts, self.config, eos_id=tokenizer.eos_id, decode=tokenizer.decode)
         stories = [tokenizer.decode(prompt + result.token_ids) for prompt, result in zip(prompts, results, strict=True)]
         step = trainer.global_step
         console.print(f"[dim]samples at step {step:,}[/dim]")
         samples = Path(trainer.default_root_dir) / "samples.jsonl"
-        with samples.open("a") as file:
+        with samples.open("a", encoding="utf-8") as file:
             for prompt, story in zip(self.prompts, stories, strict=True):
                 console.print(Padding(Text(story), (0, 0, 0, 2)), soft_wrap=False)
                 record = {"step": step, "prompt": prompt, "story": story}
@@ -113,7 +118,7 @@ class Samples(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 # All rounds so far: the table grows, also over a resume.
-                rows = [json.loads(line) for line in samples.read_text().split("\n") if line]
+                rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").split("\n") if line]
                 columns = ["step", "prompt", "story"]
                 logger.log_table("samples", columns, [[row[name] for name in columns] for row in rows])
 
@@ -150,7 +155,7 @@ class Predictions(BasePredictionWriter):
         self._partial = self.file.with_suffix(".partial")
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            self._partial.write_text("")
+            self._partial.write_text("", encoding="utf-8")
         except OSError as error:
             raise InputError(f"{self.file} cannot be written ({error.strerror}): choose another --run_dir") from error
 
@@ -170,7 +175,7 @@ class Predictions(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        with self._partial.open("a") as file:
+        with self._partial.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(story, ensure_ascii=False) + "\n" for story in prediction)
         streamed = pl_module.on_token is not None
         if streamed:

@@ -69,6 +69,8 @@ class LanguageCLI(ExperimentCLI):
                 "make the first smaller or the second larger"
             )
         if self.subcommand == "fit":
+            if self.checkpoint is None:  # a model that learns from nothing learns that stories begin with bos
+                self.datamodule.tokenizer.begin_with_bos()
             self._get(self.config_init, "samples").check(self.datamodule.tokenizer, context)
 
     def _check_state(self) -> None:

@@ -31,7 +31,7 @@ class Corpus:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.about = json.loads((folder / "about.json").read_text())
+        self.about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         self.offsets: np.ndarray = np.load(folder / "offsets.npy")  # (stories + 1,) int64
 
     @cached_property
@@ -71,7 +71,7 @@ def write_corpus(texts: "Texts", tokenizer: StoryTokenizer, folder: Path, name: 
     if empty:
         notes.append(f"{name}: {empty:,} empty {'story' if empty == 1 else 'stories'} left out")
     np.save(folder / "offsets.npy", offsets)
-    (folder / "about.json").write_text(json.dumps({"dtype": dtype.name, "notes": notes}))
+    (folder / "about.json").write_text(json.dumps({"dtype": dtype.name, "notes": notes}), encoding="utf-8")
 
 
 class Windows(NamedTuple):

@@ -120,7 +120,7 @@ def measure(
     Raises:
         InputError: A prompt does not leave room for a story in the model's context.
     """
-    encoded = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    encoded = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         if len(ids) >= decoder.config.max_sequence_length:
             raise InputError(

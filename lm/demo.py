@@ -128,7 +128,7 @@ class LanguageModelDemo:
             raise ValueError("Type a beginning first, such as: Once upon a time")
         context = self.decoder.config.max_sequence_length
         long = len(beginning) > MOST_CHARACTERS
-        prompt = [] if long else [self.tokenizer.bos_id, *self.tokenizer.encode(beginning)]
+        prompt = [] if long else self.tokenizer.encode_prompt(beginning)
         if long or len(prompt) >= context:
             held = f"{len(beginning):,} characters" if long else f"{len(prompt):,} tokens"
             raise ValueError(f"This beginning is too long: {held}, but the model holds {context:,} tokens. Shorten it.")

@@ -159,7 +159,7 @@ def _add_tokenizer(writer: "GGUFWriter", tokenizer: StoryTokenizer, vocab_size: 
     writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_pad_token_id(tokenizer.pad_id)
-    writer.add_add_bos_token(True)  # as in training
+    writer.add_add_bos_token(bool(tokenizer.begins_with))
     writer.add_add_eos_token(False)
 
 
@@ -329,7 +329,7 @@ def _read_tokenizer(reader: "GGUFReader", path: Path) -> StoryTokenizer:
         scores = field("scores", list)
         if len(scores) != len(tokens) or 0 not in special:
             raise InputError(f"{path}: the tokenizer's scores or its unknown token are missing; copy the file again")
-        return from_pieces(tokens, scores, bos_id, eos_id, special, str(path))
+        return from_pieces(tokens, scores, bos_id, eos_id, special, str(path), field("add_bos_token", bool, True))
     if model != "gpt2":
         raise InputError(f"{path}: tokenizer {model!r}; only 'llama' and 'gpt2' can be imported")
     pre = field("pre", str, "gpt-2")
@@ -343,4 +343,7 @@ def _read_tokenizer(reader: "GGUFReader", path: Path) -> StoryTokenizer:
         raise InputError(f"{path}: its tokenizer is damaged ({error}); copy the file again") from None
     backend.pre_tokenizer, backend.decoder = _WORDS[pre], decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(tokens[i], special=True, normalized=False) for i in special])
-    return StoryTokenizer(backend, bos_id, eos_id, pad_id, str(path))
+    tokenizer = StoryTokenizer(backend, bos_id, eos_id, pad_id, str(path))
+    if field("add_bos_token", bool, False):
+        tokenizer.begin_with_bos()
+    return tokenizer

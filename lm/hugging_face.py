@@ -154,8 +154,8 @@ def to_hugging_face(decoder: Decoder, tokenizer: StoryTokenizer, folder: str | P
     with TemporaryDirectory(dir=folder.parent, prefix=".export-") as scratch:
         partial = Path(scratch) / "model"
         tokenizer.save(partial)
-        (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-        (partial / "generation_config.json").write_text(json.dumps(defaults, indent=2) + "\n")
+        (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        (partial / "generation_config.json").write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
         partial.replace(folder)
 

@@ -12,11 +12,12 @@ from lm.tokenizer import StoryTokenizer
 
 
 class PromptBatches(Dataset):
-    """``self[indices]`` is {"prompts": list of str, "input_ids": list of list of int (bos, then tokens)}."""
+    """``self[indices]`` is {"prompts": list of str, "input_ids": list of list of int (bos, where the tokenizer
+    puts it before a text, then tokens)}."""
 
     def __init__(self, prompts: Sequence[str], tokenizer: StoryTokenizer) -> None:
         self.prompts = list(prompts)
-        self.input_ids = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(self.prompts)]
+        self.input_ids = [tokenizer.encode_prompt(prompt) for prompt in self.prompts]
 
     def __len__(self) -> int:
         return len(self.prompts)

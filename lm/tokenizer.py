@@ -35,6 +35,7 @@ from tokenizers import (
 )
 
 from experiment.errors import InputError
+from experiment.rows import repaired
 
 SPACE = "▁"  # U+2581, the visible space of SentencePiece
 BYTES = [f"<0x{value:02X}>" for value in range(256)]
@@ -55,6 +56,9 @@ class StoryTokenizer:
         pad_id: the id that fills up a batch; `eos_id` where the tokenizer has none.
         name: what to call it in messages.
 
+    Attributes:
+        begins_with: the ids that the tokenizer puts before every text: bos, or nothing.
+
     Raises:
         InputError: where it does not give text back unchanged (as BERT's, which lower-cases, does not).
     """
@@ -69,6 +73,8 @@ class StoryTokenizer:
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.pad_id = eos_id if pad_id is None else pad_id
+        whole, text = backend.encode("a").ids, backend.encode("a", add_special_tokens=False).ids
+        self.begins_with = whole[: next(i for i in range(len(whole)) if whole[i : i + len(text)] == text)]
         probe = self.encode(PROBE)
         if self.decode(probe) != PROBE or self.text_bytes(probe).sum() != len(PROBE.encode()):
             raise InputError(
@@ -88,7 +94,9 @@ class StoryTokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Identity for cache keys: equal fingerprints mean equal ids for every text."""
-        state = f"{self.backend.to_str()} {self.bos_id} {self.eos_id}"
+        backend = json.loads(self.backend.to_str())
+        del backend["post_processor"]  # which adds tokens around a text
+        state = f"{json.dumps(backend)} {self.bos_id} {self.eos_id}"
         return hashlib.sha256(state.encode()).hexdigest()[:16]
 
     @cached_property
@@ -101,8 +109,22 @@ class StoryTokenizer:
         """Ids of the text alone, without bos or eos. Names of special tokens in it are plain text."""
         return self.encode_batch([text])[0]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a beginning as the model shall see it: with what the tokenizer puts before every text; bos alone for
+        no text."""
+        return [*self.begins_with, *self.encode(text)] or [self.bos_id]
+
+    def begin_with_bos(self) -> None:
+        """Put bos before every prompt, as training puts it before every story."""
+        bos = self.backend.id_to_token(self.bos_id)
+        self.backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, self.bos_id)]
+        )
+        self.begins_with = [self.bos_id]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, on all cores."""
+        texts = [repaired(text) for text in texts]
         if self.byte_ids is None:  # a byte-level tokenizer: the visible space is a character like any other
             return [item.ids for item in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
         # The normalizer turns spaces into U+2581, so a real U+2581 would come back as a space. It goes in as a
@@ -168,15 +190,11 @@ class StoryTokenizer:
         return sizes
 
     def save(self, folder: str | Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads; there, bos is put
-        before every text and eos is not put after it."""
+        """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads; there, the same is
+        put before a text as here."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         bos, eos, pad = (self.backend.id_to_token(i) for i in (self.bos_id, self.eos_id, self.pad_id))
-        backend = Tokenizer.from_str(self.backend.to_str())
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, self.bos_id)]
-        )
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": bos,
@@ -184,10 +202,10 @@ class StoryTokenizer:
             "pad_token": pad,
             "clean_up_tokenization_spaces": False,
         }
-        if "<unk>" in backend.get_vocab():
+        if "<unk>" in self.backend.get_vocab():
             config["unk_token"] = "<unk>"
-        (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _absent_from(text: str) -> str:
@@ -210,6 +228,7 @@ def from_pieces(
     eos_id: int = 2,
     control_ids: Collection[int] = (0, 1, 2),
     name: str = "it",
+    adds_bos: bool = True,
 ) -> StoryTokenizer:
     """The tokenizer that joins, greedily, the adjacent pair whose union has the highest score, as SentencePiece's BPE
     and llama2.c do.
@@ -221,6 +240,7 @@ def from_pieces(
         eos_id: the id that ends it.
         control_ids: the tokens that stand for no text; id 0 must be among them, it is the unknown token.
         name: what to call it in messages.
+        adds_bos: whether it puts bos before every text.
 
     Raises:
         InputError: pieces that are not UTF-8, two that are equal, one of the 256 bytes missing.
@@ -256,7 +276,10 @@ def from_pieces(
         ]
     )
     backend.add_special_tokens([AddedToken(texts[i], special=True, normalized=False) for i in sorted(control_ids)])
-    return StoryTokenizer(backend, bos_id, eos_id, name=name)
+    tokenizer = StoryTokenizer(backend, bos_id, eos_id, name=name)
+    if adds_bos:
+        tokenizer.begin_with_bos()
+    return tokenizer
 
 
 def _merges(vocab: dict[str, int], scores: Sequence[float], outside: set[int]) -> list[tuple[str, str]]:

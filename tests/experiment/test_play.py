@@ -78,9 +78,10 @@ def network() -> Iterator[socket.socket]:
 def address(runs: Path, network: socket.socket) -> Iterator[str]:
     """The page over all runs."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy"):  # as behind a company's proxy
             patch.setenv(name, f"http://127.0.0.1:{network.getsockname()[1]}")
-        patch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        for name in ("NO_PROXY", "no_proxy"):
+            patch.setenv(name, "")
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "True")  # must not count
         page, address = open_page([runs / name for name in ("lm", "custom", "peft")])
         yield address

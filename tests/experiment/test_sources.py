@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import constants
 
 from experiment.errors import InputError
-from experiment.hub import look_for_hub
+from experiment.hub import look_for_hub, newest_revision
 from experiment.rows import layout_note
 from experiment.sources import load_texts, local_files, source_fingerprint
 from experiment.streams import stream_texts
@@ -238,3 +238,38 @@ def test_fingerprint_changes_with_the_file(tmp_path: Path) -> None:
     assert source_fingerprint(str(tmp_path)) == before
     file.write_text(file.read_text() + json.dumps({"text": "more"}) + "\n")
     assert source_fingerprint(str(tmp_path)) != before
+
+
+def test_new_revision_on_the_hub_is_another_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"main": "1" * 40, "v1": "2" * 40}
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            revision = self.path.partition("/revision/")[2].partition("?")[0] or "main"
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"id": "some/stories", "sha": answers[revision], "siblings": []}).encode())
+
+        def log_message(self, *args: object) -> None: ...
+
+    def fingerprint(revision: str | None = None) -> str:
+        newest_revision.cache_clear()  # as in the next command
+        return source_fingerprint("some/stories", revision)
+
+    with HTTPServer(("127.0.0.1", 0), Hub) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        look_for_hub.cache_clear()
+        before, tagged = fingerprint(), fingerprint("v1")
+        assert fingerprint() == before != tagged
+        answers["main"] = "3" * 40
+        assert fingerprint() != before
+        assert fingerprint("v1") == tagged
+        server.shutdown()
+    look_for_hub.cache_clear()
+    newest_revision.cache_clear()

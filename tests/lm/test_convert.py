@@ -3,6 +3,7 @@
 import json
 import struct
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -284,6 +285,32 @@ def test_a_bfloat16_decoder_is_exported_in_float32(tokenizer, tmp_path):
 
 def run_files(folder) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+def test_a_model_whose_tokenizer_adds_no_bos_tells_what_it_tells_in_transformers(tokenizer, in_tmp):
+    to_hugging_face(make_decoder(), tokenizer, in_tmp / "model")
+    described = json.loads((in_tmp / "model/tokenizer.json").read_text())
+    (in_tmp / "model/tokenizer.json").write_text(json.dumps(described | {"post_processor": None}))
+    convert(["import", "model", "run", "--path", "demo"])
+    convert(["hugging_face", "run/checkpoints/last.ckpt", "again"])
+    common = ["--config=run/config.yaml", "--ckpt_path=last", "--trainer.enable_progress_bar=false"]
+    lm(
+        [
+            "predict",
+            *common,
+            '--data.prompts=["Once upon a time"]',
+            "--model.generation={temperature: 0, max_new_tokens: 9}",
+        ]
+    )
+    told = json.loads(Path("run/predictions.jsonl").read_text())["text"]
+    for folder in ("model", "again"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        theirs = AutoTokenizer.from_pretrained(folder)
+        inputs = theirs("Once upon a time", return_tensors="pt")
+        assert inputs["input_ids"][0].tolist() == tokenizer.encode("Once upon a time")
+        expected = model.generate(**inputs, max_new_tokens=9, do_sample=False)
+        assert told == tokenizer.decode(expected[0].tolist())
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")

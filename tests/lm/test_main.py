@@ -237,7 +237,6 @@ def test_text_may_hold_markup_and_special_token_strings(trained: Path) -> None:
         (["--data.path=blank.jsonl", "--data.tokenizer=ready"], ["blank.jsonl", "empty"]),
         (["--trainer.accelerator=gpu", "--trainer.devices=1"], ["trainer", "gpu"]),
         (["--samples.prompts=[" + "Once upon a time " * 9 + "]"], ["samples.prompts", "context of 32"]),
-        (["--data.vocab_size=30000"], ["vocab_size 30000", "too large"]),
         (["--data.sequence_length=64"], ["sequence_length 64", "max_sequence_length 32"]),
         (["--data.batch_size=0"], ["batch_size", "0"]),
         (["--model.decoder.num_heads=3"], ["num_heads=3", "hidden_size=16"]),

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from experiment.errors import InputError
 from lm.stories import demo_texts
@@ -219,6 +219,34 @@ def test_byte_level_tokenizers_as_gpt2s_count_their_bytes(tmp_path):
         assert tokenizer.decode(ids) == text
         assert tokenizer.text_bytes(ids).sum() == len(text.encode())
         assert 0 not in ids
+
+
+@pytest.mark.parametrize("config", [{}, {"add_bos_token": True}, {"add_bos_token": False}])
+@pytest.mark.parametrize("template", [False, True])
+def test_prompt_begins_as_in_transformers_and_stays_so_when_saved(tmp_path, config, template):
+    from transformers import AutoTokenizer
+
+    backend = byte_level_tokenizer(add_prefix_space=False)
+    backend.add_special_tokens(["<bos>"])
+    if template:
+        bos = ("<bos>", backend.token_to_id("<bos>"))
+        backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[bos])
+    (tmp_path / "source").mkdir()
+    backend.save(str(tmp_path / "source/tokenizer.json"))
+    described = {"bos_token": "<bos>", "eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "source/tokenizer_config.json").write_text(json.dumps(described | config))
+    tokenizer = load_tokenizer(tmp_path / "source")
+    tokenizer.save(tmp_path / "saved")
+    for folder in ("source", "saved"):
+        theirs = AutoTokenizer.from_pretrained(tmp_path / folder)
+        for text in STORIES[:3]:
+            ids = theirs(text)["input_ids"]
+            assert tokenizer.encode_prompt(text) == load_tokenizer(tmp_path / folder).encode_prompt(text) == ids
+    assert tokenizer.encode_prompt("") == [tokenizer.bos_id]
+    tokenizer.begin_with_bos()
+    tokenizer.save(tmp_path / "trained")
+    assert AutoTokenizer.from_pretrained(tmp_path / "trained")("Tom")["input_ids"] == tokenizer.encode_prompt("Tom")
+    assert tokenizer.encode_prompt("Tom") == [tokenizer.bos_id, *tokenizer.encode("Tom")]
 
 
 def test_a_tokenizer_that_loses_text_is_refused(shared):
