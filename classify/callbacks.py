@@ -28,7 +28,7 @@ class _Verdicts:
     def add(self, outputs: dict[str, torch.Tensor]) -> None:
         """Keep what the module's `predict_step` gives."""
         values = (outputs[name].tolist() for name in ("index", "labels", "probabilities"))
-        self._rows += zip(*values, strict=True)
+        self._rows += (row for row in zip(*values, strict=True) if row[0] >= 0)  # -1: padding among processes
 
     def gather(self, trainer: Trainer) -> None:
         """Bring together what the processes hold; to be called in each of them."""

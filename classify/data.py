@@ -70,20 +70,21 @@ class TokenizedReviews(Dataset):
         return np.concatenate([[self.begin], tokens, [self.end]])
 
     def __getitem__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """A batch: input_ids and attention_mask (B, T) int64, labels (B,) and index (B,) int64."""
-        indices = np.asarray(indices)
+        """A batch: input_ids and attention_mask (B, T) int64, labels (B,) and index (B,) int64. No indices give one row
+        that does not count, whose label and index are -1."""
+        empty = len(indices) == 0
+        indices = np.asarray([0] if empty else indices)
         longest = self.max_length if self.padding == "max_length" else int(self.lengths[indices].max())
         width = rounded_width(longest, self.max_length)
         input_ids = np.full((len(indices), width), self.pad)
         for row, index in zip(input_ids, indices, strict=True):
             row[: self.lengths[index]] = self.sequence(index)
         attention_mask = np.arange(width) < self.lengths[indices, None]
-        return {
-            "input_ids": torch.from_numpy(input_ids.astype(np.int64)),
-            "attention_mask": torch.from_numpy(attention_mask.astype(np.int64)),
-            "labels": torch.from_numpy(self.labels[indices].astype(np.int64)),
-            "index": torch.from_numpy(indices.astype(np.int64)),
-        }
+        labels = self.labels[indices]
+        if empty:
+            labels = indices = np.array([-1])
+        arrays = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "index": indices}
+        return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
 
 
 class IMDB(ResumableDataModule):
@@ -101,6 +102,7 @@ class IMDB(ResumableDataModule):
         padding: Padding = "longest",
         truncation: Truncation = "head",
         batch_size: int = 16,
+        global_batch_size: int | None = None,
         eval_batch_size: int = 64,
         label_names: list[str] | None = None,
         texts: list[str] | str | None = None,
@@ -120,6 +122,8 @@ class IMDB(ResumableDataModule):
             padding: To the longest of the batch, batches drawn by length; or all to max_length.
             truncation: The part of a longer review that is kept: its head, its tail, or both ends.
             batch_size: Reviews a training step and process.
+            global_batch_size: Reviews that an optimizer step trains: batch_size x processes x micro-batches. From it
+                follows trainer.accumulate_grad_batches, so that any number of processes makes the same steps.
             eval_batch_size: Reviews a batch elsewhere; changes no result.
             label_names: Names of the classes, by id; by default the source's, or negative and positive.
             texts: What predict classifies: a list of texts or a file; by default the test reviews.
@@ -135,6 +139,7 @@ class IMDB(ResumableDataModule):
         self.max_length, self.padding, self.truncation = max_length, padding, truncation
         self.eval_max_length = max_length if eval_max_length is None else eval_max_length
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.step_parts, self.global_batch = {"reviews": batch_size}, ("global_batch_size", global_batch_size)
         self.given_label_names = label_names
         for name, value, least in (
             ("max_length", max_length, 3), ("eval_max_length", self.eval_max_length, 3),
@@ -221,7 +226,7 @@ class IMDB(ResumableDataModule):
             lengths = dataset.lengths if self.padding == "longest" else None
             return training_plan(len(dataset), self.batch_size, world, lengths, (self.order_seed, epoch))
 
-        schedule = self.resumable(BatchSchedule(plan, drop_uneven=True))
+        schedule = self.resumable(BatchSchedule(plan))
         return DataLoader(dataset, sampler=schedule, batch_size=None)
 
     def val_dataloader(self) -> DataLoader:

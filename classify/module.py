@@ -104,8 +104,8 @@ class ReviewClassifier(StepModule):
 
         metrics = MetricCollection(
             {
-                "accuracy": MulticlassAccuracy(len(label_names), average="micro"),
-                "f1": MulticlassF1Score(len(label_names), average="macro"),
+                "accuracy": MulticlassAccuracy(len(label_names), average="micro", ignore_index=-1),
+                "f1": MulticlassF1Score(len(label_names), average="macro", ignore_index=-1),
             }
         )
         self.losses = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
@@ -187,9 +187,10 @@ class ReviewClassifier(StepModule):
 
     def _evaluate(self, batch: dict[str, Tensor], split: str) -> Tensor:
         """Logits (B, classes). Each review counts once, whatever the batches: the means are over the whole split."""
-        logits = self(batch["input_ids"], batch["attention_mask"])
-        self.losses[split].update(F.cross_entropy(logits, batch["labels"], reduction="none"))
-        self.metrics[split].update(logits, batch["labels"])
+        logits, labels = self(batch["input_ids"], batch["attention_mask"]), batch["labels"]
+        losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=-1)
+        self.losses[split].update(losses, weight=(labels >= 0).float())
+        self.metrics[split].update(logits, labels)
         self.log(f"{split}/loss", self.losses[split], on_epoch=True, prog_bar=True)
         self.log_dict(self.metrics[split], on_epoch=True, prog_bar=True)
         return logits

@@ -1,13 +1,14 @@
 """Batches in an order that is known in advance: shuffled by seed and epoch, shared among processes, resumable."""
 
+import math
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch.distributed
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
@@ -41,21 +42,19 @@ class BatchSchedule(SequentialSampler):
     """Yields the index lists of one epoch's batches; to be used as ``DataLoader(data, sampler=it, batch_size=None)``.
 
     Process r of w takes the batches r, r + w, r + 2w, … of the plan, so the same plan with w processes and batches
-    of B is the plan of one process with batches of w B.
+    of B is the plan of one process with batches of w B. The processes for which no batch is left in the end get an
+    empty one: all take as many steps, since a step may be a collective, in which one that is alone waits for ever.
 
     Args:
         plan: Gives all batches of an epoch, the same whenever it is asked, and the same number for every epoch.
-        drop_uneven: Leave out the last few batches that not every process would get. Training needs this, since
-            processes step together; evaluation must not, since each sample counts once.
 
     For Lightning it is sequential: with ``overfit_batches`` any other sampler is replaced by one of single samples.
     Epochs are counted here, one each time the schedule is gone through: Lightning's own count jumps where a run that
     ended within an epoch is given more steps.
     """
 
-    def __init__(self, plan: Callable[[int], Batches], drop_uneven: bool = False) -> None:
+    def __init__(self, plan: Callable[[int], Batches]) -> None:
         self.plan = plan
-        self.drop_uneven = drop_uneven
         self.epoch = 0  # the one that is being, or will first be, gone through
         self.start = 0  # batches of it that were done before a resume
         self._begun = False
@@ -65,20 +64,17 @@ class BatchSchedule(SequentialSampler):
         return rank_and_processes()
 
     def __len__(self) -> int:
-        rank, world = self._share
-        total = len(self.plan(self.epoch))
-        return total // world if self.drop_uneven else len(range(rank, total, world))
+        _, world = self._share
+        return -(-len(self.plan(self.epoch)) // world)
 
     def __iter__(self) -> Iterator[Sequence[int]]:
         rank, world = self._share
         if self._begun:
             self.epoch += 1
         self._begun = True
-        batches = self.plan(self.epoch)
-        if self.drop_uneven:
-            batches = batches[: len(batches) // world * world]
+        own = self.plan(self.epoch)[rank::world]
         start, self.start = self.start, 0
-        yield from batches[rank::world][start:]
+        yield from [*own, []][start : len(self)]
 
 
 class DeviceLoader(DataLoader):
@@ -137,6 +133,8 @@ class ResumableDataModule(LightningDataModule):
     """
 
     train_schedule: BatchSchedule | None = None
+    step_parts: Mapping[str, int]  # what one process trains in one batch, such as 32 sequences of 128 tokens
+    global_batch: tuple[str, int | None]  # the option that sets what an optimizer step trains, and its value
 
     @property
     def on_gpu(self) -> bool:
@@ -163,12 +161,45 @@ class ResumableDataModule(LightningDataModule):
             epoch, done = epoch + 1, 0
         sizes = self._sizes(epoch)
         samples = sum(sizes[: done * self.trainer.world_size])
-        share = len(sizes) // self.trainer.world_size
+        share = -(-len(sizes) // self.trainer.world_size)
         return {"epoch": epoch, "batches_done": done, "batches": share, "samples_done": samples}
 
     def _sizes(self, epoch: int) -> list[int]:
         """Samples in each batch of an epoch, those of all processes."""
         return [len(batch) for batch in self.train_schedule.plan(epoch)]
+
+    def accumulation(self, processes: int, given: int) -> int:
+        """Micro-batches of an optimizer step: as many as the global batch takes, ``given`` where it is not set.
+
+        Raises:
+            InputError: No number of them makes the global batch, or ``given`` is another one.
+        """
+        option, whole = self.global_batch
+        if whole is None:
+            return given
+        at_once = processes * math.prod(self.step_parts.values())
+        shown = " x ".join(f"{value:,} {name}" for name, value in self.step_parts.items())
+        if whole % at_once or whole < 1:
+            lower = max(0, whole) // at_once * at_once
+            near = " or ".join(f"{value:,}" for value in (lower, lower + at_once) if value)
+            raise InputError(
+                f"data.{option} {whole:,} is no multiple of what {processes} process{'es' * (processes > 1)} train at "
+                f"once, {at_once:,} ({shown} each): expected {near}, or another data.batch_size"
+            )
+        if given not in (1, whole // at_once):
+            raise InputError(
+                f"trainer.accumulate_grad_batches {given}: data.{option} {whole:,} makes it {whole // at_once}; leave "
+                "one of the two out"
+            )
+        return whole // at_once
+
+    def describe_step(self, processes: int, accumulated: int) -> str:
+        """What an optimizer step trains, for people."""
+        parts = [f"{value:,} {name}" for name, value in self.step_parts.items()]
+        for name, count in (("processes", processes), ("micro-batches", accumulated)):
+            parts += [f"{count} {name}"] if count > 1 else []
+        total = math.prod(self.step_parts.values()) * processes * accumulated
+        return f"each step trains {' x '.join(parts)}" + (f" = {total:,}" if len(parts) > 1 else "")
 
     def describe_batch(self, index: int) -> str:
         """Which samples the batch of that number in the current epoch holds, for people."""
@@ -188,7 +219,7 @@ class ResumableDataModule(LightningDataModule):
             self._position = epoch, done
             return
         before, sizes = state_dict.get("batches"), self._sizes(epoch)
-        if before is not None and before != (share := len(sizes) // self.trainer.world_size):
+        if before is not None and before != (share := -(-len(sizes) // self.trainer.world_size)):
             if self.trainer.max_epochs not in (None, -1) or self.trainer.max_steps == -1:
                 raise InputError(
                     f"an epoch has {share} batches a process, and had {before} when the checkpoint was written: what "
@@ -213,3 +244,20 @@ class ResumableDataModule(LightningDataModule):
             schedule.epoch, schedule.start = self._position
         self.train_schedule = schedule
         return schedule
+
+
+def validate_by_steps(trainer: Trainer) -> None:
+    """Have ``val_check_interval`` count optimizer steps, as all other intervals do; Lightning counts batches."""
+    loop = trainer.fit_loop.epoch_loop
+    by_batches = loop._should_check_val_fx
+
+    def is_due(fetcher: Any) -> bool:
+        interval = trainer.val_check_interval
+        if trainer.should_stop or not isinstance(interval, int) or not loop._should_check_val_epoch():
+            return by_batches(fetcher)
+        steps = trainer.global_step
+        if trainer.check_val_every_n_epoch is not None:  # then they are those of the epoch
+            steps = -(-(loop.batch_idx + 1) // trainer.accumulate_grad_batches)
+        return not loop._should_accumulate() and steps % interval == 0
+
+    loop._should_check_val_fx = is_due

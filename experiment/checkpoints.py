@@ -19,6 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from experiment.errors import InputError
 from experiment.finite import check_weights, newest_checkpoint
 from experiment.interruption import Interrupted, stop_request
+from experiment.run import read_checkpoint
+from experiment.sharding import is_sharded
 
 
 def save_atomically(trainer: Trainer, file: Path, weights_only: bool = False) -> None:
@@ -37,12 +39,17 @@ def _save(trainer: Trainer, file: Path, weights_only: bool) -> None:
     try:
         trainer.save_checkpoint(partial, weights_only)
         if trainer.is_global_zero:
-            with partial.open("r+b") as stream:
-                os.fsync(stream.fileno())  # else a machine that loses power has the new name and not the content
-            partial.replace(file)
+            if partial.is_dir():
+                _put_folder(partial, file, trainer.global_step)
+            else:
+                with partial.open("r+b") as stream:
+                    os.fsync(stream.fileno())  # else a machine that loses power has the new name and not the content
+                if file.is_dir() and not file.is_symlink():  # of several processes
+                    remove(file)
+                partial.replace(file)
     except Exception as error:
         with suppress(OSError):
-            partial.unlink(missing_ok=True)
+            remove(partial)
         # torch reports a full disk as a RuntimeError of its writer; any other, such as a lack of memory, is not that.
         if not isinstance(error, OSError) and "inline_container" not in str(error):
             raise
@@ -53,9 +60,39 @@ def _save(trainer: Trainer, file: Path, weights_only: bool) -> None:
         ) from error
 
 
+def remove(path: Path) -> None:
+    """Delete a checkpoint, file or folder, where there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _put_folder(partial: Path, file: Path, step: int) -> None:
+    """Give a folder its name. Where that is to be used again it is a link, since no folder can replace another in one
+    step."""
+    if file.name.startswith("step-"):
+        remove(file)
+        partial.rename(file)
+        return
+    folder = file.with_name(f"{file.stem}-{step:06d}{file.suffix}")
+    remove(folder)
+    partial.rename(folder)
+    if file.is_dir() and not file.is_symlink():  # in a copy that has lost the links
+        remove(file)
+    partial.symlink_to(folder.name)
+    partial.replace(file)
+    for old in set(file.parent.glob(f"{file.stem}-*{file.suffix}")) - {folder}:
+        if is_sharded(old):
+            remove(old)
+
+
 class FileCheckpointIO(TorchCheckpointIO):
     """Writes straight to the file. Lightning's own makes a copy in memory and one among the system's temporary files,
-    where a kill leaves it."""
+    where a kill leaves it. Reads what one process or several have written, checked once."""
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return read_checkpoint(Path(path), part="all")
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +128,7 @@ class StepCheckpoint(Checkpoint):
         stop_request.listen(trainer)
         if trainer.is_global_zero:
             for left in (Path(trainer.default_root_dir) / "checkpoints").glob("*.partial"):  # by a killed run
-                left.unlink()
+                remove(left)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step % self.every_n_steps == 0:
@@ -123,7 +160,7 @@ class StepCheckpoint(Checkpoint):
                 # By age, not by step: a run that goes on from an earlier checkpoint comes to the same steps again.
                 others = sorted(set(folder.glob("step-*.ckpt")) - {file}, key=lambda old: old.stat().st_mtime_ns)
                 for old in others[: max(0, len(others) - (self.keep - 1))]:
-                    old.unlink()
+                    remove(old)
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -151,7 +188,7 @@ class BestCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Know the best so far also where the run's folder was moved; Lightning would begin anew."""
         best = Path(self.dirpath or "") / "best.ckpt"
-        if state_dict.get("best_model_path") and best.is_file():
+        if state_dict.get("best_model_path") and best.exists():
             state_dict = state_dict | {
                 "dirpath": self.dirpath,
                 "best_model_path": str(best),

@@ -35,21 +35,21 @@ def _problems(trainer: Trainer, data: ResumableDataModule) -> Iterator[str]:
             yield f"{found}: a stream has no batches to come back to; give data.streaming false"
         return
     total, processes = len(data.train_schedule.plan(0)), trainer.world_size
-    batches = total // processes
-    if batches == 0:
+    batches = -(-total // processes)
+    if total < processes:
         yield (
             f"the training split makes {total} batches for {processes} processes: lower data.batch_size, or take fewer "
             "processes"
         )
     accumulated = trainer.accumulate_grad_batches
-    if 0 < batches < accumulated:
+    if batches < accumulated:
         yield (
             f"trainer.accumulate_grad_batches {accumulated} is more than the {batches} batches of an epoch: lower it, "
             "or lower data.batch_size"
         )
-    interval = trainer.val_check_interval
-    if trainer.check_val_every_n_epoch is not None and isinstance(interval, int) and 0 < batches < interval:
+    interval, steps = trainer.val_check_interval, -(-batches // accumulated)
+    if trainer.check_val_every_n_epoch is not None and isinstance(interval, int) and steps < interval:
         yield (
-            f"trainer.val_check_interval {interval} is more than the {batches} batches of an epoch: lower it, or set "
-            "trainer.check_val_every_n_epoch null, so that steps are counted over the whole run"
+            f"trainer.val_check_interval {interval} is more than the {steps} optimizer steps of an epoch: lower it, or "
+            "set trainer.check_val_every_n_epoch null, so that steps are counted over the whole run"
         )

@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,18 @@ from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+from experiment.batches import validate_by_steps
 from experiment.checkpoints import BestCheckpoint, ExactResume, StepCheckpoint
 from experiment.checks import check_training
 from experiment.errors import InputError
 from experiment.finite import FiniteLoss
 from experiment.hardware import default_precision
 from experiment.interruption import Interrupted
-from experiment.launch import agreed, leave_slurm_alone
+from experiment.launch import agreed, leave_slurm_alone, waited_in_vain
 from experiment.metrics_file import MetricsFile
 from experiment.parser import ExperimentParser, reworded
 from experiment.progress import RunProgressBar, console, validation_results
@@ -34,7 +36,16 @@ from experiment.provenance import RunRecord, command_line
 from experiment.quiet import quiet_libraries
 from experiment.report import write_report
 from experiment.rows import repaired
-from experiment.run import CONFIG, check_fits, check_free, read_checkpoint, resolve_checkpoint, resolve_run_dir
+from experiment.run import (
+    CONFIG,
+    check_fits,
+    check_free,
+    read_checkpoint,
+    resolve_checkpoint,
+    resolve_run_dir,
+    verify_together,
+)
+from experiment.signals import ended_by_signals, leave_signals_to_us
 from experiment.wandb_logger import WandbLogger
 
 DESCRIPTIONS = {
@@ -167,6 +178,8 @@ class ExperimentCLI(LightningCLI):
         self.run_dir = resolve_run_dir(self.package, self.subcommand, config.run_dir, configs, config.ckpt_path)
         self.checkpoint = resolve_checkpoint(self.subcommand, self.run_dir, config.ckpt_path)
         self._as_given = {}
+        if self.checkpoint is not None:
+            verify_together(self.checkpoint)
         if self.subcommand == "predict" and self.checkpoint is None:
             raise InputError("predict needs --ckpt_path: last or best of the run, or a file")
         if config.trainer.precision is None:
@@ -190,13 +203,18 @@ class ExperimentCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         try:
-            super().instantiate_classes()
+            with self.weights_device():
+                super().instantiate_classes()
         except ValueError as error:  # a configuration that a dataclass or a constructor refuses
             raise InputError("; ".join(dict.fromkeys([str(error), *self.mistakes()]))) from error
         if self.checkpoint is not None:
             check_fits(self.model, self.checkpoint)
         elif self.subcommand != "fit":
             console.print("note: no --ckpt_path was given, so the model has its initial weights")
+
+    def weights_device(self) -> AbstractContextManager:
+        """Where the weights of the model are made, which is the CPU."""
+        return nullcontext()
 
     def mistakes(self) -> Iterator[str]:
         """What the other parts of a configuration refuse, once one was refused."""
@@ -224,6 +242,13 @@ class ExperimentCLI(LightningCLI):
         except (MisconfigurationException, ValueError) as error:  # such as an accelerator that is not there
             raise InputError(f"trainer: {error}") from error
         metrics.trainer = trainer
+        leave_signals_to_us(trainer)
+        validate_by_steps(trainer)
+        trainer.accumulate_grad_batches = self.datamodule.accumulation(
+            trainer.world_size, trainer.accumulate_grad_batches
+        )
+        if isinstance(trainer.strategy, DDPStrategy):  # all buffers here are constants: positions, rotary tables
+            trainer.strategy._ddp_kwargs.setdefault("broadcast_buffers", False)
         return trainer
 
     def before_fit(self) -> None:
@@ -232,7 +257,7 @@ class ExperimentCLI(LightningCLI):
         self.datamodule.prepare_data()
         self.datamodule.setup("fit")
         check_training(self.trainer, self.datamodule)
-        finished = self.checkpoint is not None and self._check_resume(read_checkpoint(self.checkpoint))
+        finished = self.checkpoint is not None and self._check_resume(read_checkpoint(self.checkpoint, part="outline"))
         for logger in self._wandb_loggers():
             logger.log_in()
         if rank_zero_only.rank == 0:
@@ -247,8 +272,10 @@ class ExperimentCLI(LightningCLI):
             self.record.begin(self.trainer, self.model, _step_of(self.checkpoint))
             for logger in self._wandb_loggers():
                 logger.begin(self.trainer, self.run_dir, self.package, self.record.record)
+        step = self.datamodule.describe_step(self.trainer.world_size, self.trainer.accumulate_grad_batches)
+        rank_zero_only(console.print)(step)
         if self.checkpoint is not None:
-            console.print(f"resuming from {self.checkpoint}")
+            rank_zero_only(console.print)(f"resuming from {self.checkpoint}")
 
     def _check_resume(self, stored: Mapping[str, Any]) -> bool:
         """See that a checkpoint can be gone on from as the run is configured now; whether nothing is left to train.
@@ -368,7 +395,7 @@ def _drawn_seed() -> str:
 
 
 def _step_of(checkpoint: Path | None) -> int:
-    return 0 if checkpoint is None else int(read_checkpoint(checkpoint)["global_step"])
+    return 0 if checkpoint is None else int(read_checkpoint(checkpoint, part="outline")["global_step"])
 
 
 def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> ExperimentCLI:
@@ -388,7 +415,8 @@ def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> Experime
     leave_slurm_alone()
     console.quiet = rank_zero_only.rank != 0  # of several processes one speaks
     try:
-        return cli(args)
+        with ended_by_signals():
+            return cli(args)
     except (InputError, jsonargparse.ArgumentError) as error:
         if debug:
             raise
@@ -403,6 +431,11 @@ def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> Experime
             file=sys.stderr,
         )
         sys.exit(2)
+    except RuntimeError as error:
+        if debug or (line := waited_in_vain(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(1)
     except Interrupted as interruption:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         # A make target may have hidden the command.

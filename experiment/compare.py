@@ -146,17 +146,17 @@ def prepare(run: Run) -> Line:
     except (InputError, ArgumentError) as error:
         raise InputError(f"row {run.row.name}: {error}") from error
     if "tokens_per_epoch" in facts:
-        steps = math.ceil(facts.pop("batches_per_epoch") // cli.trainer.world_size / accumulated)
+        steps = math.ceil(math.ceil(facts.pop("batches_per_epoch") / cli.trainer.world_size) / accumulated)
         facts["tokens_per_step"] = facts.pop("tokens_per_epoch") / steps
     size = sum(parameter.numel() for parameter in cli.model.parameters())
-    return {"accumulated": accumulated, "parameters": size, **facts}
+    return {"parameters": size, **facts}
 
 
 def budget_flags(row: Row, facts: Line) -> list[str]:
     """The flags that end a run with its budget, where its schedule ends too, and validate it `points` times."""
     if row.unit in ([], ["epochs"]):
         return [f"--trainer.max_epochs={row.budget['epochs']}", "--trainer.max_steps=-1"] if row.unit else []
-    (unit,), accumulated = row.unit, facts.get("accumulated", 1)
+    (unit,) = row.unit
     of_a_step = {"steps": 1, "seconds": facts.get("seconds_per_step"), "tokens": facts.get("tokens_per_step")}
     of_a_step["tokens_per_parameter"] = (of_a_step["tokens"] or math.nan) / facts.get("parameters", math.nan)
     steps = row.budget[unit] / (of_a_step[unit] or math.nan)
@@ -165,7 +165,7 @@ def budget_flags(row: Row, facts: Line) -> list[str]:
         raise InputError(f"budget: {row.budget[unit]:g} {unit} {why} {row.name}")
     interval = math.ceil(round(steps) / row.budget.get("points", 8))
     trainer = {"max_steps": round(steps), "max_epochs": -1, "check_val_every_n_epoch": "null", "log_every_n_steps": 1}
-    trainer["val_check_interval"] = interval * accumulated  # in batches, which is what Lightning counts
+    trainer["val_check_interval"] = interval
     return [f"--checkpoint.every_n_steps={interval}", *(f"--trainer.{name}={n}" for name, n in trainer.items())]
 
 

@@ -1,11 +1,15 @@
-"""Processes that torchrun or SLURM start side by side agree on what only one of them can decide."""
+"""Processes that torchrun or a cluster starts side by side agree on what only one of them can decide."""
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
-from lightning.fabric.plugins.environments import SLURMEnvironment
+import torch.distributed
+from lightning.fabric.plugins.environments import LSFEnvironment, MPIEnvironment, SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed import DistStoreError, TCPStore
 
 from experiment.errors import InputError
@@ -57,6 +61,28 @@ def leave_slurm_alone() -> None:
         os.environ["SLURM_JOB_NAME"] = "interactive"  # by which Lightning tells such a process
 
 
+def is_child() -> bool:
+    """Whether Lightning has started this process beside the first of its machine, which has decided everything."""
+    return _place() is None and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def waited_in_vain(error: RuntimeError) -> str | None:
+    """One line for the error of a collective in which the other processes did not come; None for any other error."""
+    if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+        return None
+    rank, world = rank_zero_only.rank, "several"
+    if torch.distributed.is_initialized():
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    ours = Path(__file__).parents[1]
+    frames = traceback.extract_tb(error.__traceback__)
+    *_, place = [frame for frame in frames if Path(frame.filename).parent.parent == ours]
+    return (
+        f"process {rank} of {world} waited in vain for another one in {place.name} ({Path(place.filename).name}:"
+        f"{place.lineno}): {str(error).splitlines()[0]}; look whether the others have reported an error; a longer wait "
+        "is --trainer.strategy.init_args.timeout"
+    )
+
+
 def _place() -> tuple[int, str, int, bool, str] | None:
     """Rank, the address of a store, whether rank 0 must open it, and a key of this launch; None where alone."""
     env = os.environ
@@ -65,8 +91,13 @@ def _place() -> tuple[int, str, int, bool, str] | None:
         open_already = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         port = int(env["MASTER_PORT"]) + (0 if open_already else 1)
         return int(env["RANK"]), env["MASTER_ADDR"], port, not open_already, f"tinylab/{restart}"
-    if SLURMEnvironment.detect() and int(env.get("SLURM_NTASKS", "1")) > 1:
-        cluster = SLURMEnvironment()
-        # Lightning's own store will take the port itself.
-        return cluster.global_rank(), cluster.main_address, cluster.main_port + 1, True, "tinylab"
+    for environment in (SLURMEnvironment, LSFEnvironment, MPIEnvironment):
+        if environment.detect() and (cluster := environment()).world_size() > 1:
+            # Lightning's own store will take the port itself.
+            return cluster.global_rank(), cluster.main_address, cluster.main_port + 1, True, "tinylab"
+    # Kubeflow numbers the processes; who starts one by hand on each machine, from which Lightning starts the others,
+    # numbers the machines.
+    number = env.get("RANK") or (env.get("NODE_RANK") if "LOCAL_RANK" not in env else None)
+    if number is not None and "MASTER_ADDR" in env and "MASTER_PORT" in env:
+        return int(number), env["MASTER_ADDR"], int(env["MASTER_PORT"]) + 1, True, "tinylab"
     return None

@@ -33,9 +33,9 @@ IGNORED: tuple[tuple[str, type[Warning]], ...] = (
 # What Lightning tells at each start, as regular expressions over the message. What else it tells was asked for: the
 # profiler's table, the summary of the model, why a callback has stopped the run.
 UNASKED = re.compile(
-    r"(GPU|TPU|HPU|MPS) available|LOCAL_RANK|Seed set to|Using .*(precision|AMP)|Restor(ing|ed) |Loaded model weights|"
-    r"`Trainer\(|Loading `train_dataloader` to estimate|.*Tip: |Initializing distributed|-{20,}\ndistributed_backend|"
-    r"You are using a CUDA device|Multi-processing is handled by"
+    r"(\[rank: \d+\] )?((GPU|TPU|HPU|MPS) available|LOCAL_RANK|Seed set to|Using .*(precision|AMP)|Restor(ing|ed) |"
+    r"Loaded model weights|`Trainer\(|Loading `train_dataloader` to estimate|.*Tip: |Initializing distributed|"
+    r"-{20,}\ndistributed_backend|You are using a CUDA device|SLURM auto-requeueing|Multi-processing is handled by)"
 )
 
 
@@ -57,5 +57,6 @@ def quiet_libraries(debug: bool = False) -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     for message, category in IGNORED:
         warnings.filterwarnings("ignore", message=message, category=category)
-    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
+    names = [f"fabric.utilities.{name}" for name in ("rank_zero", "seed", "distributed")]
+    for name in (*names, "pytorch.utilities.rank_zero", "pytorch.trainer.connectors.signal_connector"):
         logging.getLogger(f"lightning.{name}").addFilter(_was_asked_for)  # once, however often it is added

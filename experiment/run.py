@@ -15,12 +15,15 @@ import torch
 import yaml
 from lightning.pytorch import LightningModule
 
+from experiment import sharding
 from experiment.console import console
 from experiment.errors import InputError
-from experiment.launch import agreed
+from experiment.launch import agreed, is_child
+from experiment.sharding import Part, is_sharded
 
 CONFIG = "config.yaml"
 PACKAGES = {"decoder": "lm", "adapter": "classify"}  # by a hyperparameter that only this package's checkpoints have
+_verified: set[tuple[Path, int]] = set()  # checkpoints, as they were written at that time
 RUN_DIR_VARIABLE = "TINYLAB_RUN_DIR"  # tells the folder to the processes that Lightning starts beside the first
 
 
@@ -144,7 +147,7 @@ def resolve_checkpoint(subcommand: str, run_dir: Path, ckpt_path: str | None) ->
         return None
     named = ckpt_path in ("last", "best")
     file = run_dir / "checkpoints" / f"{ckpt_path}.ckpt" if named else Path(ckpt_path).expanduser()
-    if file.is_file():
+    if is_checkpoint(file):
         return file
     there = sorted(path.name for path in file.parent.glob("*.ckpt"))
     if ckpt_path == "last" and (newest := newest_checkpoint(file.parent)):
@@ -165,7 +168,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     for pattern in ("step-*.ckpt", "best.ckpt"):
         for file in sorted(folder.glob(pattern), reverse=True):
             with suppress(InputError):
-                steps[file] = read_checkpoint(file).get("global_step", 0)
+                steps[file] = read_checkpoint(file, part="outline").get("global_step", 0)
                 break
     return max(steps, key=steps.__getitem__, default=None)
 
@@ -176,31 +179,81 @@ def find_checkpoint(run: Path) -> Path:
     Raises:
         InputError: There is none.
     """
-    if run.is_file():
+    if is_checkpoint(run):
         return run
     if not run.exists():
         raise InputError(f"run {run} does not exist: expected the folder of a run that fit has written, or a file")
     for name in ("best.ckpt", "last.ckpt"):
-        if (run / "checkpoints" / name).is_file():
+        if is_checkpoint(run / "checkpoints" / name):
             return run / "checkpoints" / name
     if newest := newest_checkpoint(run / "checkpoints"):
         return newest
     raise InputError(f"run {run} holds no checkpoint: expected the folder of a run that fit has written, or a file")
 
 
-def read_checkpoint(file: Path) -> dict[str, Any]:
+def is_checkpoint(path: Path) -> bool:
+    """Whether there is a file, or the folder that several processes write together."""
+    return path.is_file() or is_sharded(path)
+
+
+def verify(file: Path) -> None:
+    """See that a checkpoint holds what was written. A process reads it whole for that once; one that Lightning has
+    started leaves it to the first.
+
+    Raises:
+        ValueError: It is damaged; and what the reader of zip files raises.
+    """
+    key = _as_written(file)
+    if key in _verified or is_child():
+        return
+    if file.is_dir():
+        sharding.verify(file)
+    else:
+        with zipfile.ZipFile(file) as archive:
+            if damaged := archive.testzip():  # torch does not look at the checksums it writes
+                raise ValueError(f"{damaged} is damaged")
+    _verified.add(key)
+
+
+def verify_together(file: Path) -> None:
+    """`verify` in the first of the processes of a launch, for all of them.
+
+    Raises:
+        InputError: As `read_checkpoint`.
+    """
+
+    def look() -> str:
+        read_checkpoint(file, part="outline")
+        return "whole"
+
+    agreed("checkpoint", look)
+    _verified.add(_as_written(file))
+
+
+def _as_written(file: Path) -> tuple[Path, int]:
+    parts = [file, *file.iterdir()] if file.is_dir() else [file]
+    return file.resolve(), max(part.stat().st_mtime_ns for part in parts)
+
+
+def read_checkpoint(file: Path, part: Part = "weights") -> dict[str, Any]:
     """A Lightning checkpoint, mapped into memory; nothing but tensors and plain values is ever unpickled.
+
+    Args:
+        file: The file, or the folder that several processes have written.
+        part: How much of a folder is read: ``weights`` leaves the optimizers' states empty, ``outline`` gives the
+            shapes of the weights alone, as tensors on the meta device. Of a file it is always all.
 
     Raises:
         InputError: The file is missing or truncated, is no checkpoint, or would have to run code to be loaded.
     """
-    if not file.is_file():
+    if not is_checkpoint(file):
         raise InputError(f"there is no checkpoint {file}: expected a file that fit has written")
     try:
-        with zipfile.ZipFile(file) as archive:
-            if damaged := archive.testzip():  # torch does not look at the checksums it writes
-                raise ValueError(f"{damaged} is damaged")
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        verify(file)
+        if file.is_dir():
+            checkpoint = sharding.read(file, part)
+        else:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"ckpt_path {file} is refused: it is no checkpoint, or holds objects that would run code when loaded; "
@@ -228,7 +281,7 @@ def package_of(file: Path) -> str:
     Raises:
         InputError: The file cannot be read, or is of neither.
     """
-    hyperparameters = read_checkpoint(file).get("hyper_parameters", {})
+    hyperparameters = read_checkpoint(file, part="outline").get("hyper_parameters", {})
     package = next((package for key, package in PACKAGES.items() if key in hyperparameters), None)
     if package is None:
         raise InputError(f"{file} is not a checkpoint of lm or classify: expected one that fit has written")
@@ -241,7 +294,7 @@ def check_fits(module: LightningModule, file: Path) -> None:
     Raises:
         InputError: A weight is missing, left over, or of another shape.
     """
-    stored = read_checkpoint(file)["state_dict"]
+    stored = read_checkpoint(file, part="outline")["state_dict"]
     expected = module.state_dict()
     cure = "use the configuration and the tokenizer it was trained with (config.yaml in its run's folder)"
     for name, weight in expected.items():

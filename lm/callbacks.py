@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.padding import Padding
 from rich.text import Text
+from torch.distributed.fsdp import FSDPModule
 
 from experiment.errors import InputError
 from experiment.progress import console
@@ -98,15 +100,23 @@ class Samples(Callback):
         if self.every_n_steps and step % self.every_n_steps == 0 and step != self._last_step:
             self._last_step = step
             with pl_module.stopwatch:
-                self.write(trainer, pl_module)
+                if trainer.is_global_zero or isinstance(pl_module.decoder, FSDPModule):  # all hold a part of it
+                    self.write(self.generate(trainer, pl_module), trainer)
 
-    @rank_zero_only
-    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """One round of samples with the model as it is."""
+    def generate(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+        """Continue the prompts with the model as it is."""
         tokenizer = trainer.datamodule.tokenizer
         prompts = [tokenizer.encode_prompt(prompt) for prompt in self.prompts]
-        results = generate(pl_module.decoder, prompts, self.config, eos_id=tokenizer.eos_id, decode=tokenizer.decode)
-        stories = [tokenizer.decode(prompt + result.token_ids) for prompt, result in zip(prompts, results, strict=True)]
+        divided = isinstance(pl_module.decoder, FSDPModule)
+        with trainer.precision_plugin.forward_context() if divided else nullcontext():  # they come in its type
+            results = generate(
+                pl_module.decoder, prompts, self.config, eos_id=tokenizer.eos_id, decode=tokenizer.decode
+            )
+        return [tokenizer.decode(prompt + result.token_ids) for prompt, result in zip(prompts, results, strict=True)]
+
+    @rank_zero_only
+    def write(self, stories: Sequence[str], trainer: Trainer) -> None:
+        """Show one round of samples, and keep it."""
         step = trainer.global_step
         console.print(f"[dim]samples at step {step:,}[/dim]")
         samples = Path(trainer.default_root_dir) / "samples.jsonl"

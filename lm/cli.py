@@ -1,13 +1,16 @@
 """The language model's command line: what ``python -m lm`` runs."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
 from experiment.cli import ExperimentCLI
 from experiment.errors import InputError
 from experiment.run import read_checkpoint, recorded, run_of
+from experiment.sharding import FullyShardedStrategy
 from experiment.throughput import Throughput
 from lm.callbacks import Perplexity, Predictions, Samples
 from lm.data import TinyStories
@@ -15,6 +18,7 @@ from lm.generation import GenerationConfig
 from lm.model import DecoderConfig
 from lm.module import LanguageModel
 from lm.optim import OptimizerConfig
+from lm.variants import Variant
 
 
 class LanguageCLI(ExperimentCLI):
@@ -60,6 +64,14 @@ class LanguageCLI(ExperimentCLI):
         super().before_fit()
         rank_zero_only(self.datamodule.tokenizer.save)(self.run_dir / "tokenizer")
 
+    def weights_device(self) -> AbstractContextManager:
+        """No device yet, where the weights will be divided among processes, none of which may have room for all."""
+        config = self.config[self.subcommand]
+        strategy = getattr(config.trainer.strategy, "class_path", "")
+        divided = self.subcommand != "predict" and strategy.endswith(FullyShardedStrategy.__name__)
+        plain = not Variant(**config.model.variant.as_dict()).changed  # others draw some of their weights themselves
+        return torch.device("meta") if divided and plain else nullcontext()
+
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
         length, context = self.datamodule.sequence_length, self.model.decoder.config.max_sequence_length
@@ -75,7 +87,7 @@ class LanguageCLI(ExperimentCLI):
 
     def _check_state(self) -> None:
         """See that a checkpoint holds the state of the optimizer that shall go on from it."""
-        stored = {} if self.checkpoint is None else read_checkpoint(self.checkpoint)
+        stored = {} if self.checkpoint is None else read_checkpoint(self.checkpoint, part="outline")
         if not stored.get("optimizer_states"):  # an imported model has none
             return
         before = stored.get("hyper_parameters", {}).get("optimizer", {}).get("muon_learning_rate")

@@ -138,8 +138,10 @@ class WindowBatches(Dataset):
 
     def __getitem__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """tokens (B, T + 1) int32, T inputs and, one later, T targets; loss_mask (B, T) bool, whether a target counts.
-        With bytes also text_mask (B, T) bool, which leaves out eos too, and bytes (B, T) int32 of each target in it."""
-        indices = np.asarray(indices, dtype=np.int64)
+        With bytes also text_mask (B, T) bool, which leaves out eos too, and bytes (B, T) int32 of each target in it. No
+        indices give one row in which nothing counts."""
+        empty = len(indices) == 0
+        indices = np.asarray([0] if empty else indices, dtype=np.int64)
         start, length = self.windows.start[indices, None], self.windows.length[indices, None]
         width = rounded_width(int(length.max()) - 1, self.longest) if self.width is None else self.width
         column = np.arange(width + 1)
@@ -147,7 +149,7 @@ class WindowBatches(Dataset):
         tokens = self.corpus.tokens[place].astype(np.int32)
         tokens[column >= length] = self.pad_id
         place = place[:, 1:]
-        counted = (column[1:] < length) & (column[:-1] >= self.windows.skip[indices, None])
+        counted = (column[1:] < length) & (column[:-1] >= self.windows.skip[indices, None]) & (not empty)
         batch = {"tokens": tokens, "loss_mask": counted}
         if self.with_bytes:
             story = self.windows.story[indices]

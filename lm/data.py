@@ -64,6 +64,9 @@ class TinyStories(ResumableDataModule):
             epoch is then the whole text and after it, once more, what ``report`` evaluates; the second epoch begins
             with the latter.
         batch_size: Training sequences a step and process.
+        global_batch_tokens: Tokens that an optimizer step trains, pads included: sequences x length x processes x
+            micro-batches. From it follows trainer.accumulate_grad_batches, so that any number of processes makes the
+            same steps.
         eval_batch_size: Sequences a step and process of validation, test and prediction; results do not depend on it.
         evaluation: ``full``, every token of every story predicted exactly once, or ``report``, only the first
             sequence_length tokens of each story.
@@ -89,6 +92,7 @@ class TinyStories(ResumableDataModule):
         packing: bool = False,
         beginnings: bool = False,
         batch_size: int = 32,
+        global_batch_tokens: int | None = None,
         eval_batch_size: int = 64,
         evaluation: Evaluation = "full",
         prompts: list[str] | str | None = None,
@@ -117,6 +121,8 @@ class TinyStories(ResumableDataModule):
         self.packing = packing
         self.beginnings = beginnings
         self.batch_size = batch_size
+        self.step_parts = {"sequences": batch_size, "tokens": sequence_length}
+        self.global_batch = "global_batch_tokens", global_batch_tokens
         self.eval_batch_size = eval_batch_size
         self.evaluation = evaluation
         self.prompts = prompts
@@ -272,7 +278,7 @@ class TinyStories(ResumableDataModule):
                 order = order[np.argsort((order >= len(kinds[0].start)) ^ (epoch % 2 == 1), kind="stable")]
             return _in_batches(order, self.batch_size)
 
-        return self._loader(data, self.resumable(BatchSchedule(shuffled, drop_uneven=True)))
+        return self._loader(data, self.resumable(BatchSchedule(shuffled)))
 
     def _stream(self) -> DataLoader:
         stream = StoryStream(
@@ -342,15 +348,8 @@ class TinyStories(ResumableDataModule):
         make = sliding_windows if self.evaluation == "full" else first_windows
         windows = make(corpus.offsets, self.sequence_length)
         data = WindowBatches(corpus, windows, self.tokenizer, width=None, with_bytes=True)
-        # Every process must have a batch: one that has none would skip the validation that the others do together.
-        processes = rank_and_processes()[1]
-        if len(data) < processes:
-            raise InputError(
-                f"the {split} split of data.path {self.path!r} has {len(data)} sequences, fewer than the {processes} "
-                "processes: take fewer, or more stories"
-            )
         # Rows of like length together, so that little is padded; the longest first, so that memory fails at once.
-        size = min(self.eval_batch_size, len(data) // processes)
+        size = min(self.eval_batch_size, -(-len(data) // rank_and_processes()[1]))
         batches = _in_batches(np.argsort(-windows.length, kind="stable"), size)
         return self._loader(data, BatchSchedule(lambda epoch: batches))
 

@@ -19,11 +19,13 @@ attention weights it would leave that kernel.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from experiment.attention import attention
 from lm.fused import attend_one, rms_norm, split_and_rotate, swiglu
@@ -224,7 +226,12 @@ class Block(nn.Module):
         self.feed_forward = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
+    def forward(self, compute: "Compute", *inputs: Any) -> tuple[Tensor, Tensor]:
+        """What ``compute``, which is `compute_block` or what training has made of it, gives for this block. The hooks
+        of the module, by which FSDP fetches its weights, run outside of it."""
+        return compute(self, *inputs)
+
+    def compute(
         self,
         x: Tensor,
         cos: Tensor,
@@ -238,6 +245,14 @@ class Block(nn.Module):
         mixed, value = self.attention(self.attention_norm(x), cos, sin, first_value, cache, span, layer)
         x = x + self.dropout(mixed)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), value
+
+
+Compute = Callable[..., tuple[Tensor, Tensor]]
+
+
+def compute_block(block: Block, *inputs: Any) -> tuple[Tensor, Tensor]:
+    """`Block.compute` of a block, whichever its class."""
+    return block.compute(*inputs)
 
 
 class Decoder(nn.Module):
@@ -260,11 +275,16 @@ class Decoder(nn.Module):
         self.head = None
         if not config.tie_embeddings:
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.compiled_block: Compute | None = None
+        self.recompute = False  # in the backward pass what is inside the blocks, rather than keep it
+        self.set_rotary_tables()
+        self.initialize()
+
+    def set_rotary_tables(self) -> None:
+        config = self.config
         cos, sin = rotary_tables(config.max_sequence_length, config.head_dim, config.rope_theta)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.compiled_block: Callable[..., tuple[Tensor, Tensor]] | None = None
-        self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -278,20 +298,22 @@ class Decoder(nn.Module):
         | qkv, gate_up                   | N(0, 0.02)                                                        |
         | out, down (end of each branch) | N(0, 0.02 / sqrt(2 num_layers)): the residual sum keeps its size; |
         """
-        residual_std = 0.02 / math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith("value_shares"):
-                parameter.fill_(0.5)
-            else:
-                is_residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
-                parameter.normal_(0.0, residual_std if is_residual else 0.02)
+            self.draw(name, parameter)
+
+    def draw(self, name: str, weight: Tensor) -> Tensor:
+        """Fill a tensor with initial values of the parameter of that name."""
+        if name.endswith("norm.weight"):
+            return weight.fill_(1.0)
+        if name.endswith("value_shares"):
+            return weight.fill_(0.5)
+        is_residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
+        return weight.normal_(0.0, 0.02 / math.sqrt(2 * self.config.num_layers) if is_residual else 0.02)
 
     def compile_blocks(self) -> None:
         """Let training run its blocks in code that torch.compile makes at the first step: once for all of them, and for
         batches of any shape, so that a run that goes on in another process, from another batch, has the same code."""
-        self.compiled_block = torch.compile(Block.__call__, dynamic=True)
+        self.compiled_block = torch.compile(compute_block, dynamic=True)
 
     @property
     def head_weight(self) -> Tensor:
@@ -338,16 +360,18 @@ class Decoder(nn.Module):
         positions = slice(input_ids.shape[1]) if span is None else span.positions
         cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)  # (1 or B, T, 1, head_dim)
         x = self.embed(input_ids, positions)  # (B, T, H)
-        call = Block.__call__
+        compute = compute_block
         compiled = self.compiled_block is not None and self.training
         if compiled:
-            call = self.compiled_block
+            compute = self.compiled_block
             # Else a length that equals a width by chance would be taken for it, and another length compiled anew.
             for tensor in (x, cos, sin, self.cos, self.sin):
                 torch._dynamo.mark_static(tensor, tensor.ndim - 1)
+        if self.recompute and self.training:
+            compute = partial(checkpoint, compute, use_reentrant=False)
         first_value = None
         for layer, block in enumerate(self.blocks):
-            x, value = call(block, x, cos, sin, first_value, cache, span, layer)
+            x, value = block(compute, x, cos, sin, first_value, cache, span, layer)
             if self.config.value_residual and layer == 0:
                 first_value = value
                 if compiled:

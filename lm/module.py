@@ -10,8 +10,9 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import distribute_tensor
 from torchmetrics import Metric
 
 from experiment.console import console
@@ -84,6 +85,7 @@ class LanguageModel(StepModule):
         generation: GenerationConfig = GenerationConfig(),
         variant: Variant = Variant(),
         compile: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         """
         Args:
@@ -94,6 +96,8 @@ class LanguageModel(StepModule):
             compile: Train in code made by torch.compile at the first step, which takes some 20 s once: on a GPU the
                 whole way from batch to loss, for small models as CUDA graphs; on a CPU the blocks. A note, and the
                 plain code, where there is no compiler.
+            activation_checkpointing: Keep of each block its input only and compute the rest again in the backward pass:
+                less memory, about a third more time.
         """
         super().__init__("loss")
         # A checkpoint holds plain values, so that it can be read without running code; here they come back.
@@ -106,8 +110,10 @@ class LanguageModel(StepModule):
         self.decoder = make_decoder(decoder, variant)
         self.optimizer_config = optimizer
         self.generation = generation
+        self.decoder.recompute = activation_checkpointing
         self.compile_blocks = compile
-        self.sums = TokenSums()
+        with torch.device("cpu"):  # also where the decoder is made on none
+            self.sums = TokenSums()
         self.on_token: Callable[[int, int], None] | None = None  # sees (row, token id) while a story is written
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -118,10 +124,34 @@ class LanguageModel(StepModule):
         """Divide the weights among the processes where the strategy asks for it, as configs/fsdp.yaml does."""
         if self.device_mesh is None or isinstance(self.decoder, FSDPModule):
             return
-        mesh = self.device_mesh["data_parallel"]
-        for module in (*self.decoder.blocks, self.decoder):
-            fully_shard(module, mesh=mesh)
-        register_fsdp_forward_method(self.decoder, "hidden_states")
+        decoder, mesh, policy = self.decoder, self.device_mesh["data_parallel"], MixedPrecisionPolicy()
+        if self.trainer.precision == "bf16-mixed":
+            policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            decoder.embedding.register_forward_hook(lambda module, inputs, x: x.float())  # the residual stream's type
+        for module in (*decoder.blocks, decoder):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        register_fsdp_forward_method(decoder, "hidden_states")
+        if decoder.embedding.weight.is_meta:
+            self._make_weights()
+
+    @torch.no_grad()
+    def _make_weights(self) -> None:
+        """Make this process's share of the weights of a decoder on the meta device, one whole matrix at a time: the
+        values that one process would draw."""
+        device = self.trainer.strategy.root_device
+        self.decoder.to_empty(device=device)
+        self.decoder.set_rotary_tables()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch.initial_seed())
+            for module in self.decoder.modules():  # torch's own values, which ours replace, come first
+                if isinstance(module, nn.Embedding):
+                    nn.Embedding(module.num_embeddings, module.embedding_dim)
+                elif isinstance(module, nn.Linear):
+                    nn.Linear(module.in_features, module.out_features, bias=False)
+            for name, parameter in self.decoder.named_parameters():
+                whole = self.decoder.draw(name, torch.empty(parameter.shape)).to(device)
+                share = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                parameter.to_local().copy_(share.to_local())
 
     def flops_per_token(self, length: int) -> int:
         """Floating-point operations of training a token in a sequence of that length: six for each weight that it is
@@ -166,8 +196,6 @@ class LanguageModel(StepModule):
                 f"model.optimizer.muon_learning_rate {config.muon_learning_rate}: Muon needs whole matrices, which "
                 "this strategy divides among the processes; take configs/ddp.yaml, or set it to null"
             )
-        if self.compile_blocks and isinstance(trainer.strategy, ModelParallelStrategy):
-            raise InputError("model.compile true: this strategy divides the weights; give --model.compile false")
         if config.schedule != "constant" and trainer.max_steps == trainer.max_epochs == -1:
             raise InputError(
                 f"model.optimizer.schedule {config.schedule} needs an end to go down to: give --trainer.max_steps, or "

@@ -69,7 +69,7 @@ class UngatedFeedForward(SwiGLU):
 class PostNormBlock(Block):
     """norm(x + attention(x)), then norm(x + feed_forward(x))."""
 
-    def forward(
+    def compute(
         self,
         x: Tensor,
         cos: Tensor,

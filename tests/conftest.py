@@ -26,6 +26,7 @@ atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=Tr
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--repeats", type=int, default=1, help="how often the tests that draw moments at random are run")
     parser.addoption("--fuzz", type=int, default=None, help="damaged files that each reader is given")
+    parser.addoption("--thorough", action="store_true", help="also what takes minutes")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,6 +30,8 @@ def run(request):
     os.chdir(request["folder"])
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if request["memory"] is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (request["memory"],) * 2)
     if request["largest_file"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
     sys.argv = [request["package"], *request["args"]]
@@ -67,6 +70,11 @@ class Process:
     @property
     def output(self) -> str:
         return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+    def peak(self, kind: Literal["VmPeak", "VmHWM"]) -> int:
+        """Bytes of address space, or of memory, that it has taken at most; 0 where it is no more."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(kind))
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
@@ -112,15 +120,18 @@ class Commands:
         package: str = "lm",
         env: Mapping[str, str] | None = None,
         largest_file: int | None = None,
+        memory: int | None = None,
         folder: Path | None = None,
     ) -> Process:
-        """``python -m package args`` in ``folder`` or the working directory, with files of so many bytes at most."""
+        """``python -m package args`` in ``folder`` or the working directory, with files and an address space of so many
+        bytes at most."""
         folder = folder or Path.cwd()
         self._count += 1
         log = folder / f"output-{self._count}.log"
         own = {name: os.environ[name] for name in ("TINYLAB_CACHE", "HF_DATASETS_CACHE") if name in os.environ}
         request = {"package": package, "args": list(args), "env": own | dict(env or {}), "folder": str(folder)}
-        return Process(self._ask, self._ask(request | {"log": str(log), "largest_file": largest_file}), log)
+        request |= {"log": str(log), "largest_file": largest_file, "memory": memory}
+        return Process(self._ask, self._ask(request), log)
 
     def run(self, *args: str, **options) -> Process:
         """As `start`, to the end, which must be a good one."""

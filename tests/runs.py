@@ -93,10 +93,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def torchrun() -> list[dict[str, str]]:
-    """What torchrun sets for two processes."""
+def torchrun(processes: int = 2) -> list[dict[str, str]]:
+    """What torchrun sets for so many processes."""
+    size = str(processes)
     shared = {
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+        "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "False",
     }  # fmt: skip
-    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]

@@ -98,6 +98,8 @@ def perform(words: list[str]) -> None:
         ]:  # tests/test_comparisons.py makes the runs; the flags must be known
             _, runs, _ = read_arguments([file, *args])
             perform(["python", "-m", runs[0].row.package, "fit", *runs[0].arguments, "--print_config"])
+        case ["torchrun", *args]:  # of each machine; the test of two is with those of several processes
+            perform(["python", *args[args.index("-m") :]])
         case ["wandb", command, *args]:  # needs its server: its own parser must know the options
             import_module("wandb.cli.cli").cli.commands[command].make_context(command, args)
         case [_, "tests/benchmarks/loader.py"]:

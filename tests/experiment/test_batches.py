@@ -14,8 +14,8 @@ def plan(epoch: int) -> list[list[int]]:
 class Share(BatchSchedule):
     """A schedule as process ``rank`` of ``world`` sees it."""
 
-    def __init__(self, rank: int, world: int, drop_uneven: bool = False) -> None:
-        super().__init__(plan, drop_uneven)
+    def __init__(self, rank: int, world: int) -> None:
+        super().__init__(plan)
         self.place = rank, world
 
     @property
@@ -31,17 +31,17 @@ def test_resumed_schedule_goes_on_where_it_stopped() -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_evaluation_shares_hold_each_index_once(world: int) -> None:
+def test_shares_hold_each_index_once(world: int) -> None:
     shares = [list(Share(rank, world)) for rank in range(world)]
     indices = [int(index) for share in shares for batch in share for index in batch]
     assert sorted(indices) == list(range(22))
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_training_shares_are_equally_long(world: int) -> None:
-    shares = [Share(rank, world, drop_uneven=True) for rank in range(world)]
-    assert {len(list(share)) for share in shares} == {6 // world}
-    assert [len(share) for share in shares] == [6 // world] * world
+def test_shares_are_equally_long(world: int) -> None:
+    shares = [Share(rank, world) for rank in range(world)]
+    assert {len(list(share)) for share in shares} == {-(-6 // world)}
+    assert [len(share) for share in shares] == [-(-6 // world)] * world
 
 
 def test_two_processes_together_see_the_batches_of_one() -> None:

@@ -6,10 +6,13 @@
 import shutil
 import signal
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
+from lm.__main__ import main
 from tests.processes import Commands
 from tests.runs import STEPS, TINY, assert_same_run, checkpoint, kill_and_resume, newest_step, rows, write_stories
 
@@ -89,3 +92,18 @@ def test_line_that_a_kill_cut_short_is_dropped(commands: Commands, in_tmp: Path)
     commands.run(*arguments, "--trainer.max_steps=7")
     assert Path("run/samples.jsonl").read_bytes() == whole["samples.jsonl"]
     assert [row["step"] for row in rows(Path("run"))] == [str(step) for step in range(1, 8)]
+
+
+def test_a_resume_reads_its_checkpoint_whole_once(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["fit", f"--data.path={write_stories(in_tmp / 'stories')}", *TINY, "--run_dir=run"]
+    main([*arguments, "--trainer.max_steps=2"])
+    checked, mapped = [], []
+    test, load = zipfile.ZipFile.testzip, torch.load
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda file: checked.append(file.filename) or test(file))
+    monkeypatch.setattr(
+        torch, "load", lambda *args, mmap, **rest: mapped.append(mmap) or load(*args, mmap=mmap, **rest)
+    )
+    main([*arguments, "--trainer.max_steps=3", "--ckpt_path=last"])
+    assert [Path(file).name for file in checked] == ["last.ckpt"]
+    assert mapped
+    assert all(mapped)  # into memory, of which only what is used is read
