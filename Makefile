@@ -39,18 +39,23 @@ $(READY): pyproject.toml constraints.txt
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 demo: $(READY) ## train both experiments on embedded data, without a network, and show what they learned
-	@echo "== 1 of 3: a language model learns to tell stories"
+	@echo "== 1 of 4: a language model learns to tell stories"
 	$(PY) -m lm fit --config configs/lm/demo.yaml --run_dir $(DEMO)/lm
 	$(PY) -m lm validate --config $(DEMO)/lm/config.yaml --ckpt_path best
 	$(PY) -m lm predict --config $(DEMO)/lm/config.yaml --ckpt_path best --data.prompts \
 	  '["Once upon a time", "One day, a little girl named", "Tom had a red ball."]'
-	@echo "== 2 of 3: BERT learns to judge reviews, by the hand-written LoRA and by PEFT"
+	@echo "== 2 of 4: the same model is adapted by LoRA to another kind of story: letters"
+	$(PY) -m lm.demo_letters $(DEMO)/letters
+	$(PY) -m lm fit --config configs/lm/demo_letters.yaml --model.init_from $(DEMO)/lm --data.path $(DEMO)/letters \
+	  --run_dir $(DEMO)/lm_letters
+	$(PY) -m lm predict --config $(DEMO)/lm_letters/config.yaml --ckpt_path last --data.prompts '["Dear Grandma,"]'
+	@echo "== 3 of 4: BERT learns to judge reviews, by the hand-written LoRA and by PEFT"
 	$(PY) -m classify fit --config configs/classify/demo.yaml --run_dir $(DEMO)/custom
 	$(PY) -m classify fit --config configs/classify/demo.yaml --run_dir $(DEMO)/peft --model.adapter peft
 	$(PY) -m classify predict --config $(DEMO)/custom/config.yaml --ckpt_path best --data.texts \
 	  '["The plot was anything but dull. I expected something weak and got something brilliant.", "The acting was far from convincing. My friends found it charming; I found it tedious."]'
-	@echo "== 3 of 3: what happened"
-	$(PY) -m experiment.summary $(DEMO)/lm $(DEMO)/custom $(DEMO)/peft
+	@echo "== 4 of 4: what happened"
+	$(PY) -m experiment.summary $(DEMO)/lm $(DEMO)/lm_letters $(DEMO)/custom $(DEMO)/peft
 
 test: $(READY) ## run the whole test suite (no network needed)
 	$(PY) -m pytest $(ARGS)

@@ -11,11 +11,19 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from classify.adapter_files import PEFT_PREFIX, adapter_state_dict, load_adapter, write_adapter
 from classify.dropout import use_fast_dropout
-from classify.lora import LoRAConfig, count_parameters, inject_lora, saved_whole, target_names, train_only
-from classify.pretrained import fingerprint, load_classifier, longest_input
+from classify.pretrained import load_classifier, longest_input
+from experiment.adapter_files import PEFT_PREFIX, adapter_state_dict, load_adapter, write_adapter
 from experiment.errors import InputError
+from experiment.lora import (
+    LoRAConfig,
+    count_parameters,
+    fingerprint,
+    inject_lora,
+    saved_whole,
+    target_names,
+    train_only,
+)
 from experiment.step_sums import StepModule
 
 Adapter = Literal["custom", "peft", "none", "head"]

@@ -1,6 +1,5 @@
 """Pretrained BERTs and their tokenizers by name: a hub name, a local folder, or a folder inside a Python package."""
 
-import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -129,15 +128,6 @@ def longest_input(model: nn.Module) -> int | None:
             return len(module.weight) - (0 if module.padding_idx is None else module.padding_idx + 1)
     positions = getattr(model.config, "max_position_embeddings", None)
     return positions if positions and positions > 0 else None
-
-
-def fingerprint(parameters: Iterator[tuple[str, nn.Parameter]]) -> str:
-    """What tells one set of frozen weights from another, from the first values of each of them."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(parameters):
-        digest.update(f"{name} {tuple(parameter.shape)} ".encode())
-        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 @contextmanager

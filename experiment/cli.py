@@ -167,6 +167,7 @@ class ExperimentCLI(LightningCLI):
         given = sys.argv[1:] if args is None else args
         # Text that the locale could not read, but no name of a file, whose bytes must stay as they are.
         given = [argument if os.path.exists(argument) else repaired(argument) for argument in given]
+        self.flags = {flag.removeprefix("--").partition("=")[0] for flag in given if flag.startswith("--")}
         self.config = parser.parse_args(configs_first(given))
 
     def _parse_ckpt_path(self) -> None:

@@ -33,9 +33,11 @@ class Chart:
 
 STEP_SECONDS = ("train/step_seconds", "train/data_seconds")
 CHARTS = (
-    Chart("loss", "Loss", ("train/loss", "val/loss"), ".4f", paper=True),
-    Chart("perplexity", "Validation perplexity", ("val/perplexity",), ".4g", log=True, paper=True),
-    Chart("bits_per_byte", "Validation bits per byte", ("val/bits_per_byte",), ".4f"),
+    Chart("loss", "Loss", ("train/loss", "val/loss", "val/second_loss"), ".4f", paper=True),
+    Chart(
+        "perplexity", "Validation perplexity", ("val/perplexity", "val/second_perplexity"), ".4g", log=True, paper=True
+    ),
+    Chart("bits_per_byte", "Validation bits per byte", ("val/bits_per_byte", "val/second_bits_per_byte"), ".4f"),
     Chart("accuracy", "Accuracy", ("train/accuracy", "val/accuracy"), ".4f", paper=True),
     Chart("learning_rate", "Learning rate", ("train/learning_rate",), ".2e"),
     Chart("tokens_per_second", "Training tokens per second", ("train/tokens_per_second",), ",.0f"),
@@ -141,7 +143,7 @@ def legend(one: Series, series: Sequence[Series], chart: Chart) -> str:
     """What a curve is called: by its metric, and by its run where there are several."""
     if len({other.run for other in series}) == 1:
         return one.metric
-    return one.run if len(chart.metrics) == 1 else f"{one.run} {one.metric}"
+    return one.run if len({other.metric for other in series}) == 1 else f"{one.run} {one.metric}"
 
 
 def is_background(one: Series, series: Sequence[Series]) -> bool:

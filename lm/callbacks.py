@@ -28,6 +28,9 @@ class Perplexity(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log("val", pl_module)
+        if isinstance(trainer.val_dataloaders, list):  # data.second_path
+            for name, value in pl_module.second_sums.compute().items():
+                pl_module.log(f"val/second_{name}", value)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log("test", pl_module)
@@ -36,6 +39,26 @@ class Perplexity(Callback):
         figures = pl_module.sums.compute()
         pl_module.log(f"{split}/perplexity", figures["perplexity"], prog_bar=split == "val")
         pl_module.log(f"{split}/bits_per_byte", figures["bits_per_byte"])
+
+
+class FirstValidation(Callback):
+    """Validates before the first step of a training that starts from weights that are there, so that one sees what it
+    gains."""
+
+    def __init__(self) -> None:
+        self.wanted = False  # set where the command line is read
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.wanted or trainer.global_step or trainer.fast_dev_run or not trainer.enable_validation:
+            return
+        # As Lightning's epoch loop does between two steps.
+        connector = trainer._logger_connector
+        first = connector._first_loop_iter
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+        connector._first_loop_iter = first
+        pl_module.train()
 
 
 class Samples(Callback):
@@ -110,7 +133,7 @@ class Samples(Callback):
         divided = isinstance(pl_module.decoder, FSDPModule)
         with trainer.precision_plugin.forward_context() if divided else nullcontext():  # they come in its type
             results = generate(
-                pl_module.decoder, prompts, self.config, eos_id=tokenizer.eos_id, decode=tokenizer.decode
+                pl_module.plain_decoder, prompts, self.config, eos_id=tokenizer.eos_id, decode=tokenizer.decode
             )
         return [tokenizer.decode(prompt + result.token_ids) for prompt, result in zip(prompts, results, strict=True)]
 

@@ -1,7 +1,8 @@
 """The language model's command line: what ``python -m lm`` runs."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict
 
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
@@ -12,12 +13,14 @@ from experiment.errors import InputError
 from experiment.run import read_checkpoint, recorded, run_of
 from experiment.sharding import FullyShardedStrategy
 from experiment.throughput import Throughput
-from lm.callbacks import Perplexity, Predictions, Samples
+from lm.callbacks import FirstValidation, Perplexity, Predictions, Samples
 from lm.data import TinyStories
 from lm.generation import GenerationConfig
+from lm.lora import LoRAConfig, base_weights
 from lm.model import DecoderConfig
 from lm.module import LanguageModel
 from lm.optim import OptimizerConfig
+from lm.pretrained import BASE, load_pretrained, save_base
 from lm.variants import Variant
 
 
@@ -31,15 +34,24 @@ class LanguageCLI(ExperimentCLI):
         ("model.decoder", DecoderConfig, {"vocab_size": 1}),
         ("model.optimizer", OptimizerConfig, {}),
         ("model.generation", GenerationConfig, {}),
+        ("model.lora", LoRAConfig, {}),
     )
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
-        super().__init__("lm", LanguageModel, TinyStories, [Perplexity(), Throughput()], args)
+        self.first_validation = FirstValidation()
+        callbacks = [Perplexity(), Throughput(), self.first_validation]
+        super().__init__("lm", LanguageModel, TinyStories, callbacks, args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(Predictions, "predictions")
+        parser.add_argument(
+            "--validate_first",
+            type=bool | None,
+            default=None,
+            help="Validate before the first step of fit. By default where model.init_from gives weights to start from.",
+        )
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("data.num_tokens", "model.decoder.vocab_size", apply_on="instantiate")
 
@@ -53,6 +65,42 @@ class LanguageCLI(ExperimentCLI):
             if trained or data.tokenizer == before.get("tokenizer") != "train":
                 self.set_for_this_call("data.tokenizer", str(own))
 
+        self._take_weights()
+
+    def _take_weights(self) -> None:
+        """See where the weights come from that are there already: shape and tokenizer are theirs."""
+        config = self.config[self.subcommand]
+        model, init_from, decoder = config.model, config.model.init_from, None
+        wanted = config.validate_first
+        self.first_validation.wanted = init_from is not None if wanted is None else wanted
+        if self.checkpoint is not None and (init_from is not None or model.adapter != "full"):
+            # What was started from may be gone; the run keeps what it needs.
+            base = self.checkpoint.parent / BASE
+            hyper_parameters = read_checkpoint(self.checkpoint).get("hyper_parameters", {})
+            with suppress(TypeError, KeyError, ValueError):
+                decoder = DecoderConfig(**hyper_parameters["decoder"])
+            if model.adapter == "full" or base.is_file():
+                init_from = None if model.adapter == "full" else str(base)
+                self.set_for_this_call("model.init_from", init_from)
+            self.set_for_this_call("model.adapter_weights", None)
+            for name, value in hyper_parameters.get("lora", {}).items():
+                if f"model.lora.{name}" not in self.flags and name != "lora_dropout":
+                    config[f"model.lora.{name}"] = value
+        elif init_from is not None:
+            source, _, tokenizer = load_pretrained(init_from)
+            decoder = source.config
+            if "data.tokenizer" not in self.flags:
+                config.data.tokenizer = tokenizer
+        if model.adapter != "full" and init_from is None:
+            raise InputError(f"model.adapter {model.adapter}: there is nothing to adapt; give --model.init_from")
+        for name, value in ({} if decoder is None else asdict(decoder)).items():
+            flag = f"model.decoder.{name}"
+            if name in ("vocab_size", "dropout") or (name == "max_sequence_length" and flag in self.flags):
+                continue
+            if flag in self.flags and config[flag] != value:
+                raise InputError(f"{flag} {config[flag]}: the weights that are there have {value}; leave it out")
+            config[flag] = value
+
     def _set_seed(self) -> None:
         super()._set_seed()
         config = self.config[self.subcommand]
@@ -63,12 +111,19 @@ class LanguageCLI(ExperimentCLI):
         self._check_state()
         super().before_fit()
         rank_zero_only(self.datamodule.tokenizer.save)(self.run_dir / "tokenizer")
+        if self.model.adapter != "full" and not (self.run_dir / "checkpoints" / BASE).is_file():
+            decoder = self.model.decoder
+            rank_zero_only(save_base)(decoder.config, base_weights(decoder), self.run_dir / "checkpoints")
 
     def weights_device(self) -> AbstractContextManager:
         """No device yet, where the weights will be divided among processes, none of which may have room for all."""
         config = self.config[self.subcommand]
         strategy = getattr(config.trainer.strategy, "class_path", "")
-        divided = self.subcommand != "predict" and strategy.endswith(FullyShardedStrategy.__name__)
+        divided = (
+            self.subcommand != "predict"
+            and config.model.init_from is None
+            and strategy.endswith(FullyShardedStrategy.__name__)
+        )
         plain = not Variant(**config.model.variant.as_dict()).changed  # others draw some of their weights themselves
         return torch.device("meta") if divided and plain else nullcontext()
 

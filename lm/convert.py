@@ -1,6 +1,6 @@
-"""Weights in and out: `python -m lm.convert hugging_face | llama2c | gguf | import`.
+"""Weights in and out: `python -m lm.convert hugging_face | llama2c | gguf | adapter | import`.
 
-The first three turn a checkpoint of `python -m lm fit` into the files that others read; `import` turns such files into
+The first four turn a checkpoint of `python -m lm fit` into the files that others read; `import` turns such files into
 the folder of a run, from which validate, predict and further training go on.
 """
 
@@ -18,10 +18,10 @@ from experiment.quiet import quiet_libraries
 from lm.gguf import GGUFType, from_gguf, to_gguf
 from lm.hugging_face import from_hugging_face, to_hugging_face
 from lm.llama2c import from_llama2c, llama2c_tokenizer_path, to_llama2c
-from lm.model import Decoder, DecoderConfig
+from lm.lora import adapted, merged, read_decoder_adapter, save_adapter
+from lm.model import Decoder
+from lm.pretrained import BASE, load_adapted, load_checkpoint, load_pretrained
 from lm.tokenizer import StoryTokenizer
-from lm.tokenizer_files import load_tokenizer
-from lm.variants import Variant, make_decoder
 
 __all__ = [
     "from_gguf",
@@ -76,16 +76,58 @@ def gguf(checkpoint: str, file: str, type: GGUFType = "f32", tokenizer: str | No
     print(f"written; try: llama-cli -m {file} -no-cnv --temp 0 -p 'Once upon a time'")
 
 
+def adapter(checkpoint: str, folder: str) -> None:
+    """Export the adapter of a run with model.adapter lora or peft, for peft's PeftModel.from_pretrained.
+
+    Args:
+        checkpoint: The folder of a run, such as runs/lm/demo (its best checkpoint is taken), or a checkpoint in it.
+        folder: Where to write; what was adapted goes into FOLDER/base, for transformers.
+    """
+    from experiment.run import find_checkpoint  # brings Lightning, which --help need not wait for
+
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{folder} exists already; give a folder that is new or empty")
+    with console.status("converting"):
+        file = find_checkpoint(Path(checkpoint).expanduser())
+        decoder, lora = load_adapted(file)
+        if lora is None:
+            raise InputError(f"{file} holds no adapter: it was trained with model.adapter full; export it whole")
+        base, tokenizer = load_checkpoint(file.resolve().with_name(BASE))
+        to_hugging_face(base, tokenizer, target / "base")
+        save_adapter(decoder, lora, target, str((target / "base").resolve()))
+    print(f"written to {folder}: adapter_config.json, adapter_model.safetensors, base")
+
+
+def merged_with(decoder: Decoder, folder: str) -> Decoder:
+    """The decoder with an adapter merged into it.
+
+    Raises:
+        InputError: The adapter cannot be read, or is another model's.
+    """
+    try:
+        lora, trained = read_decoder_adapter(decoder, folder)
+        return merged(adapted(decoder.config, decoder.state_dict(), lora, trained), lora)
+    except ValueError as error:
+        raise InputError(f"adapter {folder}: {error}") from error
+
+
 def import_weights(
-    source: str, run_dir: str, tokenizer: str | None = None, path: str = "roneneldan/TinyStories"
+    source: str,
+    run_dir: str,
+    tokenizer: str | None = None,
+    path: str = "roneneldan/TinyStories",
+    adapter: str | None = None,
 ) -> None:
     """Make the folder of a run from a Hugging Face Llama or Qwen3, a llama2.c .bin, or a GGUF.
 
     Args:
-        source: A local folder with config.json, safetensors and a tokenizer; a llama2.c .bin; or a .gguf.
+        source: A local folder with config.json, safetensors and a tokenizer, or a hub name; a llama2.c .bin; a
+            .gguf; or another run, whose adapter is merged.
         run_dir: The folder of the run to make.
         tokenizer: Of a llama2.c .bin; by default model.tokenizer.bin or tokenizer.bin beside model.bin.
         path: The stories that config.yaml names for validation and further training.
+        adapter: Folder of a LoRA adapter, PEFT's or ours, to merge into the weights.
     """
     from experiment.run import CONFIG, holds_run
 
@@ -93,17 +135,9 @@ def import_weights(
     if holds_run(run):
         raise InputError(f"run_dir {run} already holds a run: name another folder")
     with console.status("converting"):
-        if Path(source).is_dir() or source.endswith(".gguf"):
-            if tokenizer is not None:
-                raise InputError(f"tokenizer {tokenizer}: the one in {source} is taken; leave the option out")
-            decoder, story_tokenizer = (from_gguf if source.endswith(".gguf") else from_hugging_face)(source)
-        else:
-            decoder, story_tokenizer = from_llama2c(source, tokenizer or _tokenizer_beside(Path(source)))
-        if decoder.config.vocab_size != story_tokenizer.vocab_size:
-            raise InputError(
-                f"{source} has {decoder.config.vocab_size} embeddings, but its tokenizer {story_tokenizer.vocab_size} "
-                "tokens; cut the embeddings with transformers' resize_token_embeddings and save it again"
-            )
+        decoder, story_tokenizer, _ = load_pretrained(source, tokenizer)
+        if adapter is not None:
+            decoder = merged_with(decoder, adapter)
         write_run(decoder, story_tokenizer, run, path)
     print(
         f"written to {run}; next: python -m lm predict --config {run / CONFIG} --ckpt_path last "
@@ -156,63 +190,16 @@ def write_run(decoder: Decoder, tokenizer: StoryTokenizer, run: Path, path: str)
     (run / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def load_checkpoint(checkpoint: str | Path, tokenizer: str | None = None) -> tuple[Decoder, StoryTokenizer]:
-    """The decoder and the tokenizer of a checkpoint that `python -m lm fit` has written.
-
-    Args:
-        checkpoint: The file, or a run's folder: its best, or else its last.
-        tokenizer: As `--data.tokenizer`; None for what config.yaml in the run's folder names.
-
-    Raises:
-        InputError: If the file is damaged or another model's, or the tokenizer is not to be found.
-    """
-    from experiment.run import find_checkpoint, read_checkpoint  # bring Lightning, which --help need not wait for
-
-    checkpoint = Path(checkpoint).expanduser()
-    checkpoint = find_checkpoint(checkpoint) if checkpoint.is_dir() else checkpoint
-    content = read_checkpoint(checkpoint)
-    weights = {
-        name.removeprefix("decoder."): weight
-        for name, weight in content["state_dict"].items()
-        if name.startswith("decoder.")
-    }
-    try:
-        parts = content["hyper_parameters"]
-        decoder = make_decoder(DecoderConfig(**parts["decoder"]), Variant(**parts.get("variant", {})))
-        decoder.load_state_dict(weights)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{checkpoint} is no checkpoint of the language model ({error})") from error
-    return decoder.eval(), _tokenizer_of(checkpoint) if tokenizer is None else load_tokenizer(tokenizer)
-
-
-def _tokenizer_of(checkpoint: Path) -> StoryTokenizer:
-    from experiment.run import CONFIG
-    from lm.data import TinyStories
-
-    run = checkpoint.resolve().parent.parent
-    if (own := run / "tokenizer").is_dir():
-        return load_tokenizer(own)
-    file = run / CONFIG
-    try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))["data"]
-        named = {name: data[name] for name in ("path", "tokenizer", "vocab_size") if name in data}
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise InputError(f"{file} does not tell the tokenizer of {checkpoint}; give it with --tokenizer") from error
-    return TinyStories(**named).tokenizer
-
-
-def _tokenizer_beside(file: Path) -> Path:
-    candidates = [llama2c_tokenizer_path(file), file.with_name("tokenizer.bin")]
-    found = [candidate for candidate in candidates if candidate.is_file()]
-    if not found:
-        raise InputError(f"{file}: neither {' nor '.join(c.name for c in candidates)} is there; give --tokenizer")
-    return found[0]
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
     quiet_libraries(debug=False)
-    commands = {"hugging_face": hugging_face, "llama2c": llama2c, "gguf": gguf, "import": import_weights}
+    commands = {
+        "hugging_face": hugging_face,
+        "llama2c": llama2c,
+        "gguf": gguf,
+        "adapter": adapter,
+        "import": import_weights,
+    }
     try:
         auto_cli(commands, args=None if args is None else list(args), exit_on_error=False)
     except (InputError, ArgumentError) as error:

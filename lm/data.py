@@ -78,6 +78,8 @@ class TinyStories(ResumableDataModule):
         streaming: Read the training stories while training, from the hub or from files, rather than tokenise them all
             first; for corpora larger than the disk. They are shuffled within blocks only, and max_steps ends the run.
         revision: Branch, tag or commit of a data set of the hub; by default the newest.
+        second_path: Where other texts are, as ``path``, on which the model is validated beside, as ``val/second_loss``
+            and so on: what an adapted model has forgotten.
 
     Raises:
         InputError: A value that is out of range.
@@ -99,6 +101,7 @@ class TinyStories(ResumableDataModule):
         seed: int = 1234,
         num_workers: int | None = None,
         streaming: bool = False,
+        second_path: str | None = None,
         revision: str | None = None,
     ) -> None:
         super().__init__()
@@ -129,6 +132,7 @@ class TinyStories(ResumableDataModule):
         self.seed = seed
         self._num_workers = num_workers
         self.streaming = streaming
+        self.second_path = second_path
         self.revision = revision
         self.stream_progress = StreamProgress()
         self._corpora: dict[str, Corpus] = {}
@@ -253,6 +257,8 @@ class TinyStories(ResumableDataModule):
                     _tell(note)
             else:
                 self.corpus(split)
+        if stage in ("fit", "validate") and self._second is not None:
+            self._second.corpus("validation")
         if stage == "fit" and not self.streaming and not self.packing:
             sizes = np.diff(self.corpus("train").offsets)
             kept = np.minimum(sizes, self.sequence_length + 1).sum() / sizes.sum()
@@ -332,8 +338,23 @@ class TinyStories(ResumableDataModule):
                 )
         self.stream_progress.load(state_dict["processes"][self.trainer.global_rank])
 
-    def val_dataloader(self) -> DataLoader:
-        return self._eval_loader("validation")
+    @cached_property
+    def _second(self) -> "TinyStories | None":
+        if self.second_path is None:
+            return None
+        second = TinyStories(
+            self.second_path,
+            sequence_length=self.sequence_length,
+            eval_batch_size=self.eval_batch_size,
+            evaluation=self.evaluation,
+            num_workers=self.num_workers,
+        )
+        second.tokenizer = self.tokenizer
+        return second
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        first = self._eval_loader("validation")
+        return first if self._second is None else [first, self._second._eval_loader("validation")]
 
     def test_dataloader(self) -> DataLoader:
         return self._eval_loader("test")

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
@@ -21,10 +22,12 @@ from experiment.hardware import can_compile, fast_bfloat16
 from experiment.step_sums import StepModule
 from lm.compilation import CompilationError
 from lm.generation import GenerationConfig, generate
+from lm.lora import Adapter, LoRAConfig, inject, inject_peft, load_trained, merged, read_decoder_adapter
 from lm.loss import token_losses
-from lm.model import DecoderConfig
-from lm.objective import MOST_GRAPHED, CompiledLoss, summed_loss
+from lm.model import Decoder, DecoderConfig
+from lm.objective import MOST_GRAPHED, CompiledLoss, has_plain_head, summed_loss
 from lm.optim import OptimizerConfig, learning_rate_factor, make_optimizer
+from lm.pretrained import load_pretrained
 from lm.variants import Variant, make_decoder
 
 Batch = dict[str, Tensor]
@@ -86,6 +89,10 @@ class LanguageModel(StepModule):
         variant: Variant = Variant(),
         compile: bool = False,
         activation_checkpointing: bool = False,
+        init_from: str | None = None,
+        adapter: Adapter = "full",
+        lora: LoRAConfig = LoRAConfig(),
+        adapter_weights: str | None = None,
     ) -> None:
         """
         Args:
@@ -98,6 +105,13 @@ class LanguageModel(StepModule):
                 plain code, where there is no compiler.
             activation_checkpointing: Keep of each block its input only and compute the rest again in the backward pass:
                 less memory, about a third more time.
+            init_from: Weights to start from, shape and tokenizer with them: a run's folder, a checkpoint, a Hugging
+                Face folder or hub name, a llama2.c .bin, a .gguf. Optimizer and steps are new.
+            adapter: What trains: full (all weights), lora (low-rank updates of frozen ones), or peft (the same by
+                PEFT).
+            lora: The low-rank updates; target_modules by PEFT's names for a Llama, such as q_proj.
+            adapter_weights: Folder of a saved adapter, PEFT's or ours, to start from; it decides all of lora but the
+                dropout.
         """
         super().__init__("loss")
         # A checkpoint holds plain values, so that it can be read without running code; here they come back.
@@ -105,16 +119,72 @@ class LanguageModel(StepModule):
         optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
         generation = GenerationConfig(**generation) if isinstance(generation, dict) else generation
         variant = Variant(**variant) if isinstance(variant, dict) else variant
-        parts = {"decoder": decoder, "optimizer": optimizer, "generation": generation, "variant": variant}
-        self.save_hyperparameters({name: asdict(part) for name, part in parts.items()})
+        lora = LoRAConfig(**lora) if isinstance(lora, dict) else lora
         self.decoder = make_decoder(decoder, variant)
+        if variant.changed and (init_from is not None or adapter != "full"):
+            raise InputError(f"model.variant {variant.changed}: weights that are there are of no variant; leave it out")
+        if init_from is not None:
+            self._start_from(init_from)
+        self.adapter = adapter
+        if adapter != "full":
+            lora = self._adapt(lora, adapter_weights)
+        elif adapter_weights is not None:
+            raise InputError("model.adapter_weights needs model.adapter lora or peft, not full")
+        self.lora = lora
+        parts = {"decoder": decoder, "optimizer": optimizer, "generation": generation, "variant": variant}
+        parts |= {} if adapter == "full" else {"lora": lora}
+        self.save_hyperparameters({name: asdict(part) for name, part in parts.items()} | {"adapter": adapter})
+        self.strict_loading = adapter == "full"  # else checkpoints hold what trains alone
         self.optimizer_config = optimizer
         self.generation = generation
         self.decoder.recompute = activation_checkpointing
         self.compile_blocks = compile
         with torch.device("cpu"):  # also where the decoder is made on none
             self.sums = TokenSums()
+            self.second_sums = TokenSums()  # of data.second_path
         self.on_token: Callable[[int, int], None] | None = None  # sees (row, token id) while a story is written
+
+    def _start_from(self, init_from: str) -> None:
+        source, _, _ = load_pretrained(init_from)
+        ours, theirs = asdict(self.decoder.config), asdict(source.config)
+        for config in (ours, theirs):
+            config["num_kv_heads"] = config["num_kv_heads"] or config["num_heads"]
+        for name in sorted(ours.keys() - {"dropout", "max_sequence_length"}):
+            if ours[name] != theirs[name]:
+                raise InputError(
+                    f"model.decoder.{name} {ours[name]}: model.init_from {init_from} has {theirs[name]}; leave it out"
+                )
+        try:
+            self.decoder.load_state_dict(source.state_dict())
+        except RuntimeError:
+            raise InputError(f"model.init_from {init_from} is a variant of the decoder; take another model") from None
+
+    def _adapt(self, lora: LoRAConfig, adapter_weights: str | None) -> LoRAConfig:
+        trained = None
+        try:
+            if adapter_weights is not None:
+                dropout = lora.lora_dropout
+                lora, trained = read_decoder_adapter(self.decoder, adapter_weights)
+                lora = replace(lora, lora_dropout=dropout)
+            (inject if self.adapter == "lora" else inject_peft)(self.decoder, lora)
+        except ValueError as error:
+            raise InputError(f"model.{'lora' if trained is None else 'adapter_weights'}: {error}") from error
+        if trained is not None:
+            load_trained(self.decoder, trained)
+        return lora
+
+    @property
+    def plain_decoder(self) -> Decoder:
+        """The decoder as it is used for decoding: one with adapters merged into a copy."""
+        return self.decoder if self.adapter == "full" else merged(self.decoder, self.lora)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """All weights, or with an adapter those that train."""
+        state = super().state_dict(*args, **kwargs)
+        if self.adapter == "full":
+            return state
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name: weight for name, weight in state.items() if name in trained}
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (B, T, V) of token ids (B, T)."""
@@ -196,6 +266,13 @@ class LanguageModel(StepModule):
                 f"model.optimizer.muon_learning_rate {config.muon_learning_rate}: Muon needs whole matrices, which "
                 "this strategy divides among the processes; take configs/ddp.yaml, or set it to null"
             )
+        if self.adapter != "full" and isinstance(trainer.strategy, ModelParallelStrategy):
+            raise InputError(f"model.adapter {self.adapter}: this strategy divides the weights; take configs/ddp.yaml")
+        if self.adapter != "full" and config.muon_learning_rate is not None:
+            raise InputError(
+                f"model.optimizer.muon_learning_rate {config.muon_learning_rate}: model.adapter {self.adapter} trains "
+                "no whole matrices; set it to null"
+            )
         if config.schedule != "constant" and trainer.max_steps == trainer.max_epochs == -1:
             raise InputError(
                 f"model.optimizer.schedule {config.schedule} needs an end to go down to: give --trainer.max_steps, or "
@@ -218,21 +295,25 @@ class LanguageModel(StepModule):
 
     def on_validation_epoch_start(self) -> None:
         self.sums.reset()
+        self.second_sums.reset()
 
     def on_test_epoch_start(self) -> None:
         self.sums.reset()
 
-    def _evaluate(self, batch: Batch) -> None:
+    def _evaluate(self, batch: Batch, sums: TokenSums) -> None:
         tokens = batch["tokens"].long()
-        hidden = self.decoder.hidden_states(tokens[:, :-1])
-        losses = token_losses(hidden.flatten(0, 1), self.decoder.head_weight, tokens[:, 1:].flatten())
-        self.sums.update(losses, *(batch[name].flatten() for name in ("loss_mask", "text_mask", "bytes")))
+        hidden, targets = self.decoder.hidden_states(tokens[:, :-1]), tokens[:, 1:].flatten()
+        if has_plain_head(self.decoder):
+            losses = token_losses(hidden.flatten(0, 1), self.decoder.head_weight, targets)
+        else:
+            losses = F.cross_entropy(self.decoder.logits(hidden).flatten(0, 1).float(), targets, reduction="none")
+        sums.update(losses, *(batch[name].flatten() for name in ("loss_mask", "text_mask", "bytes")))
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch)
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, self.second_sums if dataloader_idx else self.sums)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch)
+        self._evaluate(batch, self.sums)
 
     def on_validation_epoch_end(self) -> None:
         self.log("val/loss", self.sums.compute()["loss"], prog_bar=True)
@@ -242,6 +323,9 @@ class LanguageModel(StepModule):
 
     # decoding
 
+    def on_predict_start(self) -> None:
+        self._decoding = self.plain_decoder
+
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Continue each prompt of the batch: a list of ``prompt``, ``text``, ``tokens`` and ``finish_reason``."""
         tokenizer = self.trainer.datamodule.tokenizer
@@ -249,7 +333,7 @@ class LanguageModel(StepModule):
         with torch.autocast(self.device.type, enabled=False):
             try:
                 results = generate(
-                    self.decoder,
+                    self._decoding,
                     batch["input_ids"],
                     self.generation,
                     eos_id=tokenizer.eos_id,

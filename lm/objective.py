@@ -22,12 +22,18 @@ def summed_loss(decoder: Decoder, tokens: Tensor, loss_mask: Tensor) -> tuple[Te
     tokens = tokens.long()
     hidden = decoder.hidden_states(tokens[:, :-1]).flatten(0, 1)
     targets, counted = tokens[:, 1:].flatten(), loss_mask.flatten()
-    if torch.compiler.is_compiling():  # which joins what follows to a few kernels that read the logits once
-        logits = F.linear(hidden, decoder.head_weight).float()
+    # Compiling joins what follows to a few kernels that read the logits once.
+    if torch.compiler.is_compiling() or not has_plain_head(decoder):
+        logits = decoder.logits(hidden).float()
         loss = F.cross_entropy(logits, targets.masked_fill(~counted, IGNORED), ignore_index=IGNORED, reduction="sum")
     else:
         loss = linear_cross_entropy(hidden, decoder.head_weight, targets, counted.float())
     return loss, counted.sum()
+
+
+def has_plain_head(decoder: Decoder) -> bool:
+    """Whether the head is a matrix and no more, without an adapter of its own."""
+    return decoder.head is None or isinstance(decoder.head, torch.nn.Linear)
 
 
 class CompiledLoss:

@@ -9,6 +9,7 @@ minute, and varied enough (12,500 distinct ones are drawn, of a great many more)
 
 import random
 import re
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -84,9 +85,9 @@ def _tell(template: Template, words: dict[str, str], draw: random.Random) -> str
     return "".join(told)
 
 
-def write_story(draw: random.Random) -> str:
-    """One story of 80 to 200 words, a line for each paragraph."""
-    actors, rows, story = _plot(draw.choice(PLOTS))
+def write_story(draw: random.Random, plots: Sequence[str] = PLOTS) -> str:
+    """One story of 80 to 200 words, a line for each paragraph; of other plots, what these tell."""
+    actors, rows, story = _plot(draw.choice(plots))
     return _tell(story, PHRASES | _cast(draw.choice(actors), draw) | draw.choice(rows), draw)
 
 

@@ -357,7 +357,7 @@ def test_an_imported_model_validates_predicts_trains_and_is_exported_again(token
     ("arguments", "complaint"),
     [
         (["import", "missing.bin", "run", "--tokenizer", "missing"], "missing.bin cannot be read"),
-        (["import", "missing.bin", "run"], "give --tokenizer"),
+        (["import", "missing.bin", "run"], "missing.bin cannot be read"),
         (["import", "empty", "run"], "config.json cannot be read"),
         (["hugging_face", "missing.ckpt", "out"], "missing.ckpt"),
         (["llama2c", "broken.ckpt", "out"], "broken.ckpt"),

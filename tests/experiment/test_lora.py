@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from classify.lora import (
+from experiment.lora import (
     LoRAConfig,
     LoRALinear,
     adapter_disabled,
@@ -15,7 +15,7 @@ from classify.lora import (
     train_only,
     unmerge,
 )
-from tests.classify.adapted import (
+from tests.experiment.adapted import (
     batch,
     custom_model,
     lora_config,

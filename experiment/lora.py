@@ -20,15 +20,18 @@ gradient is computed for W. Two refinements by option:
     merge(model)                                # W' takes the place of W: no cost at inference
 """
 
+import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ class LoRAConfig:
         r: rank of the update, at least 1.
         lora_alpha: numerator of the scale s; above 0.
         lora_dropout: probability of dropping an element of the adapter's input, in [0, 1).
-        target_modules: linear layers to adapt: names or dotted suffixes of names, or one regular expression
-            that matches whole names.
+        target_modules: linear layers to adapt: names or dotted suffixes of names, one regular expression that
+            matches whole names, or all-linear, which is every linear layer but a language model's head.
         modules_to_save: modules trained in full beside the adapters: whatever ends in one of these names.
         use_rslora: scale by lora_alpha / sqrt(r).
         use_dora: train direction and magnitude of the weights apart.
@@ -54,8 +57,8 @@ class LoRAConfig:
     r: int = 8
     lora_alpha: float = 16
     lora_dropout: float = 0.0
-    target_modules: list[str] | str = field(default_factory=lambda: ["query", "key", "value"])
-    modules_to_save: list[str] = field(default_factory=lambda: ["classifier"])
+    target_modules: list[str] | str = ALL_LINEAR
+    modules_to_save: list[str] = field(default_factory=list)
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool = True
@@ -81,6 +84,7 @@ class LoRALinear(nn.Module):
     Args:
         base_layer: the layer to adapt, weight W (out, in); it is kept as it is, and frozen.
         config: rank, scale, dropout and variant.
+        rows: the rows of the layer's matrix that W is, where several matrices are stacked in it; by default all.
 
     Shapes: forward takes (..., in) and returns (..., out). `lora_A.weight` (r, in) is Kaiming-uniform,
     `lora_B.weight` (out, r) is zero, `lora_magnitude_vector` (out,) exists with DoRA only.
@@ -91,16 +95,17 @@ class LoRALinear(nn.Module):
         torch.Size([2, 10, 384])
     """
 
-    def __init__(self, base_layer: nn.Linear, config: LoRAConfig) -> None:
+    def __init__(self, base_layer: nn.Linear, config: LoRAConfig, rows: slice | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer.requires_grad_(False)
+        self.rows = slice(0, base_layer.out_features) if rows is None else rows
         self.scaling = config.scaling
         self.enabled = True
         self._base_weight: Tensor | None = None  # W itself, while the update is merged into base_layer
         self.lora_dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         # Random numbers are drawn on the CPU and in PEFT's order (A, B, A again): one seed, one A, in both.
         self.lora_A = nn.Linear(base_layer.in_features, config.r, bias=False)
-        self.lora_B = nn.Linear(config.r, base_layer.out_features, bias=False)
+        self.lora_B = nn.Linear(config.r, self.rows.stop - self.rows.start, bias=False)
         if config.init_lora_weights:
             nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
             nn.init.zeros_(self.lora_B.weight)
@@ -115,7 +120,10 @@ class LoRALinear(nn.Module):
         return self._base_weight is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        result = self.base_layer(x)
+        return self.adapt(x, self.base_layer(x))
+
+    def adapt(self, x: Tensor, result: Tensor) -> Tensor:
+        """The base layer's result (..., out) of x (..., in), with the update added."""
         if self.merged or not self.enabled:
             return result
         dropped = self.lora_dropout(x)
@@ -126,9 +134,9 @@ class LoRALinear(nn.Module):
         # With dropout, PEFT lets the rescaled x W^T see the dropped input too; so do we.
         scale = (self.lora_magnitude_vector / self._row_norm()).view(1, -1)
         if self.training and not isinstance(self.lora_dropout, nn.Identity):
-            projected = F.linear(dropped, self.base_layer.weight)
+            projected = F.linear(dropped, self.base_layer.weight[self.rows])
         else:
-            projected = result if self.base_layer.bias is None else result - self.base_layer.bias
+            projected = result if self.base_layer.bias is None else result - self.base_layer.bias[self.rows]
         return result + ((scale - 1) * projected + scale * update * self.scaling)
 
     @torch.no_grad()
@@ -142,21 +150,115 @@ class LoRALinear(nn.Module):
     def merge(self) -> None:
         """Put W' in the place of W. Merging twice is merging once; costs a copy of W, kept to restore it."""
         if not self.merged:
-            merged, self._base_weight = self.adapted_weight(), self.base_layer.weight.data
-            self.base_layer.weight.data = merged
+            merged, weight = self.adapted_weight(), self.base_layer.weight.data[self.rows]
+            self._base_weight = weight.clone()
+            weight.copy_(merged)
 
     def unmerge(self) -> None:
         """Put W back, the same to the bit. Unmerging twice is unmerging once."""
         if self.merged:
-            self.base_layer.weight.data, self._base_weight = self._base_weight, None
+            self.base_layer.weight.data[self.rows].copy_(self._base_weight)
+            self._base_weight = None
 
     def _direction(self) -> Tensor:
-        weight = self._base_weight if self.merged else self.base_layer.weight
+        weight = self._base_weight if self.merged else self.base_layer.weight[self.rows]
         return weight + self.scaling * (self.lora_B.weight @ self.lora_A.weight)
 
     @torch.no_grad()
     def _row_norm(self) -> Tensor:
         return torch.linalg.norm(self._direction(), dim=1)
+
+
+class StackedLoRALinear(nn.Module):
+    """A frozen linear layer in which several matrices are stacked, such as query, key and value, with a low-rank
+    update of their own for each or some of them.
+
+    Args:
+        base_layer: the layer, without bias.
+        config: rank, scale, dropout and variant.
+        rows: how many rows of it each matrix has, by name, in their order.
+        adapted: the names of those that are adapted; each becomes a `LoRALinear` of that name.
+    """
+
+    def __init__(self, base_layer: nn.Linear, config: LoRAConfig, rows: dict[str, int], adapted: list[str]) -> None:
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.sizes = rows
+        self.one_product = not (config.use_dora or config.lora_dropout)
+        start = 0
+        for name, size in rows.items():
+            if name in adapted:
+                self.add_module(name, LoRALinear(base_layer, config, slice(start, start + size)))
+            start += size
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.base_layer(x)
+        parts = [getattr(self, name, None) for name in self.sizes]
+        active = [part for part in parts if part is not None and part.enabled and not part.merged]
+        if not active:
+            return result
+        if self.one_product:
+            # All updates at once: the As under one another, the Bs in a block-diagonal matrix.
+            middle = F.linear(x, torch.cat([part.lora_A.weight for part in active])) * active[0].scaling
+            blocks = [
+                part.lora_B.weight if part in active else x.new_zeros(size, 0)
+                for part, size in zip(parts, self.sizes.values(), strict=True)
+            ]
+            return result + F.linear(middle, torch.block_diag(*blocks))
+        pieces = result.split(list(self.sizes.values()), dim=-1)
+        return torch.cat(
+            [piece if part is None else part.adapt(x, piece) for part, piece in zip(parts, pieces, strict=True)], dim=-1
+        )
+
+    def adapted_weight(self) -> Tensor:
+        """W' (out, in) of all its matrices."""
+        weight = self.base_layer.weight.detach().clone()
+        for part in self.children():
+            if isinstance(part, LoRALinear):
+                weight[part.rows] = part.adapted_weight()
+        return weight
+
+
+class LoRAEmbedding(nn.Module):
+    """A frozen embedding with a trainable low-rank update: W' = W + s (B A)^T, as PEFT has it.
+
+    Args:
+        base_layer: the embedding to adapt, weight W (tokens, width).
+        config: rank and scale; dropout does not concern an embedding.
+
+    Shapes: `lora_embedding_A` (r, tokens) is zero, `lora_embedding_B` (width, r) normal.
+
+    Raises:
+        ValueError: config asks for DoRA.
+    """
+
+    def __init__(self, base_layer: nn.Embedding, config: LoRAConfig) -> None:
+        super().__init__()
+        if config.use_dora:
+            raise ValueError("use_dora is for linear layers: leave the embedding out of target_modules")
+        self.base_layer = base_layer.requires_grad_(False)
+        self.scaling = config.scaling
+        # Drawn in PEFT's order, though A is set to zero.
+        a, b = torch.randn(config.r, base_layer.num_embeddings), torch.randn(base_layer.embedding_dim, config.r)
+        if config.init_lora_weights:
+            a.zero_()
+            b.normal_()
+        self.lora_embedding_A = nn.Parameter(a.to(base_layer.weight))
+        self.lora_embedding_B = nn.Parameter(b.to(base_layer.weight))
+
+    @property
+    def weight(self) -> Tensor:
+        """W (tokens, width): what a head shares that is tied to the embedding is not adapted."""
+        return self.base_layer.weight
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        update = F.embedding(input_ids, self.lora_embedding_A.T) @ self.lora_embedding_B.T
+        return self.base_layer(input_ids) + update * self.scaling
+
+    @torch.no_grad()
+    def adapted_weight(self) -> Tensor:
+        """W' (tokens, width)."""
+        return self.base_layer.weight + self.scaling * (self.lora_embedding_B @ self.lora_embedding_A).T
 
 
 # ---------------------------------------------------------------- adapting a whole model
@@ -201,24 +303,38 @@ def target_names(model: nn.Module, targets: list[str] | str) -> list[str]:
     Raises:
         ValueError: a target matches nothing.
     """
+    if targets == ALL_LINEAR:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    there = f"{type(model).__name__}: its linear layers end in {_linear_suffixes(model)}"
+    return matching([name for name, _ in model.named_modules()], targets, there)
+
+
+def matching(names: Sequence[str], targets: list[str] | str, there: str) -> list[str]:
+    """Those of the names that are targets: by name, dotted suffix, or one pattern.
+
+    Args:
+        names: Names of modules.
+        targets: As in `LoRAConfig`, but for all-linear.
+        there: Of what they are the names, and what could have been named, for the message.
+
+    Raises:
+        ValueError: a target matches nothing.
+    """
     if isinstance(targets, str):
         try:
             pattern = re.compile(targets)
         except re.error as error:
             raise ValueError(f"target_modules {targets!r} is no regular expression: {error}") from error
         missing = []
-        names = [name for name, _ in model.named_modules() if pattern.fullmatch(name)]
+        found = {name for name in names if pattern.fullmatch(name)}
     else:
-        matches = {target: set(modules_named(model, target)) for target in targets}
-        missing = [target for target, found in matches.items() if not found]
+        matches = {target: {name for name in names if is_named(name, target)} for target in targets}
+        missing = [target for target, named in matches.items() if not named]
         found = set().union(*matches.values())
-        names = [name for name, _ in model.named_modules() if name in found]
-    if missing or not names:
-        raise ValueError(
-            f"target_modules {', '.join(missing) or repr(targets)} matches no layer of "
-            f"{type(model).__name__}: its linear layers end in {_linear_suffixes(model)}"
-        )
-    return names
+    if missing or not found:
+        raise ValueError(f"target_modules {', '.join(missing) or repr(targets)} matches no layer of {there}")
+    return [name for name in names if name in found]
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -231,10 +347,8 @@ def train_only(model: nn.Module, modules_to_save: list[str]) -> None:
     Raises:
         ValueError: a name that matches no module.
     """
-    model.requires_grad_(False)
-    for layer in lora_layers(model).values():
-        for name, parameter in layer.named_parameters():
-            parameter.requires_grad_(name.startswith("lora_"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part.startswith("lora_") for part in name.split(".")))
     whole = saved_whole(model, modules_to_save)
     for name, module in model.named_modules():
         if name in whole:
@@ -298,11 +412,20 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
-def modules_named(model: nn.Module, target: str) -> dict[str, nn.Module]:
-    """The modules of that name, whole or as a dotted suffix."""
-    return {name: m for name, m in model.named_modules() if name == target or name.endswith("." + target)}
+def is_named(name: str, target: str) -> bool:
+    """Whether a module's name is the target, whole or as a dotted suffix."""
+    return name == target or name.endswith("." + target)
 
 
 def _linear_suffixes(model: nn.Module) -> str:
     linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     return ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+
+
+def fingerprint(parameters: Iterator[tuple[str, nn.Parameter]]) -> str:
+    """What tells one set of frozen weights from another, from the first values of each of them."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(parameters):
+        digest.update(f"{name} {tuple(parameter.shape)} ".encode())
+        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

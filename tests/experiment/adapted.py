@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig
 
-from classify.lora import LoRAConfig, inject_lora
+from experiment.lora import LoRAConfig, inject_lora
 
 VARIANTS = {
     "lora": {},
@@ -35,7 +35,8 @@ def tiny_bert(dropout: float = 0.0, **sizes) -> nn.Module:
 
 
 def lora_config(variant: dict, dropout: float = 0.0, **values) -> LoRAConfig:
-    return LoRAConfig(**({"r": 4, "lora_alpha": 8, "lora_dropout": dropout} | variant | values))
+    default = {"target_modules": ["query", "key", "value"], "modules_to_save": ["classifier"]}
+    return LoRAConfig(**({"r": 4, "lora_alpha": 8, "lora_dropout": dropout} | default | variant | values))
 
 
 def custom_model(variant: dict, dropout: float = 0.0) -> nn.Module:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from classify.lora import LoRAConfig, inject_lora, lora_layers, saved_whole
+from experiment.lora import LoRAConfig, inject_lora, lora_layers, saved_whole
 
 PEFT_PREFIX = "base_model.model."  # PEFT's path to the adapted model, part of every key in its files
 
@@ -35,7 +35,7 @@ def save_adapter(
     base_model: str | None = None,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write the adapter of a model that `inject_lora` adapted with this config; the rest as in `write_adapter`."""
+    """Write the adapter of a classifier that `inject_lora` adapted with this config; the rest as in `write_adapter`."""
     write_adapter(adapter_state_dict(model, config.modules_to_save), config, folder, base_model, metadata)
 
 
@@ -45,6 +45,7 @@ def write_adapter(
     folder: str | Path,
     base_model: str | None = None,
     metadata: dict[str, str] | None = None,
+    task_type: str = "SEQ_CLS",
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors; `PeftModel.from_pretrained` reads them.
 
@@ -54,14 +55,15 @@ def write_adapter(
         folder: made if it is missing.
         base_model: name or folder of the model that was adapted.
         metadata: strings kept in the head of the safetensors file.
+        task_type: PEFT's, such as CAUSAL_LM.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": base_model}
+    content = {"peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": base_model}
     content |= asdict(config) | {"bias": "none", "inference_mode": True}
-    (folder / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    weights = {key: value.contiguous() for key, value in weights.items()}
+    weights = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"} | (metadata or {}))
+    (folder / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_adapter_config(folder: str | Path) -> LoRAConfig:
@@ -97,14 +99,11 @@ def read_adapter_config(folder: str | Path) -> LoRAConfig:
         raise ValueError(f"{path} holds a value of the wrong type: {error}") from error
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, str]:
-    """Read an adapter in PEFT's format into a model, adapting it first where it is still plain.
-
-    Returns:
-        The metadata of the weights' file.
+def read_adapter(folder: str | Path) -> tuple[LoRAConfig, dict[str, Tensor], dict[str, str]]:
+    """An adapter in PEFT's format: how it was trained, its weights under PEFT's keys, and their file's metadata.
 
     Raises:
-        ValueError: the adapter does not fit: another base model, rank, variant or set of layers.
+        ValueError: no adapter there, one that cannot be read, or one whose files disagree.
     """
     folder = Path(folder)
     config = read_adapter_config(folder)
@@ -115,15 +114,20 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, str]:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} can't be read as safetensors: {error}") from error
-    ranks = {value.shape[0] for key, value in weights.items() if key.endswith("lora_A.weight")}
+    ranks = {value.shape[0] for key, value in weights.items() if key.endswith(("lora_A.weight", "lora_embedding_A"))}
     if ranks != {config.r}:
         raise ValueError(f"{path} holds weights of rank {sorted(ranks)}; adapter_config.json says {config.r}")
-    # PEFT names "score" too, for models that call their classifier so.
-    names = [name for name, _ in model.named_modules()]
-    present = [target for target in config.modules_to_save if any(name.endswith(target) for name in names)]
-    if not lora_layers(model):
-        inject_lora(model, replace(config, modules_to_save=present))
-    expected = adapter_state_dict(model, present)
+    # PEFT saves an embedding that it has adapted a second time, as it was.
+    return config, {key: value for key, value in weights.items() if ".base_layer." not in key}, metadata
+
+
+def check_adapter(weights: dict[str, Tensor], expected: dict[str, Tensor], folder: str | Path) -> None:
+    """See that an adapter's weights are those that a model needs; both under PEFT's keys.
+
+    Raises:
+        ValueError: one is missing, left over, or of another shape.
+    """
+    path = Path(folder) / "adapter_model.safetensors"
     if missing := sorted(expected.keys() - weights.keys()):
         raise ValueError(f"{path} lacks {missing[0]} and {len(missing) - 1} more: an adapter of other layers")
     if unexpected := sorted(weights.keys() - expected.keys()):
@@ -134,8 +138,27 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, str]:
                 f"{path}: {key} has shape {tuple(value.shape)}, this model needs "
                 f"{tuple(expected[key].shape)}: an adapter of another rank or base model"
             )
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, str]:
+    """Read an adapter in PEFT's format into a model, adapting it first where it is still plain.
+
+    Returns:
+        The metadata of the weights' file.
+
+    Raises:
+        ValueError: the adapter does not fit: another base model, rank, variant or set of layers.
+    """
+    config, weights, metadata = read_adapter(folder)
+    # PEFT names "score" too, for models that call their classifier so.
+    names = [name for name, _ in model.named_modules()]
+    present = [target for target in config.modules_to_save if any(name.endswith(target) for name in names)]
+    if not lora_layers(model):
+        inject_lora(model, replace(config, modules_to_save=present))
+    check_adapter(weights, adapter_state_dict(model, present), folder)
     if any(layer.scaling != config.scaling for layer in lora_layers(model).values()):
-        raise ValueError(f"{path} was trained at scale {config.scaling:g}: set lora_alpha and use_rslora alike")
-    weights = {key.removeprefix(PEFT_PREFIX): value for key, value in weights.items()}
-    model.load_state_dict(weights, strict=False)
+        raise ValueError(
+            f"{folder} holds an adapter trained at scale {config.scaling:g}: set lora_alpha and use_rslora alike"
+        )
+    model.load_state_dict({key.removeprefix(PEFT_PREFIX): value for key, value in weights.items()}, strict=False)
     return metadata
