@@ -242,7 +242,8 @@ class LanguageModel(StepModule):
             if self.device.type == "cuda" and not isinstance(self.decoder, FSDPModule):
                 alone = self.trainer.accumulate_grad_batches == self.trainer.world_size == 1
                 small = sum(weight.numel() for weight in self.decoder.parameters()) <= MOST_GRAPHED
-                self._summed_loss = CompiledLoss(self.decoder, use_graphs=alone and small)
+                rows = getattr(self.trainer.datamodule, "batch_size", 0)
+                self._summed_loss = CompiledLoss(self.decoder, use_graphs=alone and small, rows=rows)
             else:
                 self.decoder.compile_blocks()
         elif self.compile_blocks:
@@ -285,7 +286,8 @@ class LanguageModel(StepModule):
         # Under 16-mixed the gradients must be unscaled before they are clipped, which a fused optimizer does too late.
         fused = self.trainer.precision != "16-mixed"
         products = torch.bfloat16 if fast_bfloat16(self.device.type) else torch.float32
-        optimizer = make_optimizer(self, self.optimizer_config, fused, products)
+        compiled = self.compile_blocks and self.device.type == "cuda" and can_compile("cuda")
+        optimizer = make_optimizer(self, self.optimizer_config, fused, products, compiled)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, total_steps, self.optimizer_config)
         )

@@ -7,7 +7,7 @@ orthogonalised each by itself.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 # The quintic whose iterates grow small singular values fastest; they end around 1, not at 1, which does no harm.
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 ITERATIONS = 5
+Part = tuple[Tensor, Tensor, float]  # a weight, its gradient with momentum, the learning rate
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -47,6 +48,7 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         dtype: torch.dtype = torch.float32,
+        compiled: bool = False,
     ) -> None:
         """
         Args:
@@ -56,12 +58,14 @@ class Muon(torch.optim.Optimizer):
             momentum: Decay of the running mean of gradients.
             weight_decay: Times the learning rate, the share of a weight that each step takes away.
             dtype: Of the products of the orthogonalisation; momentum stays in the parameter's own.
+            compiled: Orthogonalise in code that torch.compile makes, once for each shape.
 
         Raises:
             ValueError: If a parameter is no matrix.
         """
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "rows": None})
         self.dtype = dtype
+        self._orthogonalize = torch.compile(orthogonalize, dynamic=False) if compiled else orthogonalize
         for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
             if parameter.ndim != 2:
                 raise ValueError(f"a parameter of shape {tuple(parameter.shape)}: Muon moves matrices only")
@@ -73,28 +77,40 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        alike: dict[Sequence[int], list[tuple[Tensor, Tensor, float]]] = defaultdict(list)
+        # By shape, wide matrices and tall ones: what is done to all of a kind takes few kernels of a GPU.
+        alike: dict[tuple[int, int], tuple[list[Part], list[Part]]] = defaultdict(lambda: ([], []))
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                mean = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = parameter.grad.lerp(mean, group["momentum"])
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            gradients = [parameter.grad for parameter in parameters]
+            means = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+            torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
+            updates = torch._foreach_lerp(gradients, means, group["momentum"])
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            for parameter, update in zip(parameters, updates, strict=True):
                 rows = group["rows"] or [len(parameter)]
                 for weight, part in zip(parameter.split(rows), update.split(rows), strict=True):
-                    tall = len(part) > part.shape[1]
-                    scale = group["lr"] * max(1.0, len(part) / part.shape[1]) ** 0.5
-                    weight, part = (weight.mT, part.mT) if tall else (weight, part)
-                    alike[part.shape].append((weight, part, scale))
-        for matrices in alike.values():
-            updates = orthogonalize(torch.stack([part for _, part, _ in matrices]), self.dtype)
-            for (weight, _, scale), update in zip(matrices, updates, strict=True):
-                weight.add_(update, alpha=-scale)
+                    height, width = part.shape
+                    alike[min(height, width), max(height, width)][height > width].append((weight, part, group["lr"]))
+        for wide, tall in alike.values():
+            parts = [part for _, part, _ in wide] + [part.mT for _, part, _ in tall]
+            updates = self._orthogonalize(torch.stack(parts), self.dtype).to(parts[0].dtype)
+            _move(wide, updates[: len(wide)])
+            _move(tall, updates[len(wide) :].mT.contiguous())
         return loss
+
+
+def _move(parts: list[Part], updates: Tensor) -> None:
+    """Take the updates (N, rows, columns) times their rates off the weights."""
+    scale = max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
+    for rate in {rate for _, _, rate in parts}:
+        chosen = [i for i, (_, _, other) in enumerate(parts) if other == rate]
+        moved = list(updates.unbind()) if len(chosen) == len(parts) else [updates[i] for i in chosen]
+        torch._foreach_add_([parts[i][0] for i in chosen], moved, alpha=-rate * scale)
 
 
 class JointOptimizer(torch.optim.Optimizer):

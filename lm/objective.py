@@ -39,15 +39,17 @@ def has_plain_head(decoder: Decoder) -> bool:
 class CompiledLoss:
     """`summed_loss` of one decoder as one function that torch.compile makes, for batches of one shape."""
 
-    def __init__(self, decoder: Decoder, use_graphs: bool) -> None:
+    def __init__(self, decoder: Decoder, use_graphs: bool, rows: int = 0) -> None:
         """
         Args:
             decoder: Whose losses.
+            rows: Of a batch. One that has fewer, as the last of an epoch, gets rows that do not count, so that a run
+                that is resumed there has the same code.
             use_graphs: Replay it as CUDA graphs. Each replay overwrites the results and gradients of the one before, so
                 that gradients cannot be accumulated.
         """
         self.decoder, self.use_graphs = decoder, use_graphs
-        self.rows = 0  # of the largest batch so far
+        self.rows = rows
 
         def loss(tokens: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
             return summed_loss(decoder, tokens, loss_mask)
@@ -57,7 +59,7 @@ class CompiledLoss:
     def __call__(self, tokens: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Arguments and results as of `summed_loss`."""
         self.rows = max(self.rows, len(tokens))
-        if missing := self.rows - len(tokens):  # the last batch of an epoch gets rows that do not count
+        if missing := self.rows - len(tokens):
             tokens, loss_mask = (F.pad(rows, (0, 0, 0, missing)) for rows in (tokens, loss_mask))
         if self.use_graphs:
             self.decoder.zero_grad()  # while they are still what the last replay made them

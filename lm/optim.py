@@ -79,7 +79,11 @@ def block_matrices(module: nn.Module) -> list[dict]:
 
 
 def make_optimizer(
-    module: nn.Module, config: OptimizerConfig, fused: bool = True, products: torch.dtype = torch.float32
+    module: nn.Module,
+    config: OptimizerConfig,
+    fused: bool = True,
+    products: torch.dtype = torch.float32,
+    compiled: bool = False,
 ) -> torch.optim.Optimizer:
     """AdamW, alone or beside Muon, over the module's parameters.
 
@@ -88,6 +92,7 @@ def make_optimizer(
         config: The rates.
         fused: Whether AdamW updates all of its parameters in one kernel.
         products: Type of Muon's matrix products.
+        compiled: Whether Muon's are taken in compiled code.
     """
     matrices = [] if config.muon_learning_rate is None else block_matrices(module)
     taken = {parameter for group in matrices for parameter in group["params"]}
@@ -101,7 +106,7 @@ def make_optimizer(
     if not matrices:
         return adamw
     rate, decay = config.muon_learning_rate, config.weight_decay
-    return JointOptimizer(adamw, Muon(matrices, lr=rate, weight_decay=decay, dtype=products))
+    return JointOptimizer(adamw, Muon(matrices, lr=rate, weight_decay=decay, dtype=products, compiled=compiled))
 
 
 def learning_rate_factor(step: int, total_steps: float, config: OptimizerConfig) -> float:

@@ -19,7 +19,7 @@ STORIES = [
     for mood in ("happy", "very sad", "kind")
 ]
 STEPS = 26
-TIMES = ("train/tokens_per_second", "train/step_seconds", "train/data_seconds")  # which no two runs share
+TIMES = {f"train/{name}" for name in ("tokens_per_second", "step_seconds", "data_seconds", "peak_memory_gib", "mfu")}
 TINY = [
     "--data.vocab_size=345", "--data.sequence_length=16", "--data.batch_size=4",
     "--model.decoder.hidden_size=16", "--model.decoder.intermediate_size=24", "--model.decoder.num_layers=1",

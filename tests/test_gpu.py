@@ -1,18 +1,25 @@
 """On a CUDA GPU everything gives what it gives on a processor; skipped where there is none."""
 
+import copy
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from experiment.batches import DeviceLoader
+from experiment.summary import read_metrics
 from lm import graph_steps
+from lm.__main__ import main
 from lm.generation import GenerationConfig, generate
 from lm.loss import linear_cross_entropy, token_losses
 from lm.model import Decoder, DecoderConfig
-from lm.muon import orthogonalize
+from lm.module import LanguageModel
+from lm.muon import Muon, orthogonalize
+from lm.objective import CompiledLoss, summed_loss
 from lm.sampling import LARGEST_DRAW, sample
 from tests.processes import Commands
 from tests.runs import STEPS, TINY, assert_same_run, kill_and_resume, rows, write_stories
@@ -73,6 +80,77 @@ def test_loss_and_gradients_equal_autograd(autocast: bool, num_tokens: int) -> N
         assert (found - right).norm() < tolerance * right.norm()
     right = F.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="none")
     assert (losses - right).norm() < tolerance * right.norm()
+
+
+@pytest.mark.parametrize("use_graphs", [False, True])
+def test_one_compiled_function_trains_as_the_plain_code(use_graphs: bool) -> None:
+    """Batch to loss, its gradients clipped and stepped with, and a last batch of fewer rows."""
+    torch.manual_seed(0)
+    decoders = [Decoder(CONFIG).cuda()]
+    decoders.append(copy.deepcopy(decoders[0]))
+    functions = partial(summed_loss, decoders[0]), CompiledLoss(decoders[1], use_graphs, rows=8)
+    losses: list[list[torch.Tensor]] = [[], []]
+    for found, decoder, function in zip(losses, decoders, functions, strict=True):
+        optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3, fused=True)
+        generator = torch.Generator().manual_seed(1)
+        for rows_ in (8, 8, 8, 8, 5, 8):
+            tokens = torch.randint(CONFIG.vocab_size, (rows_, 65), generator=generator, dtype=torch.int32)
+            loss_mask = torch.rand(rows_, 64, generator=generator) > 0.2
+            loss, count = function(tokens.cuda(), loss_mask.cuda())
+            mean = loss / count
+            if not use_graphs or decoder is decoders[0]:
+                optimizer.zero_grad()
+            mean.backward()
+            torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+            optimizer.step()
+            found.append(mean.detach().clone())
+    torch.testing.assert_close(torch.stack(losses[1]), torch.stack(losses[0]), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("extra", [[], ["--model.compile=true"], ["--model.optimizer.muon_learning_rate=0.02"]])
+def test_training_makes_the_host_wait_at_logged_steps_only(
+    extra: list[str], in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def watch(self: LanguageModel, batch: object, batch_idx: int) -> None:
+        step = self.trainer.global_step + 1
+        torch.cuda.set_sync_debug_mode("error" if step > 4 and step % 6 else "default")  # code is made before
+
+    monkeypatch.setattr(LanguageModel, "on_train_batch_start", watch)
+    flags = ["--trainer.max_steps=18", "--trainer.log_every_n_steps=6", "--trainer.val_check_interval=1000"]
+    flags += ["--checkpoint.every_n_steps=1000", "--samples.every_n_steps=0", "--trainer.gradient_clip_val=1"]
+    flags += ["--data.batch_size=1", "--run_dir=run"]
+    try:
+        main(["fit", f"--data.path={write_stories(in_tmp / 'stories')}", *TINY, *GPU, *flags, *extra])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    logged = [row for row in read_metrics(Path("run")) if "train/loss" in row]
+    assert [row["step"] for row in logged] == [6, 12, 18]
+    assert all(row["train/peak_memory_gib"] > 0 for row in logged)
+
+
+def test_batches_that_go_ahead_to_the_gpu_are_those_of_the_cpu() -> None:
+    batches = [{"tokens": torch.full((4, 9), i, dtype=torch.int32), "reader": i} for i in range(50)]
+    loader = DeviceLoader(batches, batch_size=None, pin_memory=True)
+    loader.device = torch.device("cuda")
+    found = list(loader)
+    assert [batch["reader"] for batch in found] == list(range(50))
+    assert all(batch["tokens"].is_cuda and bool((batch["tokens"] == i).all()) for i, batch in enumerate(found))
+
+
+def test_muon_in_compiled_code_moves_as_in_plain_code() -> None:
+    torch.manual_seed(0)
+    shapes = [(48, 80), (80, 48), (48, 80), (144, 48)]
+    plain = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in shapes]
+    compiled = copy.deepcopy(plain)
+    optimizers = Muon(plain, lr=0.02), Muon(compiled, lr=0.02, compiled=True)
+    for step in range(3):
+        for parameters, optimizer in zip((plain, compiled), optimizers, strict=True):
+            generator = torch.Generator(device="cuda").manual_seed(step)
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, device="cuda", generator=generator)
+            optimizer.step()
+    for left, right in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(left, right, atol=1e-4, rtol=1e-3)
 
 
 def test_muon_orthogonalizes_as_on_the_processor() -> None:

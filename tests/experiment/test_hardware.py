@@ -1,10 +1,12 @@
 """Precision by what the hardware can."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch._inductor.config
+from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
 
 from experiment.hardware import can_compile, default_precision, fast_bfloat16
 from lm.__main__ import main
@@ -56,3 +58,18 @@ def test_a_run_that_shall_be_compiled_trains_without_a_compiler_too(
     can_compile.cache_clear()
     assert (cli.model.decoder.compiled_block is not None) == compiler
     assert ("model.compile does not work here" in capsys.readouterr().out) == (not compiler)
+
+
+@pytest.mark.parametrize(
+    "error", [TritonMissing(None), GPUTooOldForTriton(SimpleNamespace(major=6, minor=1, name="GTX"), None)]
+)
+def test_a_gpu_without_triton_cannot_compile(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of torch's errors is a failure of its compiler's backend."""
+
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "compile", lambda function: fail)
+    can_compile.cache_clear()
+    assert not can_compile("cpu")
+    can_compile.cache_clear()
