@@ -29,7 +29,12 @@ CLASSIFY = ["--model.name=bert", "--data.path=demo", "--data.train_size=16", "--
             "--data.test_size=8", "--data.max_length=32", "--data.batch_size=8", "--trainer.accelerator=cpu",
             "--trainer.max_epochs=1"]  # fmt: skip
 SHRUNK = {"lm": LM, "classify": CLASSIFY}
-TRAINED = [["configs/lm/demo.yaml"], ["configs/classify/custom.yaml"], ["configs/classify/demo.yaml"]]
+TRAINED = [
+    ["configs/lm/demo.yaml"],
+    ["configs/lm/demo_letters.yaml"],
+    ["configs/classify/custom.yaml"],
+    ["configs/classify/demo.yaml"],
+]
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 
@@ -84,7 +89,7 @@ def perform(words: list[str]) -> None:
             call(package, command, *args)
         case [_, "-m", "lm.decoding", *args]:
             call("lm.decoding", *args, "--max_new_tokens=4")
-        case [_, "-m", "lm.convert" | "experiment.report" | "experiment.summary" as module, *args]:
+        case [_, "-m", "lm.convert" | "lm.demo_letters" | "experiment.report" | "experiment.summary" as module, *args]:
             for run in args:
                 if run.endswith("-2"):  # the same configuration a second time
                     shutil.copytree(run.removesuffix("-2"), run)

@@ -45,7 +45,9 @@ def byte_level() -> StoryTokenizer:
     trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE - 2, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(demo_texts("validation"), trainer)
     backend.add_special_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
-    return StoryTokenizer(backend, VOCAB_SIZE - 2, VOCAB_SIZE - 1)
+    tokenizer = StoryTokenizer(backend, VOCAB_SIZE - 2, VOCAB_SIZE - 1)
+    tokenizer.begin_with_bos()
+    return tokenizer
 
 
 class LlamaCpp:
@@ -127,6 +129,7 @@ def test_out_and_in_again_is_the_same_model(tokenizer, changes, tmp_path):
 def test_a_byte_level_tokenizer_comes_back(byte_level, tmp_path):
     to_gguf(make_decoder(), byte_level, tmp_path / "model.gguf")
     back = load_tokenizer(tmp_path / "model.gguf")
+    assert back.begins_with == byte_level.begins_with == [VOCAB_SIZE - 2]
     for text in [TEXT, *demo_texts("validation")[:5]]:
         assert back.encode(text) == byte_level.encode(text)
     assert back.special_ids == byte_level.special_ids
@@ -160,7 +163,7 @@ def test_smollm2_has_the_logits_and_ids_of_transformers_own_reading():
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     texts = [TEXT, "Once upon a time, there was a 12-year-old girl named Lily.", *demo_texts("validation")[:3]]
     for text in texts:
-        assert tokenizer.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.encode_prompt(text) == theirs(text)["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     ids = torch.tensor([tokenizer.encode(texts[1])])
     torch.testing.assert_close(logits(decoder, ids), logits(model, ids), rtol=0, atol=1e-4)
