@@ -74,6 +74,7 @@ def compiled_loop(measured: Callable[..., None], work: Work, model: str = "decod
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        loss = loss.detach()
         if step == 0 and abs(float(loss) - expected) > 1:
             raise AssertionError(f"the first loss of {model} is {float(loss)}, expected about {expected}")
-        turns.step(work.tokens, loss.detach())
+        turns.step(work.tokens, loss)
