@@ -14,6 +14,7 @@ from experiment.hardware import default_device
 from lm.convert import load_checkpoint
 from lm.generation import GenerationConfig, generate
 from lm.model import Decoder
+from lm.quantization import prepare
 from lm.sampling import filter_logits
 from lm.tokenizer import StoryTokenizer
 
@@ -63,6 +64,8 @@ class LanguageModelDemo:
         self.checkpoint = checkpoint
         self.decoder, self.tokenizer = load_checkpoint(checkpoint)
         self.decoder.to(default_device())
+        on_cpu = self.decoder.embedding.weight.device.type == "cpu"
+        self._prepared = prepare(self.decoder, pack=True) if on_cpu else self.decoder  # once for all stories
 
     def tell(self, beginning: str, **generation: Any) -> str:
         """A beginning with its continuation.
@@ -76,7 +79,7 @@ class LanguageModelDemo:
         """
         prompt = self._encode(beginning)
         config, eos_id, decode = GenerationConfig(**generation), self.tokenizer.eos_id, self.tokenizer.decode
-        (result,) = generate(self.decoder, [prompt], config, eos_id, decode)
+        (result,) = generate(self._prepared, [prompt], config, eos_id, decode)
         return decode(prompt + result.token_ids)
 
     def stream(self, beginning: str, config: GenerationConfig) -> Iterator[list[Choice] | Ending]:
@@ -101,7 +104,7 @@ class LanguageModelDemo:
         def work() -> None:
             try:
                 eos = self.tokenizer.eos_id
-                result = generate(self.decoder, [prompt], config, eos, on_token=on_token, on_logits=choices.weigh)
+                result = generate(self._prepared, [prompt], config, eos, on_token=on_token, on_logits=choices.weigh)
                 arrived.put(Ending(result[0].finish_reason, choices.held_back))
             except Exception as error:  # for the thread that waits
                 arrived.put(error)

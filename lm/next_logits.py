@@ -32,7 +32,7 @@ def laid_out(
     plain = type(decoder) is Decoder and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if weights is None and not (plain and weight.device.type == "cpu"):
         return decoder
-    pack = num_rows > 1 and max_new_tokens >= PACKED_FROM
+    pack = max_new_tokens >= PACKED_FROM and not (compile and num_rows == 1)
     if weights is None and not compile and not pack:
         return decoder
     return prepare(decoder, weights or "float32", pack)

@@ -5,8 +5,8 @@ memory's. Three things are done about that, all to the matrices alone (norms and
 
 - float32: one row is multiplied in compiled code that reads four parts of the matrix at once, since one stream of
   addresses does not fill a processor's memory bandwidth (the head alone, on two cores with AVX2: 43 GB/s instead of
-  18); several rows on a processor use oneDNN with a matrix packed once, 1.8 to 2.5 times as fast as `F.linear` at
-  8 to 32 rows.
+  18); else oneDNN has a matrix packed once, 1.8 to 2.5 times as fast as `F.linear` at 8 to 32 rows, and on an AMD
+  CPU, where `F.linear` is slow (see docs/speed.md), three times with one row.
 - bfloat16: rounded, multiplied in float32 where compiled.
 - int8: `round(w / scale)` with one scale an output channel, its largest magnitude / 127 (symmetric, weight-only);
   multiplied in float32 where compiled for one row, else by a factor in bfloat16.
@@ -74,7 +74,7 @@ class DecodingLinear(nn.Module):
         self.register_buffer("scale", scale)
 
     def pack(self) -> None:
-        """Make products with several rows fast, for a copy of the matrix."""
+        """Make products fast that are not compiled for one row, for a copy of the matrix."""
         if self.packed is None and self.weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
 
@@ -88,7 +88,7 @@ class DecodingLinear(nn.Module):
             product = product if self.scale is None else product * self.scale.float()
         elif self.scale is not None:
             product = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale).float()
-        elif len(rows) > 1 and self.packed is not None:
+        elif self.packed is not None:
             product = _packed_product(rows, self.packed, len(self.weight))
         else:
             product = F.linear(rows.to(self.weight.dtype), self.weight).float()
@@ -107,7 +107,8 @@ def prepare(decoder: Decoder, format: WeightFormat = "float32", pack: bool = Fal
     Args:
         decoder: On a processor, in float32; left as it is. One that is prepared already comes back, in its own format.
         format: How its matrices are stored: float32 is exact, and shares them.
-        pack: Whether several rows shall be fast too, in float32: a copy of the matrices, 2 ms a million weights.
+        pack: Whether several rows and plain code shall be fast too, in float32: a copy of the matrices, 2 ms a million
+            weights.
 
     Raises:
         ValueError: If the weights are not float32 on a processor.
