@@ -178,13 +178,12 @@ class ResumableDataModule(LightningDataModule):
         if whole is None:
             return given
         at_once = processes * math.prod(self.step_parts.values())
-        shown = " x ".join(f"{value:,} {name}" for name, value in self.step_parts.items())
         if whole % at_once or whole < 1:
             lower = max(0, whole) // at_once * at_once
             near = " or ".join(f"{value:,}" for value in (lower, lower + at_once) if value)
             raise InputError(
-                f"data.{option} {whole:,} is no multiple of what {processes} process{'es' * (processes > 1)} train at "
-                f"once, {at_once:,} ({shown} each): expected {near}, or another data.batch_size"
+                f"data.{option} {whole:,} is no multiple of what is trained at once ({self._product(processes, 1)}): "
+                f"expected {near}, or another data.batch_size"
             )
         if given not in (1, whole // at_once):
             raise InputError(
@@ -195,11 +194,14 @@ class ResumableDataModule(LightningDataModule):
 
     def describe_step(self, processes: int, accumulated: int) -> str:
         """What an optimizer step trains, for people."""
+        return f"each step trains {self._product(processes, accumulated)}"
+
+    def _product(self, processes: int, accumulated: int) -> str:
         parts = [f"{value:,} {name}" for name, value in self.step_parts.items()]
         for name, count in (("processes", processes), ("micro-batches", accumulated)):
             parts += [f"{count} {name}"] if count > 1 else []
         total = math.prod(self.step_parts.values()) * processes * accumulated
-        return f"each step trains {' x '.join(parts)}" + (f" = {total:,}" if len(parts) > 1 else "")
+        return " x ".join(parts) + (f" = {total:,}" if len(parts) > 1 else "")
 
     def describe_batch(self, index: int) -> str:
         """Which samples the batch of that number in the current epoch holds, for people."""

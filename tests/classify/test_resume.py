@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from classify.__main__ import main
 from experiment.verdicts import read_verdicts
 from tests.processes import Commands
 from tests.runs import assert_same_run, kill_and_resume, rows, torchrun
@@ -45,3 +46,9 @@ def test_two_processes_give_the_losses_of_one_with_the_same_global_batch(
     one, two = read_verdicts(Path("one")), read_verdicts(Path("two"))
     assert one.texts == two.texts and len(set(two.texts)) == 5
     assert two.probabilities == pytest.approx(one.probabilities, abs=1e-5)
+
+
+def test_accumulation_follows_from_the_global_batch(small_run: list[str], in_tmp: Path, capsys) -> None:
+    flags = ["--data.batch_size=4", "--data.global_batch_size=8", "--trainer.max_steps=1", "--report=false"]
+    main(["fit", *small_run, *flags])
+    assert "each step trains 4 reviews x 2 micro-batches = 8" in capsys.readouterr().out
