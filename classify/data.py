@@ -227,7 +227,7 @@ class IMDB(ResumableDataModule):
             return training_plan(len(dataset), self.batch_size, world, lengths, (self.order_seed, epoch))
 
         schedule = self.resumable(BatchSchedule(plan))
-        return DataLoader(dataset, sampler=schedule, batch_size=None)
+        return self.device_loader(dataset, sampler=schedule)
 
     def val_dataloader(self) -> DataLoader:
         return self._evaluation("validation")
@@ -248,7 +248,7 @@ class IMDB(ResumableDataModule):
         # The longest first, so that memory fails at once. The writer of predictions restores the texts' order.
         order = np.argsort(-dataset.lengths, kind="stable")
         batches = [order[i : i + self.eval_batch_size].tolist() for i in range(0, len(order), self.eval_batch_size)]
-        return DataLoader(dataset, sampler=BatchSchedule(lambda epoch: batches), batch_size=None)
+        return self.device_loader(dataset, sampler=BatchSchedule(lambda epoch: batches))
 
     def _tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """All tokens one after the other, and the (N + 1,) offsets; "[SEP]" in a review is text, not a token."""

@@ -88,7 +88,7 @@ class Throughput(Callback):
         if pl_module.device.type == "cuda":
             figures["train/peak_memory_gib"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**30
         if self._peak is not None:
-            flops = pl_module.flops_per_token(trainer.datamodule.sequence_length)
+            flops = pl_module.flops_per_token(batch["loss_mask"].shape[1])
             figures["train/mfu"] = tokens / seconds * flops / (self._peak * trainer.world_size)
         log_figures(trainer, figures, ["train/tokens_per_second"], to_loggers=True)
 

@@ -225,12 +225,13 @@ class LanguageModel(StepModule):
 
     def flops_per_token(self, length: int) -> int:
         """Floating-point operations of training a token in a sequence of that length: six for each weight that it is
-        multiplied by, and those of attention, the masked half included (arXiv:2204.02311, appendix B)."""
-        config, decoder = self.decoder.config, self.decoder
-        weights = sum(weight.numel() for weight in decoder.parameters())
-        if not config.tie_embeddings:
-            weights -= decoder.embedding.weight.numel()
-        return 6 * weights + 12 * config.num_layers * config.hidden_size * length
+        multiplied by, four where that is frozen, and those of attention, the masked half included (arXiv:2204.02311,
+        appendix B)."""
+        config = self.decoder.config
+        looked_up = None if config.tie_embeddings else self.decoder.embedding.weight
+        multiplied = [weight for weight in self.decoder.parameters() if weight is not looked_up]
+        products = sum((6 if weight.requires_grad else 4) * weight.numel() for weight in multiplied)
+        return products + 12 * config.num_layers * config.hidden_size * length
 
     # training
 
