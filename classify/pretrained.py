@@ -13,6 +13,7 @@ from torch import nn
 from classify.attention import use_fast_attention
 from experiment.errors import InputError
 from experiment.hub import look_for_hub
+from experiment.paths import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,11 +42,11 @@ def resolve(name: str) -> str:
             raise InputError(f"model {name!r}: the package {package} has no folder {folder!r}")
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        path = Path(name).expanduser()
+        path = user_path(name)
         if not path.is_dir():
             raise InputError(f"model {name!r}: no such folder; expected one with config.json, or a hub name")
         return str(path)
-    if not Path(name).is_dir():
+    if not user_path(name).is_dir():
         look_for_hub()
     return name
 

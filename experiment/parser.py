@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
 KIND = re.compile(rf"(typing\.)?Literal\[(?P<values>[^\]]*)\]|<class '(?P<name>{'|'.join(KINDS)})'>")
 PROBLEM = r"Problem with given class_path '[^']*?(?P<name>\w+)': (?P<why>.*?)(?= - Expected a | Given value|$)"
+WORDS = ("no", "yes", "on", "off")
 PLAIN = r"(Does not validate against any of the Union subtypes Subtypes:)?( ?Expected a)?[\s\[\],.]*"
 
 
@@ -20,12 +21,15 @@ class RepeatedKey(yaml.YAMLError):
 
 
 def load_yaml(text: str) -> Any:
-    """As jsonargparse's loader, but a key that stands twice is an error that names its lines."""
+    """As jsonargparse's loader, but a key that stands twice is an error that names its lines, and in a list no, yes, on
+    and off are words: to YAML 1.1 they are false and true, and classes of these names were lost."""
+    words = []
     nodes = [yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))]
     while nodes:
         node = nodes.pop()
         if isinstance(node, yaml.SequenceNode):
             nodes += node.value
+            words += [item for item in node.value if item.tag.endswith(":bool") and item.value.lower() in WORDS]
         elif isinstance(node, yaml.MappingNode):
             lines: dict[str, int] = {}
             for key, value in node.value:
@@ -35,6 +39,9 @@ def load_yaml(text: str) -> Any:
                     raise RepeatedKey(f"{key.value} stands twice, {lines_of}: join the two")
                 lines[str(key.value)] = line
                 nodes.append(value)
+    for word in sorted(words, key=lambda word: -word.start_mark.index):
+        begin, end = word.start_mark.index, word.end_mark.index
+        text = f"{text[:begin]}'{word.value}'{text[end:]}"
     return _load_yaml(text)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from experiment.console import console
 from experiment.errors import InputError
+from experiment.paths import user_path
 from experiment.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def main(args: Sequence[str] | None = None) -> None:
     quiet_libraries()
     try:
         with console.status("loading"):
-            page, address = open_page([run.expanduser() for run in options.runs] or newest_demo(), options.port)
+            page, address = open_page([user_path(run) for run in options.runs] or newest_demo(), options.port)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

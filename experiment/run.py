@@ -19,6 +19,7 @@ from experiment import sharding
 from experiment.console import console
 from experiment.errors import InputError
 from experiment.launch import agreed, is_child
+from experiment.paths import user_path
 from experiment.sharding import Part, is_sharded
 
 CONFIG = "config.yaml"
@@ -85,7 +86,7 @@ def _choose_run_dir(
 ) -> Path:
     own_checkpoint = ckpt_path in ("last", "best")
     if run_dir is not None:
-        folder = Path(run_dir).expanduser()
+        folder = user_path(run_dir)
         inside = ckpt_path is not None and (own_checkpoint or run_of(ckpt_path).resolve() == folder.resolve())
         if subcommand == "fit":
             check_free(folder, resumed=inside)
@@ -129,7 +130,7 @@ def check_free(folder: Path, resumed: bool) -> None:
 
 def run_of(ckpt_path: str | Path) -> Path:
     """The folder of the run that a checkpoint lies in."""
-    folder = Path(ckpt_path).expanduser().parent
+    folder = user_path(ckpt_path).parent
     return folder.parent if folder.name == "checkpoints" else folder
 
 
@@ -146,7 +147,7 @@ def resolve_checkpoint(subcommand: str, run_dir: Path, ckpt_path: str | None) ->
     if ckpt_path is None:
         return None
     named = ckpt_path in ("last", "best")
-    file = run_dir / "checkpoints" / f"{ckpt_path}.ckpt" if named else Path(ckpt_path).expanduser()
+    file = run_dir / "checkpoints" / f"{ckpt_path}.ckpt" if named else user_path(ckpt_path)
     if is_checkpoint(file):
         return file
     there = sorted(path.name for path in file.parent.glob("*.ckpt"))

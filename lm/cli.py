@@ -136,7 +136,8 @@ class LanguageCLI(ExperimentCLI):
                 "make the first smaller or the second larger"
             )
         if self.subcommand == "fit":
-            if self.checkpoint is None:  # a model that learns from nothing learns that stories begin with bos
+            init_from = self.config[self.subcommand].model.init_from
+            if self.checkpoint is None and init_from is None:  # what learns from nothing learns that bos comes first
                 self.datamodule.tokenizer.begin_with_bos()
             self._get(self.config_init, "samples").check(self.datamodule.tokenizer, context)
 

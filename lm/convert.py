@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError, auto_cli
 
 from experiment.console import console
 from experiment.errors import InputError
+from experiment.paths import user_path
 from experiment.quiet import quiet_libraries
 from lm.gguf import GGUFType, from_gguf, to_gguf
 from lm.hugging_face import from_hugging_face, to_hugging_face
@@ -89,7 +90,7 @@ def adapter(checkpoint: str, folder: str) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{folder} exists already; give a folder that is new or empty")
     with console.status("converting"):
-        file = find_checkpoint(Path(checkpoint).expanduser())
+        file = find_checkpoint(user_path(checkpoint))
         decoder, lora = load_adapted(file)
         if lora is None:
             raise InputError(f"{file} holds no adapter: it was trained with model.adapter full; export it whole")

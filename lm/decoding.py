@@ -22,6 +22,7 @@ from rich.table import Table
 
 from experiment.errors import InputError
 from experiment.hardware import default_device
+from experiment.paths import user_path
 from experiment.progress import console, progress
 from experiment.quiet import quiet_libraries
 from lm.convert import load_checkpoint
@@ -249,7 +250,7 @@ def compare(
     """
     from experiment.run import find_checkpoint  # brings Lightning, which --help need not wait for
 
-    checkpoint = find_checkpoint(Path(run).expanduser())
+    checkpoint = find_checkpoint(user_path(run))
     folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
     decoder, story_tokenizer = load_checkpoint(checkpoint, tokenizer)
     decoder.to(default_device())

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 from experiment.errors import InputError
 from experiment.hub import look_for_hub
+from experiment.paths import user_path
 from lm.tokenizer import PROBE, SPACE, SPECIALS, StoryTokenizer, from_pieces, piece_scores
 
 _KINDS = (
@@ -22,7 +23,7 @@ def load_tokenizer(name: str | Path) -> StoryTokenizer:
         InputError: nothing there, no tokenizer, or one without an end-of-text token.
     """
     name = str(name)
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         files = [path / file for file in ("tokenizer.json", "tokenizer.model", "tokenizer.bin")]
         path = next((file for file in files if file.is_file()), None)
