@@ -23,6 +23,11 @@ def use_fast_attention(model: "PreTrainedModel") -> None:
         model.set_attn_implementation(NAME)
 
 
+def has_fast_attention(model: nn.Module) -> bool:
+    """Whether `use_fast_attention` took effect: then a mask (B, 1, 1, T) bool goes to attention as it is."""
+    return model.config._attn_implementation == NAME
+
+
 def _forward(
     module: nn.Module,
     query: Tensor,

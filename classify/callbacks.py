@@ -23,15 +23,17 @@ class _Verdicts:
     """How reviews were judged, batch by batch, and in the end as lines in the order of their texts."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[int, int, list[float]]] = []  # position, label (-1: unknown), probabilities
+        self._batches: list[list[torch.Tensor]] = []
 
     def add(self, outputs: dict[str, torch.Tensor]) -> None:
-        """Keep what the module's `predict_step` gives."""
-        values = (outputs[name].tolist() for name in ("index", "labels", "probabilities"))
-        self._rows += (row for row in zip(*values, strict=True) if row[0] >= 0)  # -1: padding among processes
+        """Keep what the module's `predict_step` gives, where it is: a GPU is not waited for."""
+        self._batches.append([outputs[name] for name in ("index", "labels", "probabilities")])
 
     def gather(self, trainer: Trainer) -> None:
         """Bring together what the processes hold; to be called in each of them."""
+        columns = (torch.cat(column).tolist() for column in zip(*self._batches, strict=True))
+        # Position (-1: padding among processes), label (-1: unknown), probabilities.
+        self._rows: list[tuple[int, int, list[float]]] = [row for row in zip(*columns, strict=True) if row[0] >= 0]
         if trainer.world_size > 1:
             gathered: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(gathered, self._rows)

@@ -70,21 +70,27 @@ class TokenizedReviews(Dataset):
         return np.concatenate([[self.begin], tokens, [self.end]])
 
     def __getitem__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """A batch: input_ids and attention_mask (B, T) int64, labels (B,) and index (B,) int64. No indices give one row
-        that does not count, whose label and index are -1."""
+        """A batch: input_ids (B, T) int32, labels and index (B,) int64; lengths (B,) int32 where a row is padded. No
+        indices give one row that does not count, whose label and index are -1."""
         empty = len(indices) == 0
         indices = np.asarray([0] if empty else indices)
-        longest = self.max_length if self.padding == "max_length" else int(self.lengths[indices].max())
+        lengths = self.lengths[indices]
+        longest = self.max_length if self.padding == "max_length" else int(lengths.max())
         width = rounded_width(longest, self.max_length)
-        input_ids = np.full((len(indices), width), self.pad)
-        for row, index in zip(input_ids, indices, strict=True):
-            row[: self.lengths[index]] = self.sequence(index)
-        attention_mask = np.arange(width) < self.lengths[indices, None]
+        input_ids = np.full((len(indices), width), self.pad, dtype=np.int32)
+        for row, index, length in zip(input_ids, indices, lengths, strict=True):
+            row[:length] = self.sequence(index)
         labels = self.labels[indices]
         if empty:
             labels = indices = np.array([-1])
-        arrays = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "index": indices}
-        return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
+        batch = {
+            "input_ids": torch.from_numpy(input_ids),
+            "labels": torch.from_numpy(labels.astype(np.int64)),
+            "index": torch.from_numpy(indices.astype(np.int64)),
+        }
+        if lengths.min() < width:  # told here, since a device would have to be asked for it
+            batch["lengths"] = torch.from_numpy(lengths.astype(np.int32))
+        return batch
 
 
 class IMDB(ResumableDataModule):
@@ -109,6 +115,7 @@ class IMDB(ResumableDataModule):
         seed: int = 42,
         order_seed: int | None = None,
         revision: str | None = None,
+        num_workers: int | None = None,
     ) -> None:
         """
         Args:
@@ -130,6 +137,8 @@ class IMDB(ResumableDataModule):
             seed: Seed of the drawing: which reviews are in which split.
             order_seed: Seed of the order of training batches; by default seed_everything's, else that of the drawing.
             revision: Branch, tag or commit of a data set of the hub; by default the newest.
+            num_workers: Processes that prepare batches; 0 prepares them in the training process. By default 2 where a
+                GPU is used, else 0.
         """
         super().__init__()
         self.path, self.tokenizer_name, self.texts, self.seed = path, tokenizer, texts, seed
@@ -140,10 +149,11 @@ class IMDB(ResumableDataModule):
         self.eval_max_length = max_length if eval_max_length is None else eval_max_length
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.step_parts, self.global_batch = {"reviews": batch_size}, ("global_batch_size", global_batch_size)
-        self.given_label_names = label_names
+        self.given_label_names, self.num_workers = label_names, num_workers
         for name, value, least in (
             ("max_length", max_length, 3), ("eval_max_length", self.eval_max_length, 3),
             ("batch_size", batch_size, 1), ("eval_batch_size", eval_batch_size, 1),
+            ("num_workers", num_workers or 0, 0),
             *((f"{split}_size", size, 2) for split, size in self.sizes.items() if size is not None),
         ):  # fmt: skip
             if value < least:
@@ -226,8 +236,7 @@ class IMDB(ResumableDataModule):
             lengths = dataset.lengths if self.padding == "longest" else None
             return training_plan(len(dataset), self.batch_size, world, lengths, (self.order_seed, epoch))
 
-        schedule = self.resumable(BatchSchedule(plan))
-        return self.device_loader(dataset, sampler=schedule)
+        return self._loader(dataset, self.resumable(BatchSchedule(plan)))
 
     def val_dataloader(self) -> DataLoader:
         return self._evaluation("validation")
@@ -248,7 +257,11 @@ class IMDB(ResumableDataModule):
         # The longest first, so that memory fails at once. The writer of predictions restores the texts' order.
         order = np.argsort(-dataset.lengths, kind="stable")
         batches = [order[i : i + self.eval_batch_size].tolist() for i in range(0, len(order), self.eval_batch_size)]
-        return self.device_loader(dataset, sampler=BatchSchedule(lambda epoch: batches))
+        return self._loader(dataset, BatchSchedule(lambda epoch: batches))
+
+    def _loader(self, dataset: TokenizedReviews, schedule: BatchSchedule) -> DataLoader:
+        workers = (2 if self.on_gpu else 0) if self.num_workers is None else self.num_workers
+        return self.device_loader(dataset, sampler=schedule, num_workers=workers, persistent_workers=workers > 0)
 
     def _tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """All tokens one after the other, and the (N + 1,) offsets; "[SEP]" in a review is text, not a token."""

@@ -1,20 +1,25 @@
 """The classifier under Lightning: one module for both adapters, full fine-tuning, and a head on a frozen encoder."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
+from classify.attention import has_fast_attention
 from classify.dropout import use_fast_dropout
 from classify.pretrained import load_classifier, longest_input
 from experiment.adapter_files import PEFT_PREFIX, adapter_state_dict, load_adapter, write_adapter
+from experiment.console import console
 from experiment.errors import InputError
+from experiment.hardware import can_compile
 from experiment.lora import (
     LoRAConfig,
     count_parameters,
@@ -50,12 +55,14 @@ class ReviewClassifier(StepModule):
         init_lora_weights: bool = True,
         adapter_weights: str | None = None,
         learning_rate: float = 1e-3,
+        loraplus_lr_ratio: float = 1.0,
         weight_decay: float = 0.01,
         warmup: float = 0.06,
         hidden_dropout: float | None = None,
         attention_dropout: float | None = None,
         ignore_padding: bool = True,
         dropout_active: bool = True,
+        compile: bool = False,
     ) -> None:
         """
         Args:
@@ -74,6 +81,8 @@ class ReviewClassifier(StepModule):
             init_lora_weights: Start at the pretrained model (B = 0); false starts from a random B.
             adapter_weights: Folder of a saved adapter, PEFT's or ours, to start from.
             learning_rate: AdamW's, at the end of the warm-up.
+            loraplus_lr_ratio: B's rate is this multiple of A's (LoRA+, Hayou et al. 2024, arXiv:2402.12354), and so is
+                that of biases, as in PEFT; 1 is plain LoRA, 16 what the paper ends at. Lower the learning rate with it.
             weight_decay: AdamW's; biases and norms never decay.
             warmup: Share of all steps in which the rate rises from 0; it then falls linearly to 0.
             hidden_dropout: Dropout after embeddings and layers; null keeps the model's own.
@@ -81,6 +90,8 @@ class ReviewClassifier(StepModule):
             ignore_padding: Mask padded positions. False is a mistake, here for the comparison.
             dropout_active: Train with the model's dropout. False is a mistake, here for the comparison: what
                 Lightning does with a transformers model unless told otherwise.
+            compile: Train in code made by torch.compile at the first step, which takes a minute once; a note, and the
+                plain code, where there is no compiler.
         """
         super().__init__("loss", "accuracy")
         label_names = label_names or ["negative", "positive"]
@@ -93,6 +104,10 @@ class ReviewClassifier(StepModule):
                 raise InputError(f"model.{option} is {value}: expected a probability in [0, 1), or null")
         if not learning_rate > 0:
             raise InputError(f"model.learning_rate is {learning_rate}: expected a number above 0, such as 1e-3")
+        if not loraplus_lr_ratio > 0:
+            raise InputError(f"model.loraplus_lr_ratio is {loraplus_lr_ratio}: expected a number above 0, such as 16")
+        if loraplus_lr_ratio != 1 and adapter not in ("custom", "peft"):
+            raise InputError(f"model.loraplus_lr_ratio needs adapter custom or peft, not {adapter}, which has no B")
         model, new = load_classifier(name, label_names, hidden_dropout, attention_dropout)
         new_parameters = {id(parameter) for key, parameter in model.named_parameters() if key in new}
         encoder = list(model.named_parameters())
@@ -112,8 +127,8 @@ class ReviewClassifier(StepModule):
 
         metrics = MetricCollection(
             {
-                "accuracy": MulticlassAccuracy(len(label_names), average="micro", ignore_index=-1),
-                "f1": MulticlassF1Score(len(label_names), average="macro", ignore_index=-1),
+                "accuracy": MulticlassAccuracy(len(label_names), average="micro", ignore_index=-1, validate_args=False),
+                "f1": MulticlassF1Score(len(label_names), average="macro", ignore_index=-1, validate_args=False),
             }
         )
         self.losses = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
@@ -150,14 +165,31 @@ class ReviewClassifier(StepModule):
             )
         return sorted(random)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits (B, classes), float32, of input_ids (B, T) under attention_mask (B, T)."""
-        if not self.hparams.ignore_padding:
-            attention_mask = torch.ones_like(attention_mask)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits (B, classes), float32, of input_ids (B, T) under attention_mask (B, T); None: all may be looked at."""
         return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+
+    def logits(
+        self, batch: dict[str, Tensor], forward: Callable[[Tensor, Tensor | None], Tensor] | None = None
+    ) -> Tensor:
+        """Logits (B, classes), float32, of a batch of the data module, made by `forward` or code compiled from it."""
+        input_ids, mask = batch["input_ids"].long(), None
+        if self.hparams.ignore_padding and "lengths" in batch:
+            mask = torch.arange(input_ids.shape[1], device=self.device) < batch["lengths"][:, None]
+            # transformers would ask the device whether a mask of two dimensions is of use; one of four goes straight to
+            # attention, where attention is ours.
+            mask = mask[:, None, None] if has_fast_attention(self.model) else mask.long()
+        return (forward or self)(input_ids, mask)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        self._trained_forward = None
+        if self.hparams.compile and can_compile(self.device.type):
+            # For any width from the first step on, so that a resumed run has the same code.
+            self._trained_forward = torch.compile(self.forward, dynamic=True)
+        elif self.hparams.compile:
+            note = "note: model.compile does not work here (no g++, Python headers or Triton): training in plain code"
+            rank_zero_only(console.print)(note)
         # from_pretrained returns the model in eval mode and Lightning leaves it there (pytorch-lightning#20105).
         self.model.train(self.hparams.dropout_active)
         if not self.hparams.dropout_active:  # Lightning would warn of what was asked for
@@ -180,7 +212,7 @@ class ReviewClassifier(StepModule):
             )
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        logits = self(batch["input_ids"], batch["attention_mask"])
+        logits = self.logits(batch, self._trained_forward)
         labels = batch["labels"]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         correct = (logits.argmax(dim=1) == labels).sum()
@@ -195,7 +227,7 @@ class ReviewClassifier(StepModule):
 
     def _evaluate(self, batch: dict[str, Tensor], split: str) -> Tensor:
         """Logits (B, classes). Each review counts once, whatever the batches: the means are over the whole split."""
-        logits, labels = self(batch["input_ids"], batch["attention_mask"]), batch["labels"]
+        logits, labels = self.logits(batch), batch["labels"]
         losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=-1)
         self.losses[split].update(losses, weight=(labels >= 0).float())
         self.metrics[split].update(logits, labels)
@@ -205,7 +237,7 @@ class ReviewClassifier(StepModule):
 
     def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Tensor]:
         """Class probabilities (B, classes), with the texts' positions and labels (B,)."""
-        return _verdicts(batch, self(batch["input_ids"], batch["attention_mask"]))
+        return _verdicts(batch, self.logits(batch))
 
     def check_trainer(self, trainer: Trainer) -> None:
         """See that the schedule has an end to fall to.
@@ -219,13 +251,28 @@ class ReviewClassifier(StepModule):
             )
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW; biases, norms and DoRA's magnitudes do not decay; the rate rises, then falls, linearly."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.hparams.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.hparams.learning_rate, fused=self.trainer.precision != "16-mixed")
+        """AdamW; biases, norms and DoRA's magnitudes do not decay; the rate rises, then falls, linearly.
+
+        With LoRA+, B and all vectors train at a multiple of the rate, as PEFT groups them.
+        """
+        rate, decay = self.hparams.learning_rate, self.hparams.weight_decay
+        faster = rate * self.hparams.loraplus_lr_ratio
+        trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        vectors = [p for _, p in trained if p.ndim <= 1]
+        b = [p for name, p in trained if p.ndim > 1 and "lora_B" in name]
+        others = [p for name, p in trained if p.ndim > 1 and "lora_B" not in name]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": parameters, "lr": group_rate, "weight_decay": group_decay}
+                for parameters, group_rate, group_decay in (
+                    (others, rate, decay),
+                    (b, faster, decay),
+                    (vectors, faster, 0.0),
+                )
+                if parameters
+            ],
+            fused=self.trainer.precision != "16-mixed",
+        )
         steps = int(self.trainer.estimated_stepping_batches)
         rising = round(self.hparams.warmup * steps)
 

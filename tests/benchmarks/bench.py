@@ -27,6 +27,7 @@ ROWS = {
     "decode_gpu": ("decoding", "gpu_rows"),
     "lora_bf16": ("lora", "lora_bf16"),
     "lora_default": ("lora", "lora_default"),
+    "lora_gpu": ("lora", "lora_gpu"),
     "help_time": ("bench", "help_time"),
 }
 

@@ -18,10 +18,12 @@ def dataset(**options) -> TokenizedReviews:
     )
 
 
-def test_a_batch_is_padded_to_few_widths_and_the_mask_covers_what_is_there():
+def test_a_batch_is_padded_to_few_widths_and_tells_the_lengths_where_it_is():
     batch = dataset(max_length=7)[[2, 0]]
     assert batch["input_ids"].tolist() == [[1, 23, 24, 2, 0, 0, 0], [1, 10, 11, 12, 13, 2, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0]]
+    assert batch["input_ids"].dtype == torch.int32
+    assert batch["lengths"].tolist() == [4, 6]
+    assert "lengths" not in dataset(max_length=4)[[2, 0]]
     assert batch["labels"].tolist() == [0, 0]
     assert batch["index"].tolist() == [2, 0]
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -10,7 +11,9 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification
 
 from classify.__main__ import main
@@ -18,6 +21,7 @@ from classify.callbacks import _base_in_python
 from classify.data import IMDB
 from classify.module import ReviewClassifier
 from experiment.errors import InputError
+from tests.classify.adapted import trained_weights
 
 # transformers 5.23 deprecates a property that peft 0.21 asks for.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -144,6 +148,34 @@ def test_biases_norms_and_magnitudes_do_not_decay_and_the_rate_rises_and_falls(t
         configured["optimizer"].step()
         configured["lr_scheduler"]["scheduler"].step()
     assert rates == pytest.approx([1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("adapter", ["custom", "peft"])
+def test_loraplus_gives_each_weight_the_rate_that_peft_gives_it(adapter, use_dora, tiny_bert):
+    options = {"learning_rate": 1e-2, "use_dora": use_dora}
+    module = ReviewClassifier(str(tiny_bert), adapter=adapter, loraplus_lr_ratio=16, **options)
+    module.trainer = type("Steps", (), {"estimated_stepping_batches": 8, "precision": "32-true"})()
+    theirs = ReviewClassifier(str(tiny_bert), adapter="peft", **options)
+    optimizer = create_loraplus_optimizer(theirs.model, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=16)
+    found = rates(module, module.configure_optimizers()["optimizer"])
+    assert set(found.values()) == {1e-2, 0.16}
+    assert found == rates(theirs, optimizer)
+
+
+def test_a_resumed_run_takes_another_ratio_of_the_rates(tmp_path, small_run):
+    fit(tmp_path / "run", small_run, "--trainer.max_steps=2")
+    flags = ["--trainer.max_steps=4", "--ckpt_path=last", "--model.loraplus_lr_ratio=8"]
+    cli = fit(tmp_path / "run", small_run, *flags)
+    found = {round(rate / 0.01) for rate in rates(cli.model, cli.trainer.optimizers[0]).values()}
+    assert found == {1, 8}
+
+
+def rates(module: ReviewClassifier, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The highest rate of each weight that trains."""
+    groups = optimizer.param_groups
+    of = {id(p): group.get("initial_lr", group["lr"]) for group in groups for p in group["params"]}
+    return {name: of[id(parameter)] for name, parameter in trained_weights(module.model).items()}
 
 
 def test_the_loss_of_a_split_is_the_mean_over_its_reviews_whatever_the_batches(tmp_path, small_run):
@@ -289,6 +321,8 @@ def refused(capsys, *args: str) -> str:
         (["--model.adapter_weights=missing"], "adapter_config.json"),
         (["--model.learning_rate=0"], "learning_rate"),
         (["--model.warmup=1"], "warmup"),
+        (["--model.loraplus_lr_ratio=0"], "loraplus_lr_ratio"),
+        (["--model.loraplus_lr_ratio=16", "--model.adapter=none"], "loraplus_lr_ratio.*none"),
         (["--data.max_length=65"], "max_length 65.*64 positions"),
         (["--data.eval_max_length=65"], "eval_max_length 65.*64 positions"),
         (["--data.train_size=100000"], "train_size"),
@@ -349,3 +383,72 @@ def test_a_model_without_the_encoders_weights_is_refused(make_bert):
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(InputError, match=r"lacks bert\.encoder\.layer\.2"):
         ReviewClassifier(str(folder))
+
+
+@pytest.fixture
+def padded() -> dict[str, torch.Tensor]:
+    """Three reviews as a batch of the data module, the second the longest."""
+    ids = torch.randint(5, 60, (3, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    lengths = torch.tensor([5, 16, 9], dtype=torch.int32)
+    ids[torch.arange(16) >= lengths[:, None]] = 0
+    return {"input_ids": ids, "lengths": lengths, "labels": torch.tensor([0, 1, 1])}
+
+
+@pytest.mark.parametrize("adapter", ["custom", "peft"])
+@pytest.mark.parametrize(
+    ("kind", "attention"), [("bert", None), ("bert", "eager"), ("roberta", None), ("electra", None)]
+)
+def test_reviews_in_a_batch_have_the_logits_that_they_have_alone(kind, attention, adapter, padded, make_bert):
+    module = ReviewClassifier(str(make_bert(kind=kind)), adapter=adapter).eval()
+    torch.nn.init.normal_(module.model.get_input_embeddings().weight)
+    if attention:
+        module.model.set_attn_implementation(attention)
+    found = module.logits(padded)
+    for i, length in enumerate(padded["lengths"].tolist()):
+        alone = module.model(input_ids=padded["input_ids"][i : i + 1, :length].long()).logits
+        torch.testing.assert_close(found[i : i + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often the host asks a tensor for a value, or how many of them there are: on a GPU each is a wait."""
+
+    ASKING = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select)
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in self.ASKING
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize("adapter", ["custom", "peft"])
+def test_a_training_step_asks_the_device_for_no_value(kind, adapter, padded, make_bert):
+    module = ReviewClassifier(str(make_bert(kind=kind)), adapter=adapter).train()
+    module.trainer = type("Run", (), {"accumulate_grad_batches": 1, "world_size": 1, "global_step": 0})()
+    module._trained_forward = None
+    full = {"input_ids": padded["input_ids"][1:2], "labels": padded["labels"][1:2]}
+    for batch in (padded, full):
+        with Reads() as reads:
+            module.training_step(batch, 0).backward()
+        assert reads.count == 0
+    with Reads() as reads:
+        bool(torch.ones(2).all())
+    assert reads.count == 1
+
+
+def test_workers_change_nothing(tmp_path, small_run):
+    for workers in (0, 1):
+        fit(tmp_path / str(workers), small_run, f"--data.num_workers={workers}", "--trainer.max_steps=3")
+    assert metrics(tmp_path / "0") == metrics(tmp_path / "1")
+
+
+def test_compiled_training_has_the_losses_of_plain_training(tmp_path, small_run, make_bert, monkeypatch):
+    # Traced and differentiated as for a compiler, of which it takes a minute to write the code out.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr("classify.module.can_compile", lambda device_type: True)
+    flags = [f"--model.name={make_bert(num_hidden_layers=1)}", "--trainer.max_steps=3", "--trainer.precision=32-true"]
+    flags += [f"--model.{kind}_dropout=0" for kind in ("hidden", "attention", "lora")]
+    for run in ("true", "false"):
+        fit(tmp_path / run, small_run, *flags, f"--model.compile={run}")
+    for ours, plain in zip(metrics(tmp_path / "true"), metrics(tmp_path / "false"), strict=True):
+        assert float(ours["train/loss"]) == pytest.approx(float(plain["train/loss"]), abs=1e-5)

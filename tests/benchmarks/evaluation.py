@@ -1,0 +1,56 @@
+"""Peak memory and time of `python -m classify test` on real reviews, by their number: memory must not grow with it.
+
+python tests/benchmarks/evaluation.py [--reviews "[1000, 3000, 25000]"] [--config configs/classify/best.yaml]
+
+The model has its initial weights, which changes neither. The largest number may be that of ../shared/data/imdb's
+training reviews, which are what is tested here.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import machine
+from jsonargparse import auto_cli
+from rich.table import Table
+
+from experiment.console import console
+
+REAL = Path("../shared/data/imdb")
+
+
+def measure(reviews: int, config: Path, data: Path, run_dir: Path) -> tuple[float, float]:
+    """Peak memory in MiB and seconds of one evaluation, in a process of its own."""
+    flags = {"config": config, "data.path": data, "data.train_size": 100, "data.validation_size": 100}
+    flags |= {"data.test_size": reviews, "run_dir": run_dir}
+    command = [sys.executable, "-m", "classify", "test", *(f"--{name}={value}" for name, value in flags.items())]
+    peak, start = 0.0, time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            if "VmHWM:" in status:  # not yet gone
+                peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
+            time.sleep(0.1)
+    if process.returncode:
+        raise RuntimeError("an evaluation has failed; its error stands above")
+    return peak, time.perf_counter() - start
+
+
+def main(reviews: list[int] = [1000, 3000], config: Path = Path("configs/classify/best.yaml")) -> None:  # noqa: B006
+    """Evaluates each number of reviews once, after one of 100 that fills the caches, and prints a table."""
+    table = Table("reviews", "peak memory, MiB", "seconds", "reviews/s", caption=machine(), caption_justify="left")
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder, "data")
+        data.mkdir()
+        for split, file in (("train", "test.parquet"), ("test", "train.parquet")):  # there are most to train on
+            (data / f"{split}.parquet").symlink_to((REAL / file).resolve())
+        for number in (100, *reviews):
+            peak, seconds = measure(number, config, data, Path(folder, "run"))
+            table.add_row(f"{number:,}", f"{peak:,.0f}", f"{seconds:.0f}", f"{number / seconds:.1f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
