@@ -21,7 +21,7 @@ from classify.callbacks import _base_in_python
 from classify.data import IMDB
 from classify.module import ReviewClassifier
 from experiment.errors import InputError
-from tests.classify.adapted import trained_weights
+from tests.experiment.adapted import trained_weights
 
 # transformers 5.23 deprecates a property that peft 0.21 asks for.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
