@@ -74,7 +74,7 @@ def test_budget_of_tokens_is_met_and_rows_that_are_judged_by_other_text_are_refu
     Path("lm.yaml").write_text(yaml.safe_dump(content))
     flags = [flag for flag in SHRUNK["lm"][:-3] if "decoder.dropout" not in flag]
     data = TinyStories(path="stories", vocab_size=345, sequence_length=16, batch_size=4)
-    epoch = sum(int(batch["weights"].sum()) for batch in data.train_dataloader())  # padding is not counted
+    epoch = sum(int(batch["loss_mask"].sum()) for batch in data.train_dataloader())  # padding is not counted
     compare.main(["lm.yaml", *flags, "--budget", f"tokens={2 * epoch}", "points=2"])
     (line,) = compare.read_results(Path("runs/comparisons")).values()
     assert line["curve"]["tokens"][-1] == 2 * epoch and len(line["curve"]["tokens"]) == 2
