@@ -242,6 +242,11 @@ class IMDB(ResumableDataModule):
         return self._evaluation("validation")
 
     def test_dataloader(self) -> DataLoader:
+        if (self.dataset("test").labels < 0).any():
+            raise InputError(
+                f"the test split of data.path {self.path} has no labels to test against: take validate, or predict for "
+                "what the model makes of it"
+            )
         return self._evaluation("test")
 
     def predict_dataloader(self) -> DataLoader:

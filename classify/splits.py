@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def draw_splits(
     """Names of the classes, and train, validation and test drawn from a source: balanced, and no text in two of them.
 
     Texts count as the same when they differ in case and white space alone. A text that stands in several splits of
-    the source stays in test rather than validation, and in validation rather than train.
+    the source stays in test rather than validation, and in validation rather than train. Test reviews without labels
+    (no such column, or -1 throughout) are kept for prediction; of a split with some, the others are left out.
 
     Raises:
         InputError: what `load_texts` refuses, an empty review, a label that is no class, too few reviews.
@@ -64,7 +66,11 @@ def draw_splits(
     pools: dict[str, Reviews] = {}
     seen: set[str] = set()
     names = label_names
-    raw = {split: load_texts(path, split, ["text", "label"], synthetic_reviews, revision) for split in SPLITS}
+    raw = {split: load_texts(path, split, ["text", "label"], synthetic_reviews, revision) for split in SPLITS[:2]}
+    try:
+        raw["test"] = load_texts(path, "test", ["text", "label"], synthetic_reviews, revision)
+    except InputError:  # for want of the column perhaps; what else it may be is told again
+        raw["test"] = load_texts(path, "test", ["text"], synthetic_reviews, revision)
     if raw["train"] is None:
         raise InputError(f"data.path {path} has no split train")
     names = names or _class_names(raw["train"], path)
@@ -73,14 +79,23 @@ def draw_splits(
             texts = list(raw[split]["text"])
             where = f"{path} ({split})"
             _refuse_empty(texts, where)
-            pools[split] = _without_duplicates(texts, _class_ids(raw[split]["label"], names, where), seen)
+            labels = raw[split]["label"] if "label" in raw[split].column_names else [None] * len(texts)
+            known = [split != "test" or _plain(label) not in (None, -1) for label in labels]
+            if any(known):
+                texts, labels = list(compress(texts, known)), list(compress(labels, known))
+                pools[split] = _without_duplicates(texts, _class_ids(labels, names, where), seen)
+            else:
+                pools[split] = _without_duplicates(texts, np.full(len(texts), -1), seen)
     drawn = {}
     left = {split: _shuffled_by_class(pool, len(names), seed) for split, pool in pools.items()}
     for split in reversed(SPLITS):
         source = split if split in pools else "train"
         if sizes[split] is None and source != split:
             raise InputError(f"data.{split}_size is null, but {path} has no {split} split to take whole: name a number")
-        taken = _take(left[source], sizes[split], f"data.{split}_size", names)
+        if (pools[source].labels < 0).all():
+            taken = np.random.default_rng(seed).permutation(len(pools[source].texts))[: sizes[split]]
+        else:
+            taken = _take(left[source], sizes[split], f"data.{split}_size", names)
         order = np.random.default_rng([seed, SPLITS.index(split)]).permutation(taken)
         drawn[split] = Reviews([pools[source].texts[i] for i in order], pools[source].labels[order])
     return names, drawn

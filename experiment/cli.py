@@ -30,7 +30,7 @@ from experiment.hardware import default_precision
 from experiment.interruption import Interrupted
 from experiment.launch import agreed, leave_slurm_alone, waited_in_vain
 from experiment.metrics_file import MetricsFile
-from experiment.parser import ExperimentParser, reworded
+from experiment.parser import ExperimentParser, check_configuration, reworded
 from experiment.progress import RunProgressBar, console, validation_results
 from experiment.provenance import RunRecord, command_line
 from experiment.quiet import quiet_libraries
@@ -168,7 +168,11 @@ class ExperimentCLI(LightningCLI):
         # Text that the locale could not read, but no name of a file, whose bytes must stay as they are.
         given = [argument if os.path.exists(argument) else repaired(argument) for argument in given]
         self.flags = {flag.removeprefix("--").partition("=")[0] for flag in given if flag.startswith("--")}
-        self.config = parser.parse_args(configs_first(given))
+        ordered = configs_first(given)
+        for before, argument in zip(["", *ordered], ordered, strict=False):
+            if before in ("-c", "--config") or argument.startswith("--config="):
+                check_configuration(Path(argument.removeprefix("--config=")))
+        self.config = parser.parse_args(ordered)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets the hyperparameters of a checkpoint override flags; here the user wins."""

@@ -3,11 +3,14 @@
 import difflib
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
+
+from experiment.errors import InputError
 
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
 KIND = re.compile(rf"(typing\.)?Literal\[(?P<values>[^\]]*)\]|<class '(?P<name>{'|'.join(KINDS)})'>")
@@ -47,6 +50,22 @@ def load_yaml(text: str) -> Any:
 
 _load_yaml = get_loader("yaml")
 set_loader("yaml", load_yaml, (yaml.YAMLError,))
+
+
+def check_configuration(file: Path) -> None:
+    """See that a configuration is text in which no key stands twice.
+
+    Raises:
+        InputError: It is not; the message names the file.
+    """
+    try:
+        load_yaml(file.read_text(encoding="utf-8"))
+    except RepeatedKey as error:
+        raise InputError(f"config {file}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"config {file} is no text in UTF-8 ({error.reason}): expected a YAML file") from error
+    except (OSError, ValueError, yaml.YAMLError):  # which the parser tells
+        return
 
 
 class ExperimentParser(LightningArgumentParser):

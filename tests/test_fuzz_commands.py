@@ -3,7 +3,7 @@
 ``TINYLAB_FUZZ=2000 pytest tests/test_fuzz_commands.py`` tries 2,000 commands, other ones each time.
 """
 
-# ruff: noqa: E501 (tables)
+# ruff: noqa: E501, RUF001, RUF024 (tables of values that are never changed)
 import contextlib
 import io
 import json

@@ -1,0 +1,100 @@
+"""Hostile checkpoints, YAML that says a thing twice, classes that cannot be made, other systems and interpreters."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiment import hardware
+from experiment.overview import answer
+from lm.__main__ import main
+from tests.runs import TINY, write_stories
+
+ROOT = Path(__file__).parents[2]
+
+
+def harm(*args, **kwargs) -> None:
+    Path("harmed").touch()
+
+
+@pytest.fixture
+def arguments(in_tmp: Path) -> list[str]:
+    return [f"--data.path={write_stories(in_tmp / 'stories')}", *TINY, "--samples.every_n_steps=0", "--run_dir=run"]
+
+
+def refused(capsys: pytest.CaptureFixture, *args: str) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main(list(args))
+    error = capsys.readouterr().err.strip()
+    assert exit_.value.code == 2 and error.startswith("error: ") and "\n" not in error
+    return error
+
+
+def test_checkpoint_that_names_an_instantiator_runs_nothing(arguments: list[str]) -> None:
+    from lm.module import LanguageModel
+
+    main(["fit", *arguments, "--trainer.max_steps=1"])
+    file = Path("run/checkpoints/last.ckpt")
+    checkpoint = torch.load(file, weights_only=True)
+    checkpoint["hyper_parameters"]["_instantiator"] = f"{__name__}.harm"
+    file.unlink()
+    torch.save(checkpoint, file)
+    main(["validate", "--config=run/config.yaml", "--ckpt_path=last"])
+    main(["predict", "--config=run/config.yaml", "--ckpt_path=last", "--data.prompts=[Tom]"])
+    main(["fit", *arguments, "--trainer.max_steps=2", "--ckpt_path=last"])
+    torch.save(checkpoint, file)
+    with pytest.raises(Exception, match="instantiator"):  # Lightning's own reader, since 2.6.6
+        LanguageModel.load_from_checkpoint(file, weights_only=True)
+    assert not Path("harmed").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("data:\n  batch_size: 2\nmodel: {}\ndata:\n  packing: true\n", ["data stands twice, in lines 1 and 4"]),
+        ("data:\n  batch_size: 2\n  batch_size: 3\n", ["batch_size stands twice, in lines 2 and 3"]),
+    ],
+    ids=["section", "option"],
+)
+def test_key_that_stands_twice_is_an_error_with_its_lines(
+    text: str, words: list[str], arguments: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    Path("twice.yaml").write_text(text)
+    error = refused(capsys, "fit", *arguments, "--config=twice.yaml")
+    assert all(word in error for word in [*words, "twice.yaml"]), error
+
+
+def test_logger_that_cannot_be_made_is_told_by_its_own_reason(
+    arguments: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    error = refused(capsys, "fit", *arguments, "--trainer.logger=CometLogger")
+    assert "CometLogger" in error and "comet" in error and len(error) < 250 and "Union" not in error
+    error = refused(capsys, "fit", *arguments, "--trainer.logger=TensorBoardLogger")
+    assert "TensorBoardLogger" in error and "save_dir" in error and len(error) < 250
+
+
+def test_whatever_a_compiler_lacks_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.exc import TritonMissing
+
+    def missing(function):
+        raise TritonMissing(None)
+
+    monkeypatch.setattr(torch, "compile", missing)
+    assert hardware.can_compile.__wrapped__("cpu") is False
+
+
+def test_windows_is_refused_with_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit) as exit_:
+        answer("usage", ["fit"])
+    assert exit_.value.code == 2 and "expected Linux or macOS" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["lm", "classify", "tinylab", "experiment.report", "experiment.play"])
+def test_help_is_there_without_docstrings(module: str) -> None:
+    command = [sys.executable, "-OO", "-m", module, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
