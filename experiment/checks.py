@@ -42,12 +42,16 @@ def _problems(trainer: Trainer, data: ResumableDataModule) -> Iterator[str]:
             "processes"
         )
     accumulated = trainer.accumulate_grad_batches
+    if accumulated < 1:
+        yield f"trainer.accumulate_grad_batches {accumulated}: expected 1 or more"
+        return
     if batches < accumulated:
         yield (
             f"trainer.accumulate_grad_batches {accumulated} is more than the {batches} batches of an epoch: lower it, "
             "or lower data.batch_size"
         )
-    interval, steps = trainer.val_check_interval, -(-batches // accumulated)
+    # A Trainer that checks by time has none.
+    interval, steps = getattr(trainer, "val_check_interval", None), -(-batches // accumulated)
     if trainer.check_val_every_n_epoch is not None and isinstance(interval, int) and steps < interval:
         yield (
             f"trainer.val_check_interval {interval} is more than the {steps} optimizer steps of an epoch: lower it, or "

@@ -172,7 +172,10 @@ class ExperimentCLI(LightningCLI):
         for before, argument in zip(["", *ordered], ordered, strict=False):
             if before in ("-c", "--config") or argument.startswith("--config="):
                 check_configuration(Path(argument.removeprefix("--config=")))
-        self.config = parser.parse_args(ordered)
+        try:
+            self.config = parser.parse_args(ordered)
+        except ValueError as error:  # of a default that jsonargparse cannot combine with what is given
+            raise InputError(str(error)) from error
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets the hyperparameters of a checkpoint override flags; here the user wins."""
@@ -244,7 +247,7 @@ class ExperimentCLI(LightningCLI):
             trainer = super().instantiate_trainer(
                 logger=[metrics, *loggers] if training else False, callbacks=callbacks, **kwargs
             )
-        except (MisconfigurationException, ValueError) as error:  # such as an accelerator that is not there
+        except (MisconfigurationException, ValueError, TypeError) as error:  # such as an accelerator that is not there
             raise InputError(f"trainer: {error}") from error
         metrics.trainer = trainer
         leave_signals_to_us(trainer)
@@ -422,7 +425,7 @@ def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> Experime
     try:
         with ended_by_signals():
             return cli(args)
-    except (InputError, jsonargparse.ArgumentError) as error:
+    except (InputError, jsonargparse.ArgumentError, MisconfigurationException) as error:  # the last is Lightning's own
         if debug:
             raise
         print(f"error: {reworded(str(error), ())}", file=sys.stderr)
