@@ -25,7 +25,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     step = LanguageModel.training_step
 
     def recorded(self, batch, index):
-        seen.append(batch["input_ids"].clone())
+        seen.append(batch["tokens"].clone())
         return step(self, batch, index)
 
     monkeypatch.setattr(LanguageModel, "training_step", recorded)
