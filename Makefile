@@ -14,7 +14,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint clean lm-fit lm-validate lm-test lm-predict \
   classify-fit classify-validate classify-test classify-predict compare table1 ablation recipes lm-ablation lm-scaling \
-  sweep board report decoding play bench scaling pictures constraints
+  sweep board report decoding tell play bench scaling pictures constraints
 
 help: ## list the targets
 	@echo "usage: make TARGET [CONFIG=configs/lm/demo.yaml] [ARGS='--trainer.max_steps 100']"
@@ -88,6 +88,9 @@ report: $(READY) ## draw the page of a run, or of several over each other: RUN="
 
 decoding: $(READY) ## compare greedy decoding with sampling on a language model: RUN=runs/lm/demo
 	$(PY) -m lm.decoding $(or $(RUN),$(NEWEST)) $(ARGS)
+
+tell: $(READY) ## talk to a language model in the terminal: RUN=runs/lm/demo
+	@$(PY) -m lm.tell $(or $(RUN),runs/lm/demo) $(ARGS)
 
 play: $(READY) ## a page to try models, on this machine alone: RUN="runs/lm/demo runs/classify/custom" (default: the demo)
 	@$(PY) -c 'import gradio' 2>/dev/null || { echo "installing the extra 'play' (once)"; \

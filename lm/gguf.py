@@ -159,6 +159,8 @@ def _add_tokenizer(writer: "GGUFWriter", tokenizer: StoryTokenizer, vocab_size: 
     writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_pad_token_id(tokenizer.pad_id)
+    if tokenizer.chat_template is not None:
+        writer.add_chat_template(tokenizer.chat_template)
     writer.add_add_bos_token(bool(tokenizer.begins_with))
     writer.add_add_eos_token(False)
 
@@ -329,7 +331,9 @@ def _read_tokenizer(reader: "GGUFReader", path: Path) -> StoryTokenizer:
         scores = field("scores", list)
         if len(scores) != len(tokens) or 0 not in special:
             raise InputError(f"{path}: the tokenizer's scores or its unknown token are missing; copy the file again")
-        return from_pieces(tokens, scores, bos_id, eos_id, special, str(path), field("add_bos_token", bool, True))
+        tokenizer = from_pieces(tokens, scores, bos_id, eos_id, special, str(path), field("add_bos_token", bool, True))
+        tokenizer.chat_template = _field(reader, path, "tokenizer.chat_template", str, "") or None
+        return tokenizer
     if model != "gpt2":
         raise InputError(f"{path}: tokenizer {model!r}; only 'llama' and 'gpt2' can be imported")
     pre = field("pre", str, "gpt-2")
@@ -344,6 +348,7 @@ def _read_tokenizer(reader: "GGUFReader", path: Path) -> StoryTokenizer:
     backend.pre_tokenizer, backend.decoder = _WORDS[pre], decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(tokens[i], special=True, normalized=False) for i in special])
     tokenizer = StoryTokenizer(backend, bos_id, eos_id, pad_id, str(path))
+    tokenizer.chat_template = _field(reader, path, "tokenizer.chat_template", str, "") or None
     if field("add_bos_token", bool, False):
         tokenizer.begin_with_bos()
     return tokenizer

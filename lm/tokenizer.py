@@ -58,6 +58,7 @@ class StoryTokenizer:
 
     Attributes:
         begins_with: the ids that the tokenizer puts before every text: bos, or nothing.
+        chat_template: how the messages of a chat become one text (Jinja, as transformers has it); None for no chat.
 
     Raises:
         InputError: where it does not give text back unchanged (as BERT's, which lower-cases, does not).
@@ -73,6 +74,7 @@ class StoryTokenizer:
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.pad_id = eos_id if pad_id is None else pad_id
+        self.chat_template: str | None = None
         whole, text = backend.encode("a").ids, backend.encode("a", add_special_tokens=False).ids
         self.begins_with = whole[: next(i for i in range(len(whole)) if whole[i : i + len(text)] == text)]
         probe = self.encode(PROBE)
@@ -121,6 +123,35 @@ class StoryTokenizer:
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, self.bos_id)]
         )
         self.begins_with = [self.bos_id]
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Ids of a conversation, up to where its next answer begins. Here names of special tokens are special tokens.
+
+        Args:
+            messages: Each with a role, such as user or assistant, and its content.
+
+        Raises:
+            InputError: The chat template is none, or does not take these messages.
+        """
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        bos, eos = (self.backend.id_to_token(i) for i in (self.bos_id, self.eos_id))
+        try:
+            (text,), _ = render_jinja_template(
+                [list(messages)],
+                chat_template=self.chat_template,
+                add_generation_prompt=True,
+                bos_token=bos,
+                eos_token=eos,
+            )
+        except (TemplateError, TypeError) as error:
+            raise InputError(f"the tokenizer's chat template cannot be used ({error}): repair or remove it") from error
+        self.backend.encode_special_tokens = False
+        try:
+            return self.backend.encode(repaired(text), add_special_tokens=False).ids
+        finally:
+            self.backend.encode_special_tokens = True
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, on all cores."""
@@ -204,6 +235,8 @@ class StoryTokenizer:
         }
         if "<unk>" in self.backend.get_vocab():
             config["unk_token"] = "<unk>"
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -82,7 +82,14 @@ def _read_json(path: Path, name: str) -> StoryTokenizer:
     if eos_id is None:
         raise InputError(f"tokenizer {name!r} has no end-of-text token; set eos_token in its tokenizer_config.json")
     bos_id = special("bos", "<s>", "<|begin_of_text|>", "<bos>")
-    return StoryTokenizer(backend, eos_id if bos_id is None else bos_id, eos_id, special("pad", "<pad>"), name)
+    tokenizer = StoryTokenizer(backend, eos_id if bos_id is None else bos_id, eos_id, special("pad", "<pad>"), name)
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name, as transformers once kept them
+        template = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}.get("default")
+    if (beside := path.with_name("chat_template.jinja")).is_file():
+        template = beside.read_text(encoding="utf-8", errors="replace")
+    tokenizer.chat_template = template if isinstance(template, str) else None
+    return tokenizer
 
 
 def _read_sentencepiece(path: Path, name: str) -> StoryTokenizer:

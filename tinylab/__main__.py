@@ -12,6 +12,7 @@ A small laboratory for language models.
 commands:
   lm         train, validate, test and use the language model
   classify   train, validate, test and use the classifier
+  tell       talk to a language model in the terminal
   play       a local page to try runs
   convert    models to and from transformers and llama2.c
   decoding   compare ways of decoding on one model
@@ -24,6 +25,7 @@ commands:
 COMMANDS = {
     "lm": "lm.__main__",
     "classify": "classify.__main__",
+    "tell": "lm.tell",
     "play": "experiment.play",
     "convert": "lm.convert",
     "decoding": "lm.decoding",

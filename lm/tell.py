@@ -1,0 +1,155 @@
+"""A terminal to talk to a model: ``python -m lm.tell RUN``.
+
+Type the beginning of a story and watch it go on; Enter goes on with it. Where the model's tokenizer has a chat
+template, what you type is a message instead. Ctrl-C stops a story, Ctrl-D the program.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import fields, replace
+
+import yaml
+
+with suppress(ImportError):  # arrow keys at the prompt, where the system has them
+    import readline  # noqa: F401
+
+from experiment.console import console
+from experiment.errors import InputError
+from experiment.paths import user_path
+from experiment.quiet import quiet_libraries
+from experiment.rows import repaired
+from experiment.run import find_checkpoint
+from lm.demo import LanguageModelDemo
+from lm.generation import GenerationConfig, generate
+
+HELP = """  a text         begins a story (with a chat template: is a message)
+  Enter          goes on with the story
+  /temperature 0.7, /top_p 0.9, /seed 1, /max_new_tokens 300 …  change a setting; /settings shows all
+  /new           forgets the story or the conversation
+  /help, /quit   or Ctrl-D; Ctrl-C stops a story"""
+SETTINGS = [field.name for field in fields(GenerationConfig)]
+
+
+class Terminal:
+    """One conversation: the ids that the model has seen and told, and the settings.
+
+    Args:
+        model: A model with its tokenizer.
+        config: The settings at the beginning.
+    """
+
+    def __init__(self, model: LanguageModelDemo, config: GenerationConfig) -> None:
+        self.decoder, self.tokenizer, self.config = model.decoder, model.tokenizer, config
+        self.told = 0  # stories since the seed was set, each of which has a seed of its own
+        self.forget()
+
+    def forget(self) -> None:
+        self.ids: list[int] = []
+        self.messages: list[dict[str, str]] = []
+
+    def answer(self, line: str) -> bool:
+        """Do what a line says; False where it says to quit.
+
+        Raises:
+            ValueError: A setting that there is not, or a value out of its range.
+        """
+        line = repaired(line).strip("\n")
+        if line.startswith("/"):
+            return self._command(*line[1:].partition(" ")[::2])
+        if line.strip() and self.tokenizer.chat_template:
+            self.messages.append({"role": "user", "content": line})
+            self.ids = self.tokenizer.encode_chat(self.messages)
+        elif line.strip():
+            self.ids = self.tokenizer.encode_prompt(line)
+            console.print(line, end="", markup=False)
+        elif not self.ids:
+            console.print("type a beginning first, such as: Once upon a time", markup=False)
+            return True
+        self._tell()
+        return True
+
+    def _command(self, name: str, value: str) -> bool:
+        if name in ("quit", "exit"):
+            return False
+        if name == "new":
+            self.forget()
+        elif name == "settings":
+            for setting in SETTINGS:
+                console.print(f"  {setting} {getattr(self.config, setting)}", markup=False)
+        elif name in SETTINGS:
+            self.config, self.told = replace(self.config, **{name: _value(name, value)}), 0
+        elif name == "help":
+            console.print(HELP, markup=False)
+        else:
+            raise ValueError(f"/{name}: there is no such command or setting; expected {', '.join(SETTINGS)}, or /help")
+        return True
+
+    def _tell(self) -> None:
+        before, told, start = self.tokenizer.decode(self.ids), [], time.perf_counter()
+        shown = before
+
+        def on_token(row: int, token: int) -> None:
+            nonlocal shown
+            told.append(token)
+            text = self.tokenizer.decode(self.ids + told)
+            if not text.endswith("\ufffd"):  # else the character is not complete yet
+                console.print(text[len(shown) :], end="", markup=False)
+                shown = text
+
+        ending = "stopped"
+        try:
+            eos, decode = self.tokenizer.eos_id, self.tokenizer.decode
+            config = replace(self.config, sliding_window=True, seed=self.config.seed + self.told)
+            ending = generate(self.decoder, [self.ids], config, eos, decode, on_token)[0].finish_reason
+        except KeyboardInterrupt:
+            pass
+        seconds = time.perf_counter() - start
+        self.ids, self.told = self.ids + told, self.told + 1
+        if self.messages:
+            self.messages.append({"role": "assistant", "content": self.tokenizer.decode(self.ids)[len(before) :]})
+        how = {"eos": "the end", "length": "Enter goes on", "stop": "a stop string"}.get(ending, "stopped")
+        speed = len(told) / max(seconds, 1e-9)
+        console.print(f"\n[dim]({how}; {len(told)} tokens, {speed:,.0f} a second)[/dim]")
+
+
+def _value(name: str, value: str) -> object:
+    try:
+        found = yaml.safe_load(value)
+        replace(GenerationConfig(), **{name: found})
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"/{name} {value}: {' '.join(str(error).split())}") from None
+    return found
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; bad input ends with one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m lm.tell", description=__doc__.partition("\n")[0])
+    parser.add_argument("run", nargs="?", type=str, default="runs/lm/demo", help="folder of a run, or a checkpoint")
+    run = parser.parse_args(args).run
+    quiet_libraries()
+    try:
+        with console.status("loading"):
+            terminal = Terminal(LanguageModelDemo(find_checkpoint(user_path(run))), GenerationConfig(temperature=0.8))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    chat = terminal.tokenizer.chat_template
+    console.print("a chat; type a message" if chat else "type the beginning of a story", "(/help lists what else)")
+    going = True
+    while going:
+        try:
+            going = terminal.answer(input("> "))
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            console.print("\n(/quit or Ctrl-D ends)", markup=False)
+        except ValueError as error:  # a setting; InputError is one
+            console.print(str(error), markup=False)
+    console.print()
+
+
+if __name__ == "__main__":
+    main()
