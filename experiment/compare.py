@@ -142,11 +142,12 @@ def prepare(run: Run) -> Line:
         cli = prepared(["fit", *run.arguments, *["--trainer.max_epochs=-1"] * len(run.row.unit)])
         cli.datamodule.setup("fit")
         check_training(cli.trainer, cli.datamodule)
-        facts, accumulated = {**getattr(cli.datamodule, "facts", {})}, cli.trainer.accumulate_grad_batches
+        facts = {**getattr(cli.datamodule, "facts", {})}
     except (InputError, ArgumentError) as error:
         raise InputError(f"row {run.row.name}: {error}") from error
     if "tokens_per_epoch" in facts:
-        steps = math.ceil(math.ceil(facts.pop("batches_per_epoch") / cli.trainer.world_size) / accumulated)
+        batches = math.ceil(facts.pop("batches_per_epoch") / cli.trainer.world_size)
+        steps = math.ceil(batches / cli.trainer.accumulate_grad_batches)
         facts["tokens_per_step"] = facts.pop("tokens_per_epoch") / steps
     size = sum(parameter.numel() for parameter in cli.model.parameters())
     return {"parameters": size, **facts}
