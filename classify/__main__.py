@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from experiment.allocators import set_up_allocators
+from experiment.orphans import end_with_launcher
 from experiment.overview import answer
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def main(args: Sequence[str] | None = None) -> "ClassifyCLI":
     """Run the command line; `args` stands in for that of the process."""
     answer(OVERVIEW, sys.argv[1:] if args is None else args)
     set_up_allocators()
+    end_with_launcher()
     from classify.cli import ClassifyCLI
     from experiment.cli import run  # brings Lightning, which --help need not wait for
 

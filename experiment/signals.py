@@ -17,15 +17,15 @@ from experiment.interruption import StopRequest
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
 GRACE = 5.0  # seconds in which a process that was told to end may do so by itself
-PULSE = 1.0  # seconds between two looks at the parent
+PULSE = 1.0  # seconds between two looks at the clock
 
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """Within it SIGTERM raises an exception, as Ctrl-C does, and a thread ends the process where that does not help.
 
-    It ends it at the second signal, `GRACE` seconds after the first one unless a training has taken that as a request
-    to stop, and as soon as the launcher that started this process is gone.
+    It ends it at the second signal, and `GRACE` seconds after the first one unless a training has taken that as a
+    request to stop.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -54,9 +54,8 @@ def _raise(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _watch(read: int) -> None:
-    parent = os.getppid() if "LOCAL_RANK" in os.environ else None
     received, deadline, number = 0, float("inf"), signal.SIGTERM
-    while received < 2 and time.monotonic() < deadline and parent in (None, os.getppid()):
+    while received < 2 and time.monotonic() < deadline:
         ready, _, _ = select.select([read], [], [], PULSE)
         if not ready:
             continue

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from experiment.allocators import set_up_allocators
+from experiment.orphans import end_with_launcher
 from experiment.overview import answer
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def main(args: Sequence[str] | None = None) -> "LanguageCLI":
     """Run the command line; ``args`` are by default those of the process."""
     answer(OVERVIEW, sys.argv[1:] if args is None else args)
     set_up_allocators()
+    end_with_launcher()
     from experiment.cli import run  # brings Lightning, which --help need not wait for
     from lm.cli import LanguageCLI
 

@@ -73,7 +73,10 @@ class Process:
 
     def peak(self, kind: Literal["VmPeak", "VmHWM"]) -> int:
         """Bytes of address space, or of memory, that it has taken at most; 0 where it is no more."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
+        try:
+            status = Path(f"/proc/{self.pid}/status").read_text()
+        except OSError:
+            return 0
         return sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(kind))
 
     def poll(self) -> int | None:

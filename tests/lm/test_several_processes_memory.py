@@ -16,7 +16,6 @@ MIB = 1 << 20
 # 76 million weights: 289 MiB of them, 1156 with gradients and AdamW's two moments.
 LARGE = ["--model.decoder.hidden_size=512", "--model.decoder.intermediate_size=1536", "--model.decoder.num_layers=22",
          "--model.decoder.num_heads=8"]  # fmt: skip
-ROOM = 750 * MIB  # beyond what a tiny model takes
 
 
 def to_the_end(processes: list[Process]) -> dict[str, list[float]]:
@@ -42,25 +41,26 @@ def test_a_model_larger_than_the_memory_of_a_process_trains_in_two(
     same = ["fit", f"--data.path={write_stories(in_tmp / 'stories')}", *TINY, "--trainer.max_steps=5",
             "--samples.every_n_steps=0", "--checkpoint.every_n_steps=3", "--model.decoder.dropout=0",
             "--trainer.precision=32-true"]  # fmt: skip
-    both = [*same, *FSDP, "--trainer.strategy.init_args.timeout=0:02:00"]
-    tiny = to_the_end([commands.start(*both, "--run_dir=tiny", env=env) for env in torchrun()])
-    limit = int(max(tiny["VmPeak"])) * MIB + ROOM
+    same += LARGE
+    (most,) = to_the_end([commands.start(*same, "--run_dir=one")])["VmPeak"]
 
-    alone = commands.start(*same, *LARGE, "--run_dir=one", memory=limit)
+    def start(run: str, memory: int | None) -> list[Process]:
+        args = [*same, *FSDP, "--trainer.strategy.init_args.timeout=0:02:00", f"--run_dir={run}", "--ckpt_path=last"]
+        return [commands.start(*args, env=env, memory=memory) for env in torchrun()]
+
+    whole = to_the_end(start("whole", None))
+    assert max(whole["VmPeak"]) < most - 250  # each of two takes hundreds of MiB less
+    limit = int((max(whole["VmPeak"]) + most) / 2) * MIB
+    alone = commands.start(*same, "--run_dir=limited", memory=limit)
     assert alone.wait(seconds=300) != 0
     assert "memory" in alone.output
 
-    def start(run: str) -> list[Process]:
-        args = [*both, *LARGE, f"--run_dir={run}", "--ckpt_path=last"]
-        return [commands.start(*args, env=env, memory=limit) for env in torchrun()]
-
-    peaks = to_the_end(start("whole"))
-    killed = start("two")
+    killed = start("two", limit)
     killed[0].wait(until=lambda: newest_step(Path("two")) >= 4, seconds=300)
     for process in killed:
         process.send(signal.SIGKILL)
         process.wait()
-    resumed = to_the_end(start("two"))
+    resumed = to_the_end(start("two", limit))
     assert [row["step"] for row in rows(Path("two"))] == [str(step) for step in range(1, 6)]
     assert rows(Path("two")) == rows(Path("whole"))
 
@@ -73,6 +73,6 @@ def test_a_model_larger_than_the_memory_of_a_process_trains_in_two(
         exported = AutoModelForCausalLM.from_pretrained("exported")(ids).logits
         assert torch.allclose(decoder(ids), exported, atol=1e-4)
     with capsys.disabled():
-        print(f"\n  limit {limit / MIB:.0f} MiB of address space; MiB at most, of each process:")
-        for name, found in (("tiny model", tiny), ("whole run", peaks), ("resumed", resumed)):
-            print(f"  {name:<10}", {kind: [round(value) for value in values] for kind, values in found.items()})
+        print(f"\n  one process {most:.0f} MiB of address space, limit {limit / MIB:.0f}; of each of two, at most:")
+        for name, found in (("whole run", whole), ("resumed", resumed)):
+            print(f"  {name:<9}", {kind: [round(value) for value in values] for kind, values in found.items()})
