@@ -197,9 +197,7 @@ def merged(decoder: Decoder, lora: LoRAConfig) -> Decoder:
 
     Where the embedding of a tied model is adapted, or its head, the two part.
     """
-    if any("base_layer" in name and "default" in name for name, _ in decoder.named_modules()) or any(
-        isinstance(module, _Unstacked) for module in decoder.modules()
-    ):
+    if any(isinstance(module, _Unstacked) for module in decoder.modules()):  # by PEFT
         decoder = adapted(decoder.config, base_weights(decoder), lora, trained_weights(decoder))
     untied = decoder.config.tie_embeddings and (
         decoder.head is not None or isinstance(decoder.embedding, LoRAEmbedding)
