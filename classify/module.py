@@ -46,7 +46,7 @@ class ReviewClassifier(StepModule):
         label_names: list[str] | None = None,
         adapter: Adapter = "custom",
         r: int = 8,
-        lora_alpha: float = 16,
+        lora_alpha: float = 16.0,
         lora_dropout: float = 0.05,
         target_modules: list[str] | str = ["query", "key", "value"],  # noqa: B006 (shown by --help; never changed)
         modules_to_save: list[str] = ["classifier"],  # noqa: B006

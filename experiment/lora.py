@@ -55,7 +55,7 @@ class LoRAConfig:
     """
 
     r: int = 8
-    lora_alpha: float = 16
+    lora_alpha: float = 16.0
     lora_dropout: float = 0.0
     target_modules: list[str] | str = ALL_LINEAR
     modules_to_save: list[str] = field(default_factory=list)

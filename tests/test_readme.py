@@ -115,8 +115,8 @@ def perform(words: list[str]) -> None:
                 runpy.run_path(str(ROOT / file), run_name="__main__")
         case ["PYTHONPATH=.", _, "docs/pictures.py"]:
             pass  # takes pictures of the page in a browser
-        case [_, "-m", "experiment.play", *args]:  # has tests that visit the page; it would stay open
-            call("experiment.play", *args, "--help")
+        case [_, "-m", "experiment.play" | "lm.tell" as module, *args]:  # have tests that talk to them; they stay open
+            call(module, *args, "--help")
         case [_, "-c", "import gradio", *_]:
             pass  # installs what that page needs
         case [_, "-m", "pytest"]:
