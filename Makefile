@@ -39,6 +39,8 @@ $(READY): pyproject.toml constraints.txt
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 demo: $(READY) ## train both experiments on embedded data, without a network, and show what they learned
+	@mkdir -p runs
+	@ln -sfn $(notdir $(DEMO)) runs/demo
 	@echo "== 1 of 4: a language model learns to tell stories"
 	$(PY) -m lm fit --config configs/lm/demo.yaml --run_dir $(DEMO)/lm
 	$(PY) -m lm validate --config $(DEMO)/lm/config.yaml --ckpt_path best
@@ -90,7 +92,7 @@ decoding: $(READY) ## compare greedy decoding with sampling on a language model:
 	$(PY) -m lm.decoding $(or $(RUN),$(NEWEST)) $(ARGS)
 
 tell: $(READY) ## talk to a language model in the terminal: RUN=runs/lm/demo
-	@$(PY) -m lm.tell $(or $(RUN),runs/lm/demo) $(ARGS)
+	@$(PY) -m lm.tell $(or $(RUN),runs/demo/lm) $(ARGS)
 
 play: $(READY) ## a page to try models, on this machine alone: RUN="runs/lm/demo runs/classify/custom" (default: the demo)
 	@$(PY) -c 'import gradio' 2>/dev/null || { echo "installing the extra 'play' (once)"; \

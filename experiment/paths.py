@@ -1,5 +1,6 @@
 """Names of files as people type them."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from experiment.errors import InputError
@@ -13,7 +14,8 @@ def user_path(name: str | Path) -> Path:
     """
     try:
         path = Path(name).expanduser()
-        path.exists()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
     except (OSError, RuntimeError, ValueError) as error:
         cause = getattr(error, "strerror", None) or error
         raise InputError(f"{shortened(str(name))!r} cannot be the name of a file ({cause}): expected a path") from error

@@ -113,13 +113,15 @@ def perform(words: list[str]) -> None:
         case [_, file, *args] if file.startswith("tests/benchmarks/"):  # takes minutes: its parser knows the options
             with patch.object(sys, "argv", [file, *args, "--help"]), pytest.raises(SystemExit, match=r"^0$"):
                 runpy.run_path(str(ROOT / file), run_name="__main__")
+        case ["mkdir" | "ln", *_]:
+            subprocess.run(words, check=True)
         case ["PYTHONPATH=.", _, "docs/pictures.py"]:
             pass  # takes pictures of the page in a browser
         case [_, "-m", "experiment.play" | "lm.tell" as module, *args]:  # have tests that talk to them; they stay open
             call(module, *args, "--help")
         case [_, "-c", "import gradio", *_]:
             pass  # installs what that page needs
-        case [_, "-m", "pytest"]:
+        case [_, "-m", "pytest", *_]:
             pass  # it is running
         case _:
             raise NotImplementedError("tests/test_readme.py has no rule for this command: add one to perform()")

@@ -1,10 +1,10 @@
 """Use runs from Python: load one, tell a story, classify a review, evaluate.
 
 >>> import tinylab
->>> teller = tinylab.load("runs/lm/demo")                      # doctest: +SKIP
+>>> teller = tinylab.load("runs/demo/lm")                      # doctest: +SKIP
 >>> teller.tell("Once upon a time", temperature=0.8)           # doctest: +SKIP
->>> tinylab.load("runs/classify/demo").classify("I loved it.")  # doctest: +SKIP
->>> tinylab.evaluate("runs/lm/demo")["val/perplexity"]         # doctest: +SKIP
+>>> tinylab.load("runs/demo/custom").classify("I loved it.")  # doctest: +SKIP
+>>> tinylab.evaluate("runs/demo/lm")["val/perplexity"]         # doctest: +SKIP
 
 The command line is `tinylab` (see `tinylab.__main__`). May import every package; none imports it.
 """

@@ -29,7 +29,7 @@ def test_rate_and_decay_given_on_a_resume_take_effect(small_run: list[str], in_t
     cli = main(["fit", *steps, *new, "--ckpt_path=last"])
     rates = [float(row["train/learning_rate"]) for row in rows(Path("run"))]
     assert len(rates) == 8 and max(rates[4:]) <= 1e-6 < min(rates[1:4])
-    assert [group["weight_decay"] for group in cli.trainer.optimizers[0].param_groups] == [0.5, 0.0]
+    assert [group["weight_decay"] for group in cli.trainer.optimizers[0].param_groups] == [0.5, 0.5, 0.0]
     assert yaml.safe_load(Path("run/config.yaml").read_text())["model"]["learning_rate"] == 1e-6
 
 

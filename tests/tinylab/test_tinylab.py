@@ -19,11 +19,11 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, small_bert_run: list[str]) -> Path:
-    """The folder runs/ with a tiny lm/demo and classify/demo."""
+    """The folder runs/ with a tiny demo/lm and demo/custom."""
     folder = tmp_path_factory.mktemp("tinylab")
     flags = [*TINY, f"--data.path={write_stories(folder / 'stories')}", "--trainer.max_steps=5"]
-    lm(["fit", *flags, f"--run_dir={folder / 'runs/lm/demo'}"])
-    classify(["fit", *small_bert_run, f"--run_dir={folder / 'runs/classify/demo'}"])
+    lm(["fit", *flags, f"--run_dir={folder / 'runs/demo/lm'}"])
+    classify(["fit", *small_bert_run, f"--run_dir={folder / 'runs/demo/custom'}"])
     return folder
 
 
@@ -47,12 +47,12 @@ def test_python_of_the_readme_runs(runs: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_same_seed_tells_the_same_story(runs: Path) -> None:
-    first, second = (tinylab.load(runs / "runs/lm/demo").tell("Tom", temperature=1.0, seed=3) for _ in range(2))
+    first, second = (tinylab.load(runs / "runs/demo/lm").tell("Tom", temperature=1.0, seed=3) for _ in range(2))
     assert first == second
 
 
 def test_the_likeliest_class_comes_first(runs: Path) -> None:
-    probabilities = list(tinylab.load(runs / "runs/classify/demo").classify("A good film.").values())
+    probabilities = list(tinylab.load(runs / "runs/demo/custom").classify("A good film.").values())
     assert probabilities == sorted(probabilities, reverse=True)
 
 
