@@ -87,14 +87,7 @@ def test_budget_of_tokens_is_met_and_rows_that_are_judged_by_other_text_are_refu
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-@pytest.mark.parametrize(
-    "file",
-    [
-        # Both failed once in the whole suite on a busy machine and never alone: the reason is not known yet.
-        pytest.param(file, marks=pytest.mark.xfail(strict=False) if "command" in read_yaml(file) else (), id=file.stem)
-        for file in FILES
-    ],
-)
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
 def test_every_comparison_runs(file: Path, in_tmp: Path, forked: None) -> None:
     write_stories(Path("stories"))
     save_tiny_bert(Path("bert"))
