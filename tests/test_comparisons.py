@@ -96,7 +96,10 @@ def test_every_comparison_runs(file: Path, in_tmp: Path, forked: None) -> None:
     package, names = comparison.rows[0].package, [row.name for row in comparison.rows]
     sweep = "command" in read_yaml(file)  # its rows differ in values alone
     chosen = names[:1] if sweep else names[:: 1 + len(names) // 8]
-    compare.main([str(file), "--seeds", "1", "--only", *chosen, *SHRUNK[package]])
+    try:
+        compare.main([str(file), "--seeds", "1", "--only", *chosen, *SHRUNK[package]])
+    except SystemExit:
+        pytest.fail("\n".join(log.read_text(errors="replace")[-2000:] for log in in_tmp.glob("output-*.log")))
     with Path(f"runs/comparisons/{comparison.name}/{comparison.name}.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [row["seeds"] for row in rows] == ["1"] * len(chosen) + [""] * len(comparison.quoted)
