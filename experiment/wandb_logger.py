@@ -102,6 +102,7 @@ class WandbLogger(LightningWandbLogger):
         import wandb
 
         self.trainer = trainer
+        os.environ.pop("WANDB_SERVICE", None)  # of the process that started this one, which may have ended since
         self._wandb_init.pop("anonymous", None)  # Lightning passes it, wandb warns that it has no effect
         self._name = self._wandb_init["name"] = self._name or f"{package}/{run.name}"
         if self._save_dir in (None, "."):

@@ -35,8 +35,12 @@ SHRUNK = {
 
 @pytest.fixture
 def forked(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs are forks of a process that has imported everything, which saves the seconds that each would take."""
-    start = lambda command, **_: commands.start(*command[3:], package=command[2])  # noqa: E731
+    """Runs are forks of a process that has imported everything, which saves the seconds that each would take.
+
+    Each finds the mark of a W&B service that has ended, as one of a notebook would, and must start its own.
+    """
+    ended = {"WANDB_SERVICE": "3-1-unix-/nowhere/socket"}
+    start = lambda command, **_: commands.start(*command[3:], package=command[2], env=ended)  # noqa: E731
     monkeypatch.setattr(compare.subprocess, "Popen", start)
 
 
