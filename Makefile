@@ -47,7 +47,7 @@ demo: $(READY) ## train both experiments on embedded data, without a network, an
 	$(PY) -m lm predict --config $(DEMO)/lm/config.yaml --ckpt_path best --data.prompts \
 	  '["Once upon a time", "One day, a little girl named", "Tom had a red ball."]'
 	@echo "== 2 of 4: the same model is adapted by LoRA to another kind of story: letters"
-	$(PY) -m lm.demo_letters $(DEMO)/letters
+	$(PY) -m lm.data.demo_letters $(DEMO)/letters
 	$(PY) -m lm fit --config configs/lm/demo_letters.yaml --model.init_from $(DEMO)/lm --data.path $(DEMO)/letters \
 	  --run_dir $(DEMO)/lm_letters
 	$(PY) -m lm predict --config $(DEMO)/lm_letters/config.yaml --ckpt_path last --data.prompts '["Dear Grandma,"]'
@@ -57,7 +57,7 @@ demo: $(READY) ## train both experiments on embedded data, without a network, an
 	$(PY) -m classify predict --config $(DEMO)/custom/config.yaml --ckpt_path best --data.texts \
 	  '["The plot was anything but dull. I expected something weak and got something brilliant.", "The acting was far from convincing. My friends found it charming; I found it tedious."]'
 	@echo "== 4 of 4: what happened"
-	$(PY) -m experiment.summary $(DEMO)/lm $(DEMO)/lm_letters $(DEMO)/custom $(DEMO)/peft
+	$(PY) -m experiment.pages.summary $(DEMO)/lm $(DEMO)/lm_letters $(DEMO)/custom $(DEMO)/peft
 
 test: $(READY) ## run the whole test suite (no network needed)
 	$(PY) -m pytest $(ARGS)
@@ -86,7 +86,7 @@ classify-predict: ## judge texts: ARGS='--ckpt_path best --data.texts reviews.tx
 NEWEST = $(patsubst %/metrics.csv,%,$(shell ls -t runs/demo-*/lm/metrics.csv runs/lm/*/metrics.csv 2>/dev/null | head -n 1))
 
 report: $(READY) ## draw the page of a run, or of several over each other: RUN="runs/lm/demo runs/lm/demo-2"
-	$(PY) -m experiment.report $(or $(RUN),$(NEWEST))
+	$(PY) -m experiment.pages.report $(or $(RUN),$(NEWEST))
 
 decoding: $(READY) ## compare greedy decoding with sampling on a language model: RUN=runs/lm/demo
 	$(PY) -m lm.decoding $(or $(RUN),$(NEWEST)) $(ARGS)
@@ -97,7 +97,7 @@ tell: $(READY) ## talk to a language model in the terminal: RUN=runs/lm/demo
 play: $(READY) ## a page to try models, on this machine alone: RUN="runs/lm/demo runs/classify/custom" (default: the demo)
 	@$(PY) -c 'import gradio' 2>/dev/null || { echo "installing the extra 'play' (once)"; \
 	  $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[play]'; }
-	@$(PY) -m experiment.play $(RUN) $(ARGS)
+	@$(PY) -m experiment.pages.play $(RUN) $(ARGS)
 
 # FILE= names a comparison, BUDGET= 'tokens=4e6', 'seconds=1200' or 'steps=500', ARGS= further options and flags of fit.
 COMPARE = $(PY) -m experiment.compare $(FILE) $(if $(BUDGET),--budget $(BUDGET)) $(ARGS)

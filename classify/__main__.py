@@ -4,9 +4,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from experiment.allocators import set_up_allocators
-from experiment.orphans import end_with_launcher
-from experiment.overview import answer
+from experiment.commands.allocators import set_up_allocators
+from experiment.commands.orphans import end_with_launcher
+from experiment.commands.overview import answer
 
 if TYPE_CHECKING:
     from classify.cli import ClassifyCLI
@@ -40,7 +40,7 @@ def main(args: Sequence[str] | None = None) -> "ClassifyCLI":
     set_up_allocators()
     end_with_launcher()
     from classify.cli import ClassifyCLI
-    from experiment.cli import run  # brings Lightning, which --help need not wait for
+    from experiment.commands.cli import run  # brings Lightning, which --help need not wait for
 
     return run(ClassifyCLI, args)
 

@@ -1,10 +1,10 @@
-"""transformers' encoders with the attention of experiment/attention.py in the place of torch's kernel."""
+"""transformers' encoders with the attention of experiment/nn/attention.py in the place of torch's kernel."""
 
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from experiment.attention import attention, by_hand
+from experiment.nn.attention import attention, by_hand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from classify.data import IMDB
 from classify.splits import draw_splits
-from experiment.comparison import merged, split_words
+from experiment.compare.comparison import merged, split_words
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -12,11 +12,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.table import Table
 
 from classify.pretrained import PACKAGE, resolve
-from experiment.checkpoints import BestCheckpoint
 from experiment.errors import InputError
+from experiment.pages.summary import read_metrics
 from experiment.progress import console
-from experiment.run import read_checkpoint
-from experiment.summary import read_metrics
+from experiment.runs.checkpoints import BestCheckpoint
+from experiment.runs.run import read_checkpoint
 
 
 class _Verdicts:

@@ -7,9 +7,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from classify.callbacks import AdapterExport, Evaluation, PredictionWriter
 from classify.data import IMDB
 from classify.module import ReviewClassifier
-from experiment.cli import ExperimentCLI
+from experiment.commands.cli import ExperimentCLI
 from experiment.errors import InputError
-from experiment.run import CONFIG, read_checkpoint, recorded
+from experiment.runs.run import CONFIG, read_checkpoint, recorded
 
 
 class ClassifyCLI(ExperimentCLI):

@@ -24,11 +24,11 @@ from torch.utils.data import DataLoader, Dataset
 from classify import reviews
 from classify.pretrained import load_tokenizer
 from classify.splits import SPLITS, Reviews, draw_splits, read_texts
-from experiment.batches import BatchSchedule, ResumableDataModule, rounded_width
-from experiment.cache import cached_folder
 from experiment.errors import InputError
 from experiment.progress import progress
-from experiment.sources import source_fingerprint
+from experiment.sources.batches import BatchSchedule, ResumableDataModule, rounded_width
+from experiment.sources.cache import cached_folder
+from experiment.sources.files import source_fingerprint
 
 POOL = 50  # batches whose reviews are sorted by length together
 Padding = Literal["longest", "max_length"]

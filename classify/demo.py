@@ -11,7 +11,7 @@ from classify.data import TokenizedReviews
 from classify.module import ReviewClassifier
 from classify.pretrained import load_tokenizer
 from experiment.errors import InputError
-from experiment.run import CONFIG, read_checkpoint
+from experiment.runs.run import CONFIG, read_checkpoint
 
 
 @dataclass

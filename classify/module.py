@@ -16,11 +16,11 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from classify.attention import has_fast_attention
 from classify.dropout import use_fast_dropout
 from classify.pretrained import load_classifier, longest_input
-from experiment.adapter_files import PEFT_PREFIX, adapter_state_dict, load_adapter, write_adapter
 from experiment.console import console
 from experiment.errors import InputError
-from experiment.hardware import can_compile
-from experiment.lora import (
+from experiment.nn.adapter_files import PEFT_PREFIX, adapter_state_dict, load_adapter, write_adapter
+from experiment.nn.hardware import can_compile
+from experiment.nn.lora import (
     LoRAConfig,
     count_parameters,
     fingerprint,
@@ -29,7 +29,7 @@ from experiment.lora import (
     target_names,
     train_only,
 )
-from experiment.step_sums import StepModule
+from experiment.runs.step_sums import StepModule
 
 Adapter = Literal["custom", "peft", "none", "head"]
 

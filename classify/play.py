@@ -1,11 +1,11 @@
-"""The tab of ``python -m experiment.play`` where classifiers judge a review, side by side, and show why."""
+"""The tab of ``python -m experiment.pages.play`` where classifiers judge a review, side by side, and show why."""
 
 from pathlib import Path
 
 import gradio as gr
 
 from classify.demo import ClassifierDemo, Prediction
-from experiment.words import escaped, message, word
+from experiment.pages.token_html import escaped, message, word
 
 MOST_CHARACTERS = 50_000  # several times the longest review of IMDB
 ADAPTERS = {

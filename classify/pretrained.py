@@ -12,8 +12,8 @@ from torch import nn
 
 from classify.attention import use_fast_attention
 from experiment.errors import InputError
-from experiment.hub import look_for_hub
-from experiment.paths import user_path
+from experiment.sources.hub import look_for_hub
+from experiment.sources.paths import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

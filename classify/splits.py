@@ -10,9 +10,9 @@ import numpy as np
 
 from classify.reviews import synthetic_reviews
 from experiment.errors import InputError
-from experiment.paths import existing_file
-from experiment.rows import format_of, read_given, repaired
-from experiment.sources import load_texts
+from experiment.sources.files import load_texts
+from experiment.sources.paths import existing_file
+from experiment.sources.rows import format_of, read_given, repaired
 
 SPLITS = ("train", "validation", "test")
 

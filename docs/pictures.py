@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiment.play import newest_demo, open_page
-from experiment.report import write_report
+from experiment.pages.play import newest_demo, open_page
+from experiment.pages.report import write_report
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome

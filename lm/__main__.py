@@ -4,9 +4,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from experiment.allocators import set_up_allocators
-from experiment.orphans import end_with_launcher
-from experiment.overview import answer
+from experiment.commands.allocators import set_up_allocators
+from experiment.commands.orphans import end_with_launcher
+from experiment.commands.overview import answer
 
 if TYPE_CHECKING:
     from lm.cli import LanguageCLI
@@ -40,7 +40,7 @@ def main(args: Sequence[str] | None = None) -> "LanguageCLI":
     answer(OVERVIEW, sys.argv[1:] if args is None else args)
     set_up_allocators()
     end_with_launcher()
-    from experiment.cli import run  # brings Lightning, which --help need not wait for
+    from experiment.commands.cli import run  # brings Lightning, which --help need not wait for
     from lm.cli import LanguageCLI
 
     return run(LanguageCLI, args)

@@ -161,7 +161,7 @@ def render(entries: Sequence[Entry]) -> str:
 
 def repeat(entry: Entry, words: Sequence[str], folder: Path = Path("runs/board")) -> None:
     """Run the entry's configuration with its budget and seeds as a comparison of one row; words are its flags."""
-    from experiment.compare import main as compare
+    from experiment.compare.runner import main as compare
 
     folder.mkdir(parents=True, exist_ok=True)
     config, file = folder / f"{entry.name}.yaml", folder / f"repeat-{entry.name}.yaml"

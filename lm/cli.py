@@ -8,20 +8,20 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
-from experiment.cli import ExperimentCLI
+from experiment.commands.cli import ExperimentCLI
 from experiment.errors import InputError
-from experiment.run import read_checkpoint, recorded, run_of
-from experiment.sharding import FullyShardedStrategy
-from experiment.throughput import Throughput
-from lm.callbacks import FirstValidation, Perplexity, Predictions, Samples
-from lm.data import TinyStories
-from lm.generation import GenerationConfig
-from lm.lora import LoRAConfig, base_weights
-from lm.model import DecoderConfig
-from lm.module import LanguageModel
-from lm.optim import OptimizerConfig
-from lm.pretrained import BASE, load_pretrained, save_base
-from lm.variants import Variant
+from experiment.runs.run import read_checkpoint, recorded, run_of
+from experiment.runs.sharding import FullyShardedStrategy
+from experiment.runs.throughput import Throughput
+from lm.data.module import TinyStories
+from lm.decoding.config import GenerationConfig
+from lm.formats.adapters import LoRAConfig, base_weights
+from lm.formats.pretrained import BASE, load_pretrained, save_base
+from lm.model.config import DecoderConfig
+from lm.model.variants import Variant
+from lm.training.callbacks import FirstValidation, Perplexity, Predictions, Samples
+from lm.training.module import LanguageModel
+from lm.training.optim import OptimizerConfig
 
 
 class LanguageCLI(ExperimentCLI):

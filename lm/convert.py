@@ -14,15 +14,15 @@ from jsonargparse import ArgumentError, auto_cli
 
 from experiment.console import console
 from experiment.errors import InputError
-from experiment.paths import user_path
 from experiment.quiet import quiet_libraries
-from lm.gguf import GGUFType, from_gguf, to_gguf
-from lm.hugging_face import from_hugging_face, to_hugging_face
-from lm.llama2c import from_llama2c, llama2c_tokenizer_path, to_llama2c
-from lm.lora import adapted, merged, read_decoder_adapter, save_adapter
-from lm.model import Decoder
-from lm.pretrained import BASE, load_adapted, load_checkpoint, load_pretrained
-from lm.tokenizer import StoryTokenizer
+from experiment.sources.paths import user_path
+from lm.data.tokenizer import StoryTokenizer
+from lm.formats.adapters import adapted, merged, read_decoder_adapter, save_adapter
+from lm.formats.gguf import GGUFType, from_gguf, to_gguf
+from lm.formats.hugging_face import from_hugging_face, to_hugging_face
+from lm.formats.llama2c import from_llama2c, llama2c_tokenizer_path, to_llama2c
+from lm.formats.pretrained import BASE, load_adapted, load_checkpoint, load_pretrained
+from lm.model.decoder import Decoder
 
 __all__ = [
     "from_gguf",
@@ -84,7 +84,7 @@ def adapter(checkpoint: str, folder: str) -> None:
         checkpoint: The folder of a run, such as runs/lm/demo (its best checkpoint is taken), or a checkpoint in it.
         folder: Where to write; what was adapted goes into FOLDER/base, for transformers.
     """
-    from experiment.run import find_checkpoint  # brings Lightning, which --help need not wait for
+    from experiment.runs.run import find_checkpoint  # brings Lightning, which --help need not wait for
 
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -130,7 +130,7 @@ def import_weights(
         path: The stories that config.yaml names for validation and further training.
         adapter: Folder of a LoRA adapter, PEFT's or ours, to merge into the weights.
     """
-    from experiment.run import CONFIG, holds_run
+    from experiment.runs.run import CONFIG, holds_run
 
     run = Path(run_dir)
     if holds_run(run):
@@ -151,8 +151,8 @@ def write_run(decoder: Decoder, tokenizer: StoryTokenizer, run: Path, path: str)
     from lightning.fabric.plugins.environments import LightningEnvironment
     from lightning.pytorch import Trainer
 
-    from experiment.run import CONFIG
-    from lm.module import LanguageModel
+    from experiment.runs.run import CONFIG
+    from lm.training.module import LanguageModel
 
     module = LanguageModel(decoder.config)
     module.decoder.load_state_dict(decoder.state_dict())

@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from experiment.hardware import default_device
+from experiment.nn.hardware import default_device
 from lm.convert import load_checkpoint
-from lm.generation import GenerationConfig, generate
-from lm.model import Decoder
-from lm.quantization import prepare
-from lm.sampling import filter_logits
-from lm.tokenizer import StoryTokenizer
+from lm.data.tokenizer import StoryTokenizer
+from lm.decoding.config import GenerationConfig
+from lm.decoding.generation import generate
+from lm.decoding.quantization import prepare
+from lm.decoding.sampling import filter_logits
+from lm.model.decoder import Decoder
 
 ALTERNATIVES = 5  # shown for each token
 MOST_CHARACTERS = 50_000  # far beyond any context, and tokenised in no time
@@ -28,7 +29,7 @@ class Ending:
     """How a story ended.
 
     Args:
-        reason: As in `lm.generation.Generation`.
+        reason: As in `lm.decoding.generation.Generation`.
         rest: What was held back: a character that was never completed.
     """
 
@@ -72,7 +73,7 @@ class LanguageModelDemo:
 
         Args:
             beginning: Text in the model's language.
-            generation: Fields of `lm.generation.GenerationConfig`, such as ``temperature=0.8, seed=1``.
+            generation: Fields of `lm.decoding.generation.GenerationConfig`, such as ``temperature=0.8, seed=1``.
 
         Raises:
             ValueError: The beginning is empty or leaves no room in the model's context, or a field is out of range.

@@ -1,4 +1,4 @@
-"""The tab of ``python -m experiment.play`` where a language model goes on with what one types, token by token."""
+"""The tab of ``python -m experiment.pages.play`` where a language model goes on with what one types, token by token."""
 
 import math
 import time
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import gradio as gr
 
-from experiment.words import Row, escaped, message, word
+from experiment.pages.token_html import Row, escaped, message, word
+from lm.decoding.config import GenerationConfig
 from lm.demo import Choice, Ending, LanguageModelDemo
-from lm.generation import GenerationConfig
 
 SEEDS = 1000
 BEGINNINGS = ["Once upon a time", "One day, a little girl named Lily", "Tom had a red ball.", "The dog was sad because"]

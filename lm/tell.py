@@ -18,12 +18,13 @@ with suppress(ImportError):  # arrow keys at the prompt, where the system has th
 
 from experiment.console import console
 from experiment.errors import InputError
-from experiment.paths import user_path
 from experiment.quiet import quiet_libraries
-from experiment.rows import repaired
-from experiment.run import find_checkpoint
+from experiment.runs.run import find_checkpoint
+from experiment.sources.paths import user_path
+from experiment.sources.rows import repaired
+from lm.decoding.config import GenerationConfig
+from lm.decoding.generation import generate
 from lm.demo import LanguageModelDemo
-from lm.generation import GenerationConfig, generate
 
 HELP = """  a text         begins a story (with a chat template: is a message)
   Enter          goes on with the story

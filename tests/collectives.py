@@ -10,8 +10,8 @@ from typing import Any
 
 import torch.distributed
 
-from experiment.cli import run as run_cli
-from experiment.step_sums import StepModule
+from experiment.commands.cli import run as run_cli
+from experiment.runs.step_sums import StepModule
 from lm.cli import LanguageCLI
 
 NAMES = ("all_reduce", "broadcast", "barrier", "all_gather", "all_gather_into_tensor", "reduce", "gather")

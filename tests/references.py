@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from lm.model import Decoder
+from lm.model.decoder import Decoder
 
 
 def weights_in_transformers(decoder: Decoder) -> dict[str, tuple[str, slice]]:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiment import compare
-from experiment.comparison import read_comparison, read_yaml
-from experiment.summary import read_metrics
-from lm.data import TinyStories
+from experiment.compare import runner as compare
+from experiment.compare.comparison import read_comparison, read_yaml
+from experiment.pages.summary import read_metrics
+from lm.data.module import TinyStories
 from tests.classify.conftest import save_tiny_bert
 from tests.processes import Commands
 from tests.runs import TINY, write_stories

@@ -42,7 +42,7 @@ TEXTS = ['["Tom"]', "[]", '[""]', '[" "]', "[1]", "[null]", "null", "I loved it.
          '["\\ud83d"]', '["[bold]x[/y]"]', '["\u2028"]', "🙂", *PATHS]  # fmt: skip
 CLASSES = ["x", "EarlyStopping", "TensorBoardLogger", "CSVLogger", "lightning.pytorch.callbacks.Timer", "builtins.print",
            "os.system", "simple", "null", "true", "[]", "{class_path: x}", "CometLogger", "RichProgressBar",
-           "LearningRateMonitor", "experiment.wandb_logger.WandbLogger"]  # fmt: skip
+           "LearningRateMonitor", "experiment.pages.wandb_logger.WandbLogger"]  # fmt: skip
 
 TRAINER = {
     **dict.fromkeys(("max_epochs", "min_epochs", "min_steps", "num_nodes", "devices"), ["0", "-1", "-2", "1", "x", "null", "1.5", "[]"]),

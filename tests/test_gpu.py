@@ -10,22 +10,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from experiment.batches import DeviceLoader
-from experiment.summary import read_metrics
-from lm import graph_steps
+from experiment.pages.summary import read_metrics
+from experiment.sources.batches import DeviceLoader
 from lm.__main__ import main
-from lm.generation import GenerationConfig, generate
-from lm.loss import linear_cross_entropy, token_losses
-from lm.model import Decoder, DecoderConfig
-from lm.module import LanguageModel
-from lm.muon import Muon, orthogonalize
-from lm.objective import CompiledLoss, summed_loss
-from lm.sampling import LARGEST_DRAW, sample
+from lm.decoding import cuda_graphs
+from lm.decoding.config import GenerationConfig
+from lm.decoding.generation import generate
+from lm.decoding.sampling import LARGEST_DRAW, sample
+from lm.model.config import DecoderConfig
+from lm.model.decoder import Decoder
+from lm.model.loss import linear_cross_entropy, token_losses
+from lm.training.module import LanguageModel
+from lm.training.muon import Muon, orthogonalize
+from lm.training.objective import CompiledLoss, summed_loss
 from tests.processes import Commands
 from tests.runs import STEPS, TINY, assert_same_run, kill_and_resume, rows, write_stories
 
 if torch.cuda.is_available():
-    from lm import sampling_kernel  # needs Triton
+    from lm.decoding import sampling_kernel  # needs Triton
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 GPU = ["--trainer.accelerator=gpu", "--trainer.devices=1"]
 CONFIG = DecoderConfig(
@@ -202,7 +204,7 @@ def on_gpu(decoder: Decoder) -> Iterator[Decoder]:
 
 @pytest.mark.parametrize("settings", SAMPLING)
 def test_graphs_give_the_tokens_of_the_processor_with_every_filter(decoder, settings, monkeypatch) -> None:
-    monkeypatch.setattr("lm.graph_steps.SHORTEST", 16)  # several graphs
+    monkeypatch.setattr("lm.decoding.cuda_graphs.SHORTEST", 16)  # several graphs
     expected = stories(decoder.cpu(), PROMPTS, **settings)
     eos_id = expected[0][20]
     ended = stories(decoder, PROMPTS, eos_id, **settings)
@@ -211,7 +213,7 @@ def test_graphs_give_the_tokens_of_the_processor_with_every_filter(decoder, sett
         for _ in range(2):  # captures, then replays what the call before captured
             assert_same_stories(stories(decoder, PROMPTS, **settings), expected, settings["temperature"] > 0)
         assert_same_stories(stories(decoder, PROMPTS, eos_id, **settings), ended, settings["temperature"] > 0)
-        ((_, steps),) = [kept for held, kept in graph_steps._kept.items() if held is decoder]
+        ((_, steps),) = [kept for held, kept in cuda_graphs._kept.items() if held is decoder]
         assert steps.on_gpu and steps.graphs, "the step was not captured"
     finally:
         decoder.cpu()
@@ -219,19 +221,19 @@ def test_graphs_give_the_tokens_of_the_processor_with_every_filter(decoder, sett
 
 def test_a_step_that_cannot_be_captured_is_called(on_gpu: Decoder, monkeypatch) -> None:
     expected = stories(on_gpu, PROMPTS, temperature=0.7)
-    graph_steps._kept.clear()
-    one_token = graph_steps.one_token
+    cuda_graphs._kept.clear()
+    one_token = cuda_graphs.one_token
 
     def refuses(*given):
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError("not in a graph")
         return one_token(*given)
 
-    monkeypatch.setattr(graph_steps, "one_token", refuses)
+    monkeypatch.setattr(cuda_graphs, "one_token", refuses)
     assert stories(on_gpu, PROMPTS, temperature=0.7) == expected
-    ((_, steps),) = graph_steps._kept.values()
+    ((_, steps),) = cuda_graphs._kept.values()
     assert not steps.on_gpu and not steps.graphs
-    graph_steps._kept.clear()
+    cuda_graphs._kept.clear()
 
 
 @pytest.mark.parametrize("settings", SAMPLING[:4])

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import pytest
 
-from experiment.compare import read_arguments
+from experiment.compare.runner import read_arguments
 from tests.classify.conftest import save_tiny_bert
 from tests.runs import TINY, write_stories
 
@@ -36,6 +36,8 @@ TRAINED = [
     ["configs/classify/demo.yaml"],
 ]
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+SIMPLE = ("lm.convert", "lm.data.demo_letters", "experiment.pages.report", "experiment.pages.summary")
 
 
 def commands_of(readme: str) -> list[str]:
@@ -88,19 +90,13 @@ def perform(words: list[str]) -> None:
                 args.append("--model.generation.max_new_tokens=4")
             call(package, command, *args)
         case [_, "-m", "lm.decoding", *args]:
-            call("lm.decoding", *args, "--max_new_tokens=4")
-        case [_, "-m", "lm.convert" | "lm.demo_letters" | "experiment.report" | "experiment.summary" as module, *args]:
+            call("lm.decoding.strategies", *args, "--max_new_tokens=4")
+        case [_, "-m", module, *args] if module in SIMPLE:
             for run in args:
                 if run.endswith("-2"):  # the same configuration a second time
                     shutil.copytree(run.removesuffix("-2"), run)
             call(module, *args)
-        case [
-            _,
-            "-m",
-            "experiment.compare",
-            file,
-            *args,
-        ]:  # tests/test_comparisons.py makes the runs; the flags must be known
+        case [_, "-m", "experiment.compare", file, *args]:  # tests/test_comparisons.py makes the runs
             _, runs, _ = read_arguments([file, *args])
             perform(["python", "-m", runs[0].row.package, "fit", *runs[0].arguments, "--print_config"])
         case ["torchrun", *args]:  # of each machine; the test of two is with those of several processes
@@ -117,7 +113,12 @@ def perform(words: list[str]) -> None:
             subprocess.run(words, check=True)
         case ["PYTHONPATH=.", _, "docs/pictures.py"]:
             pass  # takes pictures of the page in a browser
-        case [_, "-m", "experiment.play" | "lm.tell" as module, *args]:  # have tests that talk to them; they stay open
+        case [
+            _,
+            "-m",
+            "experiment.pages.play" | "lm.tell" as module,
+            *args,
+        ]:  # have tests that talk to them; they stay open
             call(module, *args, "--help")
         case [_, "-c", "import gradio", *_]:
             pass  # installs what that page needs

@@ -26,12 +26,12 @@ COMMANDS = {
     "lm": "lm.__main__",
     "classify": "classify.__main__",
     "tell": "lm.tell",
-    "play": "experiment.play",
+    "play": "experiment.pages.play",
     "convert": "lm.convert",
-    "decoding": "lm.decoding",
-    "compare": "experiment.compare",
+    "decoding": "lm.decoding.strategies",
+    "compare": "experiment.compare.runner",
     "board": "lm.board",
-    "report": "experiment.report",
+    "report": "experiment.pages.report",
 }  # each imported only when it is called, for some bring torch along
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from experiment.allocators import GLIBC, VARIABLES
+from experiment.commands.allocators import GLIBC, VARIABLES
 from experiment.console import console
-from experiment.hardware import fast_bfloat16
+from experiment.nn.hardware import fast_bfloat16
 
 ROUNDS = 5
 BENCH = Path("runs/bench")

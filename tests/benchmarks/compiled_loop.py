@@ -11,7 +11,8 @@ from common import DEVICE, Turns
 from torch import Tensor, nn
 from transformers_training import LEARNING_RATE, Tokens, Work
 
-from lm.model import Decoder, DecoderConfig
+from lm.model.config import DecoderConfig
+from lm.model.decoder import Decoder
 
 
 def litgpt(config: DecoderConfig) -> nn.Module:

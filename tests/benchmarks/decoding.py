@@ -24,11 +24,13 @@ from jsonargparse import auto_cli
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lm.convert import llama2c_tokenizer_path, to_llama2c
-from lm.generation import GenerationConfig, generate
-from lm.hugging_face import split_weights
-from lm.model import Decoder, DecoderConfig
-from lm.quantization import WeightFormat, prepare
-from lm.tokenizer_files import load_tokenizer
+from lm.data.tokenizer_files import load_tokenizer
+from lm.decoding.config import GenerationConfig
+from lm.decoding.generation import generate
+from lm.decoding.quantization import WeightFormat, prepare
+from lm.formats.hugging_face import split_weights
+from lm.model.config import DecoderConfig
+from lm.model.decoder import Decoder
 
 SHAPE = DecoderConfig(max_sequence_length=256)  # 15.4 million weights
 BOS = 1

@@ -9,8 +9,8 @@ from typing import Any
 
 from common import DEVICE
 
-from lm.model import Decoder
-from lm.tokenizer import StoryTokenizer, from_pieces
+from lm.data.tokenizer import StoryTokenizer, from_pieces
+from lm.model.decoder import Decoder
 
 
 def why_not() -> str | None:
@@ -46,7 +46,7 @@ def any_tokenizer(vocab_size: int) -> StoryTokenizer:
 
 def write(decoder: Decoder, file: Path, type: str) -> None:
     """The decoder as GGUF: f16 or q8_0."""
-    from lm.gguf import to_gguf
+    from lm.formats.gguf import to_gguf
 
     to_gguf(decoder.cpu(), any_tokenizer(decoder.config.vocab_size), file, type)
 

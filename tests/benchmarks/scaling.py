@@ -21,13 +21,14 @@ import torch
 from common import BENCH, Worker, machine, own_memory
 
 from experiment.console import console
-from experiment.hardware import fast_bfloat16
-from lm.data import TinyStories
-from lm.loss import linear_cross_entropy
-from lm.model import Decoder, DecoderConfig
-from lm.optim import OptimizerConfig, make_optimizer
-from lm.stories import write_story
-from lm.tokenizer import train_tokenizer
+from experiment.nn.hardware import fast_bfloat16
+from lm.data.demo_stories import write_story
+from lm.data.module import TinyStories
+from lm.data.tokenizer import train_tokenizer
+from lm.model.config import DecoderConfig
+from lm.model.decoder import Decoder
+from lm.model.loss import linear_cross_entropy
+from lm.training.optim import OptimizerConfig, make_optimizer
 
 BASE = {"batch_size": 8, "length": 128, "num_layers": 6, "vocab_size": 32768}
 SWEEPS = {

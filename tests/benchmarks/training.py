@@ -34,15 +34,15 @@ from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 from transformers_training import LEARNING_RATE, Tokens, Work, transformers_trainer
 
-from experiment.finite import FiniteLoss
-from experiment.hardware import default_precision, fast_bfloat16
-from experiment.metrics_file import MetricsFile
+from experiment.nn.hardware import default_precision, fast_bfloat16
 from experiment.quiet import quiet_libraries
-from experiment.throughput import Throughput
-from lm.loss import linear_cross_entropy
-from lm.model import DecoderConfig
-from lm.module import LanguageModel
-from lm.optim import OptimizerConfig
+from experiment.runs.finite import FiniteLoss
+from experiment.runs.metrics_file import MetricsFile
+from experiment.runs.throughput import Throughput
+from lm.model.config import DecoderConfig
+from lm.model.loss import linear_cross_entropy
+from lm.training.module import LanguageModel
+from lm.training.optim import OptimizerConfig
 
 TOLERANCE = {"32-true": 1e-3, "bf16-mixed": 2e-2}  # of the losses after some steps, in nats
 
@@ -158,7 +158,7 @@ def train_loops() -> list[Row]:
 
 
 def loss_rows() -> list[Row]:
-    """lm/loss.py against torch's own chunked loss: loss and both gradients of a batch of 32 x 128 tokens."""
+    """lm/model/loss.py against torch's own chunked loss: loss and both gradients of a batch of 32 x 128 tokens."""
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         left_out("torch's linear_cross_entropy", f"torch {torch.__version__} has none, 2.13 has")
         return []

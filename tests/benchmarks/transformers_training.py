@@ -11,8 +11,9 @@ from common import DEVICE, Turns
 from torch.utils.data import Dataset
 
 from experiment.quiet import quiet_libraries
-from lm.hugging_face import split_weights
-from lm.model import Decoder, DecoderConfig
+from lm.formats.hugging_face import split_weights
+from lm.model.config import DecoderConfig
+from lm.model.decoder import Decoder
 
 LEARNING_RATE = 6e-4
 

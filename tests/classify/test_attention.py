@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-import experiment.attention
+import experiment.nn.attention
 from classify.attention import NAME
 from classify.pretrained import load_classifier
 
@@ -24,8 +24,8 @@ def outcome(model, dtype: torch.dtype) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.0), (torch.bfloat16, 2e-2)])
 def test_logits_and_gradients_equal_those_of_transformers(dtype, tolerance, tiny_bert, monkeypatch):
     calls = []
-    apply = experiment.attention._Attention.apply
-    monkeypatch.setattr(experiment.attention._Attention, "apply", lambda *args: calls.append(1) or apply(*args))
+    apply = experiment.nn.attention._Attention.apply
+    monkeypatch.setattr(experiment.nn.attention._Attention, "apply", lambda *args: calls.append(1) or apply(*args))
     ours, _ = load_classifier(str(tiny_bert), ["negative", "positive"], attention_dropout=0.0)
     assert ours.config._attn_implementation == NAME
     theirs = AutoModelForSequenceClassification.from_pretrained(tiny_bert, attn_implementation="sdpa", num_labels=2)

@@ -10,7 +10,7 @@ import wandb
 import yaml
 
 from classify.__main__ import main
-from experiment.verdicts import Verdicts, read_verdicts
+from experiment.pages.predictions import Verdicts, read_verdicts
 from tests.offline_wandb import Part, config_of, history_of, metrics_of, read_offline, run_ids, summary_of
 
 WANDB = Path(__file__).parents[2] / "configs" / "wandb.yaml"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from classify.__main__ import main
-from experiment.verdicts import read_verdicts
+from experiment.pages.predictions import read_verdicts
 from tests.processes import Commands
 from tests.runs import assert_same_run, kill_and_resume, rows, torchrun
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig
 
-from experiment.lora import LoRAConfig, inject_lora
+from experiment.nn.lora import LoRAConfig, inject_lora
 
 VARIANTS = {
     "lora": {},

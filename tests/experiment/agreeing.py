@@ -4,7 +4,7 @@ import os
 import time
 from pathlib import Path
 
-from experiment.launch import agreed
+from experiment.runs.launch import agreed
 
 if __name__ == "__main__":
     print(agreed("run_dir", lambda: f"process {os.getpid()}"), agreed("seed", lambda: "7"), flush=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from experiment.attention import LONGEST, attention
+from experiment.nn.attention import LONGEST, attention
 
 CASES = {
     "causal": {"causal": True},

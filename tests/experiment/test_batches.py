@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiment.batches import BatchSchedule, rounded_width
+from experiment.sources.batches import BatchSchedule, rounded_width
 
 
 def plan(epoch: int) -> list[list[int]]:

@@ -16,10 +16,10 @@ import yaml
 from matplotlib.figure import Figure
 from scipy.stats import ttest_rel
 
-from experiment import compare
-from experiment.comparison import Comparison, Row, draw, read_comparison, runs_of
-from experiment.differences import collect, difference
-from experiment.differences import draw as draw_plot
+from experiment.compare import runner as compare
+from experiment.compare.comparison import Comparison, Row, draw, read_comparison, runs_of
+from experiment.compare.differences import collect, difference
+from experiment.compare.differences import draw as draw_plot
 
 ROOT = Path(__file__).parents[2]
 # A training that writes what fit writes; its loss is rate + seed / 100. It can fail, and it can take a while.

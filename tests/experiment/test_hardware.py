@@ -8,7 +8,7 @@ import torch
 import torch._inductor.config
 from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
 
-from experiment.hardware import can_compile, default_precision, fast_bfloat16
+from experiment.nn.hardware import can_compile, default_precision, fast_bfloat16
 from lm.__main__ import main
 from tests.runs import TINY, write_stories
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment.overview import COMMANDS
+from experiment.commands.overview import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"datasets", "matplotlib", "peft", "plotly", "sentencepiece", "sklearn", "transformers", "wandb"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiment.lora import (
+from experiment.nn.lora import (
     LoRAConfig,
     LoRALinear,
     adapter_disabled,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiment.parser import load_yaml
+from experiment.commands.parser import load_yaml
 
 
 @pytest.mark.parametrize("text", ["[no, yes]", "- no\n- yes", "['no', \"yes\"]"])

@@ -3,10 +3,10 @@
 import pytest
 
 from experiment.errors import InputError
-from experiment.paths import existing_file, user_path
-from experiment.run import find_checkpoint
-from experiment.sources import load_texts
-from lm.tokenizer_files import load_tokenizer
+from experiment.runs.run import find_checkpoint
+from experiment.sources.files import load_texts
+from experiment.sources.paths import existing_file, user_path
+from lm.data.tokenizer_files import load_tokenizer
 
 NO_NAMES = ["I loved it. " * 400, "~ a classic", "~nobody-of-this-name/file", "nul\0"]
 

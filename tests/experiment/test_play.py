@@ -20,12 +20,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from classify.module import ReviewClassifier
-from experiment.play import main, open_page
+from experiment.pages.play import main, open_page
 from lm.convert import load_checkpoint, write_run
-from lm.generation import GenerationConfig, generate
-from lm.model import Decoder, DecoderConfig
-from lm.stories import write_story
-from lm.tokenizer import train_tokenizer
+from lm.data.demo_stories import write_story
+from lm.data.tokenizer import train_tokenizer
+from lm.decoding.config import GenerationConfig
+from lm.decoding.generation import generate
+from lm.model.config import DecoderConfig
+from lm.model.decoder import Decoder
 from tests.classify.conftest import save_tiny_bert
 
 pytest.importorskip("gradio", reason="needs the extra play")

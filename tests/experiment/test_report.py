@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiment.curves import CHARTS, MOST_POINTS, find_series, is_log, smooth
-from experiment.report import duration, main, short, spread, write_report
-from experiment.verdicts import read_verdicts
+from experiment.pages.curves import CHARTS, MOST_POINTS, find_series, is_log, smooth
+from experiment.pages.predictions import read_verdicts
+from experiment.pages.report import duration, main, short, spread, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MARKUP = "<script>alert(1)</script> & <b>bold</b> {{ 1 + 1 }}"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from experiment.errors import InputError
-from experiment.run import read_checkpoint, resolve_checkpoint, resolve_run_dir
+from experiment.runs.run import read_checkpoint, resolve_checkpoint, resolve_run_dir
 
 
 def make_run(folder: Path) -> Path:

@@ -13,10 +13,10 @@ import pytest
 from huggingface_hub import constants
 
 from experiment.errors import InputError
-from experiment.hub import look_for_hub, newest_revision
-from experiment.rows import layout_note
-from experiment.sources import load_texts, local_files, source_fingerprint
-from experiment.streams import stream_texts
+from experiment.sources.files import load_texts, local_files, source_fingerprint
+from experiment.sources.hub import look_for_hub, newest_revision
+from experiment.sources.rows import layout_note
+from experiment.sources.streams import stream_texts
 from tests.runs import free_port
 
 TEXTS = ["One day, a cat sat.", "Two dogs ran, and\nran.", 'She said "hi".']

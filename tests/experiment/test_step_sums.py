@@ -13,12 +13,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from experiment.step_sums import StepModule, StepSums
-from lm import loss
+from experiment.runs.step_sums import StepModule, StepSums
 from lm.__main__ import main
-from lm.data import TinyStories
-from lm.model import DecoderConfig
-from lm.module import LanguageModel
+from lm.data.module import TinyStories
+from lm.model import loss
+from lm.model.config import DecoderConfig
+from lm.training.module import LanguageModel
 from tests.processes import Commands
 from tests.runs import TINY, rows, torchrun, write_stories
 from tests.windows import unpacked

@@ -9,16 +9,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import experiment.batches
-import experiment.stopwatch
-from experiment.stopwatch import Stopwatch
-from experiment.summary import read_metrics
-from experiment.throughput import peak_flops
+import experiment.runs.stopwatch
+import experiment.sources.batches
+from experiment.pages.summary import read_metrics
+from experiment.runs.stopwatch import Stopwatch
+from experiment.runs.throughput import peak_flops
 from lm.__main__ import main
-from lm.callbacks import Samples
-from lm.corpus import WindowBatches
-from lm.model import DecoderConfig
-from lm.module import LanguageModel
+from lm.data.corpus import WindowBatches
+from lm.model.config import DecoderConfig
+from lm.training.callbacks import Samples
+from lm.training.module import LanguageModel
 from tests.runs import TINY, write_stories
 
 
@@ -27,7 +27,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, costs: dict[tuple[type, str], float]) -> None:
         self.seconds = 0.0
-        for module in (experiment.batches, experiment.stopwatch):
+        for module in (experiment.sources.batches, experiment.runs.stopwatch):
             monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: self.seconds))
         for (owner, name), cost in costs.items():
             monkeypatch.setattr(owner, name, self._costing(getattr(owner, name), cost))

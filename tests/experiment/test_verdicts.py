@@ -6,7 +6,7 @@ import torch
 from sklearn.metrics import confusion_matrix
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from experiment.verdicts import Verdicts
+from experiment.pages.predictions import Verdicts
 
 
 def test_counts_and_calibration_error_equal_those_of_scikit_learn_and_torchmetrics() -> None:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from experiment.errors import InputError
-from lm.model import Decoder, DecoderConfig
-from lm.stories import write_story
-from lm.tokenizer import StoryTokenizer, train_tokenizer
+from lm.data.demo_stories import write_story
+from lm.data.tokenizer import StoryTokenizer, train_tokenizer
+from lm.model.config import DecoderConfig
+from lm.model.decoder import Decoder
 
 VOCAB_SIZE = 400
 

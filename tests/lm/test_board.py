@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment import compare
+from experiment.compare import runner as compare
 from experiment.errors import InputError
 from lm.board import Entry, main, read_entries, render, repeat
 from tests.processes import Commands

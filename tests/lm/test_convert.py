@@ -20,8 +20,9 @@ from lm.convert import (
     to_llama2c,
 )
 from lm.convert import main as convert
-from lm.generation import GenerationConfig, generate
-from lm.tokenizer import StoryTokenizer
+from lm.data.tokenizer import StoryTokenizer
+from lm.decoding.config import GenerationConfig
+from lm.decoding.generation import generate
 from tests.lm.small import VOCAB_SIZE, assert_refused, logits, make_decoder, make_tokenizer, random_ids
 
 

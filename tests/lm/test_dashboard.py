@@ -8,12 +8,13 @@ import torch
 import yaml
 from wandb.proto.wandb_internal_pb2 import Record
 
-from experiment.hardware import default_precision
-from experiment.report import write_report
+from experiment.nn.hardware import default_precision
+from experiment.pages.report import write_report
 from lm.__main__ import main
-from lm.decoding import STRATEGIES, distinct_share, output_perplexity, repeated_share
-from lm.decoding import main as compare
-from lm.model import Decoder, DecoderConfig
+from lm.decoding.strategies import STRATEGIES, distinct_share, output_perplexity, repeated_share
+from lm.decoding.strategies import main as compare
+from lm.model.config import DecoderConfig
+from lm.model.decoder import Decoder
 from tests.offline_wandb import config_of, history_of, metrics_of, read_offline, run_ids
 
 WANDB = Path(__file__).parents[2] / "configs" / "wandb.yaml"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiment.checkpoints import BestCheckpoint
-from experiment.run import read_checkpoint
+from experiment.runs.checkpoints import BestCheckpoint
+from experiment.runs.run import read_checkpoint
 from lm.__main__ import main
 from tests.processes import Commands, Process
 from tests.runs import TINY, write_stories
@@ -110,7 +110,7 @@ def test_run_that_goes_on_from_an_earlier_checkpoint_keeps_its_own(arguments: li
 def test_loss_that_is_not_finite_stops_the_run_and_says_where(
     arguments: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lm.module import LanguageModel
+    from lm.training.module import LanguageModel
 
     step_loss = LanguageModel.step_loss
 
@@ -132,7 +132,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_says_where(
 def test_weights_that_are_not_finite_never_reach_a_checkpoint(
     arguments: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lm.module import LanguageModel
+    from lm.training.module import LanguageModel
 
     after = LanguageModel.on_train_batch_end
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lm.fused import rms_norm, split_and_rotate, swiglu
-from lm.model import rotary_tables
+from lm.model.decoder import rotary_tables
+from lm.model.functional import rms_norm, split_and_rotate, swiglu
 
 
 def plain_rms_norm(x, weight):

@@ -9,11 +9,13 @@ import torch
 import torch._inductor.config
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from lm.generation import GenerationConfig, generate
-from lm.graph_steps import LATE, GraphSteps
-from lm.model import Decoder, DecoderConfig
-from lm.quantization import quantize
-from lm.sampling import filter_logits, likeliest, penalize_repetition
+from lm.decoding.config import GenerationConfig
+from lm.decoding.cuda_graphs import LATE, GraphSteps
+from lm.decoding.generation import generate
+from lm.decoding.quantization import quantize
+from lm.decoding.sampling import filter_logits, likeliest, penalize_repetition
+from lm.model.config import DecoderConfig
+from lm.model.decoder import Decoder
 from tests.references import in_transformers
 
 VOCAB_SIZE, CONTEXT = 61, 48
@@ -314,7 +316,7 @@ def test_the_likeliest_token_is_the_first_of_the_largest_logits(vocab_size):
 
 def test_the_compiled_step_gives_the_same_tokens(monkeypatch):
     """One layer, as compiling takes long; the cache grows, rows leave it, and it is filled anew past the context."""
-    monkeypatch.setattr("lm.next_logits.GROWTH", 5)
+    monkeypatch.setattr("lm.decoding.steps.GROWTH", 5)
     decoder = make_decoder(num_layers=1, num_kv_heads=2)
     settings = {"temperature": 1.0, "max_new_tokens": 100, "sliding_window": True, "eos_id": 7}
     lengths = set()
@@ -332,7 +334,7 @@ def test_compiled_code_is_made_once_for_a_shape_and_reads_the_weights_of_each_de
     expected = tokens(first, PROMPTS[:1]), tokens(second, PROMPTS[:1])
     assert expected[0] != expected[1]
     assert tokens(first, PROMPTS[:1], compile=True) == expected[0]
-    monkeypatch.delattr("lm.compilation._build")
+    monkeypatch.delattr("lm.decoding.compilation._build")
     assert tokens(second, PROMPTS[:1], compile=True) == expected[1]
     assert tokens(first, PROMPTS[:1], compile=True) == expected[0]
 
@@ -364,8 +366,8 @@ def test_a_missing_compiler_is_one_clear_line():
 @pytest.fixture
 def ahead(monkeypatch):
     """Decoding as on a GPU: static buffers, tokens read late, rows that ended are carried along."""
-    monkeypatch.setattr("lm.graph_steps.DEVICES", {"cpu"})
-    monkeypatch.setattr("lm.graph_steps.SHORTEST", 8)
+    monkeypatch.setattr("lm.decoding.cuda_graphs.DEVICES", {"cpu"})
+    monkeypatch.setattr("lm.decoding.cuda_graphs.SHORTEST", 8)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm.convert import from_gguf, from_llama2c, load_checkpoint, to_gguf, to_llama2c
 from lm.convert import main as convert
-from lm.generation import GenerationConfig, generate
-from lm.model import Decoder
-from lm.stories import demo_texts
-from lm.tokenizer import StoryTokenizer
-from lm.tokenizer_files import load_tokenizer
+from lm.data.demo_stories import demo_texts
+from lm.data.tokenizer import StoryTokenizer
+from lm.data.tokenizer_files import load_tokenizer
+from lm.decoding.config import GenerationConfig
+from lm.decoding.generation import generate
+from lm.model.decoder import Decoder
 from tests.lm.small import VOCAB_SIZE, assert_refused, logits, make_decoder, make_tokenizer, random_ids
 
 gguf = pytest.importorskip("gguf")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiment import hardware
-from experiment.overview import answer
+from experiment.commands.overview import answer
+from experiment.nn import hardware
 from lm.__main__ import main
 from tests.runs import TINY, write_stories
 
@@ -34,7 +34,7 @@ def refused(capsys: pytest.CaptureFixture, *args: str) -> str:
 
 
 def test_checkpoint_that_names_an_instantiator_runs_nothing(arguments: list[str]) -> None:
-    from lm.module import LanguageModel
+    from lm.training.module import LanguageModel
 
     main(["fit", *arguments, "--trainer.max_steps=1"])
     file = Path("run/checkpoints/last.ckpt")
@@ -93,7 +93,7 @@ def test_windows_is_refused_with_a_line(monkeypatch: pytest.MonkeyPatch, capsys:
     assert exit_.value.code == 2 and "expected Linux or macOS" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", ["lm", "classify", "tinylab", "experiment.report", "experiment.play"])
+@pytest.mark.parametrize("module", ["lm", "classify", "tinylab", "experiment.pages.report", "experiment.pages.play"])
 def test_help_is_there_without_docstrings(module: str) -> None:
     command = [sys.executable, "-OO", "-m", module, "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -15,15 +15,16 @@ import pytest
 import torch
 
 from experiment.errors import InputError
-from experiment.run import check_fits, read_checkpoint
+from experiment.runs.run import check_fits, read_checkpoint
 from lm.convert import from_gguf, from_hugging_face, from_llama2c, to_gguf, to_hugging_face, to_llama2c
-from lm.data import TinyStories
-from lm.model import Decoder, DecoderConfig
-from lm.module import LanguageModel
-from lm.prompts import read_prompts
-from lm.stories import demo_texts
-from lm.tokenizer import train_tokenizer
-from lm.tokenizer_files import load_tokenizer
+from lm.data.demo_stories import demo_texts
+from lm.data.module import TinyStories
+from lm.data.prompts import read_prompts
+from lm.data.tokenizer import train_tokenizer
+from lm.data.tokenizer_files import load_tokenizer
+from lm.model.config import DecoderConfig
+from lm.model.decoder import Decoder
+from lm.training.module import LanguageModel
 
 TEXTS = demo_texts("validation")[:12]
 SHAPE = DecoderConfig(345, 8, 12, 1, 2, max_sequence_length=8)

@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from experiment.lora import LoRAConfig
+from experiment.nn.lora import LoRAConfig
 from lm.__main__ import main as lm
 from lm.convert import from_gguf, from_hugging_face, from_llama2c, load_checkpoint
 from lm.convert import main as convert
-from lm.demo_letters import main as letters
-from lm.generation import GenerationConfig, generate
-from lm.hugging_face import to_hugging_face
-from lm.lora import (
+from lm.data.demo_letters import main as letters
+from lm.data.demo_stories import demo_texts
+from lm.decoding.config import GenerationConfig
+from lm.decoding.generation import generate
+from lm.formats.adapters import (
     TARGETS,
     adapted,
     base_weights,
@@ -29,8 +30,8 @@ from lm.lora import (
     save_adapter,
     trained_weights,
 )
-from lm.model import Decoder
-from lm.stories import demo_texts
+from lm.formats.hugging_face import to_hugging_face
+from lm.model.decoder import Decoder
 from tests.lm.small import VOCAB_SIZE, logits, make_decoder, make_tokenizer, random_ids
 
 # transformers 5.23 deprecates a property that peft 0.21 asks for.

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lm.loss import linear_cross_entropy, token_losses
+from lm.model.loss import linear_cross_entropy, token_losses
 
 
 def make_inputs(num_tokens=37, hidden_size=16, vocab_size=101, dtype=torch.float32, scale=1.0):
@@ -29,9 +29,9 @@ def direct(hidden, weight, targets, weights):
 def block_size(request, monkeypatch):
     """The vocabulary in many blocks, the last of them smaller, in one, and at once, as on a GPU."""
     if request.param is None:
-        monkeypatch.setattr("lm.loss._on_processor", lambda hidden: False)
+        monkeypatch.setattr("lm.model.loss._on_processor", lambda hidden: False)
     else:
-        monkeypatch.setattr("lm.loss.BLOCK_SIZE", request.param)
+        monkeypatch.setattr("lm.model.loss.BLOCK_SIZE", request.param)
 
 
 @pytest.mark.usefixtures("block_size")

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from lm.__main__ import main
-from lm.tokenizer import train_tokenizer
+from lm.data.tokenizer import train_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STORIES = [

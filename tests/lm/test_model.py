@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
-from lm.cache import KeyValueCache
-from lm.model import Decoder, DecoderConfig
+from lm.model.config import DecoderConfig
+from lm.model.decoder import Decoder
+from lm.model.kv_cache import KeyValueCache
 from tests.references import in_transformers, weights_in_transformers
 
 SHAPE = {

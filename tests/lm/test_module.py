@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
 
-from lm.callbacks import Perplexity
-from lm.data import TinyStories
-from lm.model import DecoderConfig
-from lm.module import LanguageModel, TokenSums
-from lm.optim import OptimizerConfig, learning_rate_factor, parameter_groups
+from lm.data.module import TinyStories
+from lm.model.config import DecoderConfig
+from lm.training.callbacks import Perplexity
+from lm.training.module import LanguageModel, TokenSums
+from lm.training.optim import OptimizerConfig, learning_rate_factor, parameter_groups
 from tests.windows import unpacked
 
 TEXTS = [

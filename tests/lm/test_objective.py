@@ -5,8 +5,9 @@ from functools import partial
 import pytest
 import torch
 
-from lm.model import Decoder, DecoderConfig
-from lm.objective import CompiledLoss, summed_loss
+from lm.model.config import DecoderConfig
+from lm.model.decoder import Decoder
+from lm.training.objective import CompiledLoss, summed_loss
 
 
 @pytest.mark.parametrize("config", [{}, {"query_key_norm": True, "value_residual": True, "tie_embeddings": False}])

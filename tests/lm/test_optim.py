@@ -4,9 +4,10 @@ import copy
 
 import torch
 
-from lm.model import Decoder, DecoderConfig
-from lm.muon import Muon, orthogonalize
-from lm.optim import OptimizerConfig, make_optimizer
+from lm.model.config import DecoderConfig
+from lm.model.decoder import Decoder
+from lm.training.muon import Muon, orthogonalize
+from lm.training.optim import OptimizerConfig, make_optimizer
 
 SHAPE = DecoderConfig(97, 48, 80, 2, 6, num_kv_heads=2, max_sequence_length=32)
 

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from lm.generation import GenerationConfig, generate
-from lm.model import Decoder, DecoderConfig
-from lm.quantization import DecodingLinear, prepare, quantize
+from lm.decoding.config import GenerationConfig
+from lm.decoding.generation import generate
+from lm.decoding.quantization import DecodingLinear, prepare, quantize
+from lm.model.config import DecoderConfig
+from lm.model.decoder import Decoder
 
 
 def make_decoder(**changes) -> Decoder:

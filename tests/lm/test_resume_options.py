@@ -76,7 +76,7 @@ def test_clipping_dropout_and_accumulation_take_effect(arguments: list[str]) -> 
 def test_batch_size_takes_effect_at_the_same_place_of_the_epoch(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lm.data import WindowBatches
+    from lm.data.module import WindowBatches
 
     seen: list[list[int]] = []
     take = WindowBatches.__getitem__
@@ -151,7 +151,7 @@ def test_only_a_disk_is_called_a_disk(message: str, arguments: list[str], monkey
     def fails(self, checkpoint):
         raise torch.OutOfMemoryError(message)
 
-    monkeypatch.setattr("lm.module.LanguageModel.on_save_checkpoint", fails)
+    monkeypatch.setattr("lm.training.module.LanguageModel.on_save_checkpoint", fails)
     with pytest.raises(torch.OutOfMemoryError, match=message):
         main([*arguments, "--trainer.max_steps=1"])
     assert not list(Path("run").rglob("*.partial"))

@@ -8,9 +8,9 @@ import torch
 import yaml
 from filelock import FileLock
 
-from experiment import cli
+from experiment.commands import cli
 from lm.__main__ import main
-from lm.tokenizer import train_tokenizer
+from lm.data.tokenizer import train_tokenizer
 from tests.runs import STORIES, TINY, assert_same_run, rows, write_stories
 
 SHORT = [*TINY, "--samples.every_n_steps=0", "--trainer.val_check_interval=3"]
@@ -178,7 +178,7 @@ def test_wandb_online_without_a_login_is_refused_before_anything_is_written(
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(in_tmp / "netrc"))
-    logger = ["--trainer.logger=experiment.wandb_logger.WandbLogger", "--trainer.logger.offline=false"]
+    logger = ["--trainer.logger=experiment.pages.wandb_logger.WandbLogger", "--trainer.logger.offline=false"]
     error = refused(capsys, "fit", *arguments, "--run_dir=run", *logger)
     assert "wandb login" in error and not Path("run").exists()
 
@@ -186,7 +186,7 @@ def test_wandb_online_without_a_login_is_refused_before_anything_is_written(
 def test_wandb_sees_a_login_at_a_private_server(monkeypatch: pytest.MonkeyPatch, in_tmp: Path) -> None:
     import wandb
 
-    from experiment.wandb_logger import WandbLogger
+    from experiment.pages.wandb_logger import WandbLogger
 
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)

@@ -68,7 +68,7 @@ def test_sharded_checkpoint_is_used_by_one_process_and_refused_when_damaged(
 
 
 def test_description_of_the_shares_runs_no_code(in_tmp: Path) -> None:
-    from experiment.sharding import read
+    from experiment.runs.sharding import read
 
     Path(".metadata").write_bytes(pickle.dumps(Harmful()))
     with pytest.raises(pickle.UnpicklingError):

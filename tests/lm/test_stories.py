@@ -5,8 +5,8 @@ from random import Random
 
 import pytest
 
-from lm.plots import PLOTS
-from lm.stories import SIZES, _plot, demo_stories, demo_texts, write_story
+from lm.data.demo_plots import PLOTS
+from lm.data.demo_stories import SIZES, _plot, demo_stories, demo_texts, write_story
 
 TRAIN, VALIDATION = demo_texts("train"), demo_texts("validation")
 EVERY = TRAIN + VALIDATION

@@ -13,9 +13,10 @@ from transformers import AutoTokenizer
 
 from lm.convert import load_checkpoint, to_hugging_face
 from lm.convert import main as convert
-from lm.generation import GenerationConfig, generate
+from lm.data.tokenizer_files import load_tokenizer
+from lm.decoding.config import GenerationConfig
+from lm.decoding.generation import generate
 from lm.tell import main
-from lm.tokenizer_files import load_tokenizer
 from tests.lm.small import make_decoder, make_tokenizer
 
 INTERRUPT = "Ctrl-C, half a second into what comes next"

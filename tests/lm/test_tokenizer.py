@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from experiment.errors import InputError
-from lm.stories import demo_texts
-from lm.tokenizer import BYTES, SPACE, StoryTokenizer, from_pieces, train_tokenizer
-from lm.tokenizer_files import load_tokenizer, read_llama2c_tokenizer, write_llama2c_tokenizer
+from lm.data.demo_stories import demo_texts
+from lm.data.tokenizer import BYTES, SPACE, StoryTokenizer, from_pieces, train_tokenizer
+from lm.data.tokenizer_files import load_tokenizer, read_llama2c_tokenizer, write_llama2c_tokenizer
 
 STORIES = demo_texts("validation")[:200]
 SPECIAL_LOOKS = "He wrote </s> and <s>, <unk>, [INST], <0x41> on the wall."

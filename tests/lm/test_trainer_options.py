@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lm.__main__ import main
-from lm.module import LanguageModel
+from lm.training.module import LanguageModel
 from tests.runs import TINY, assert_same_run, rows, write_stories
 
 SHORT = [*TINY, "--samples.every_n_steps=0"]  # 8 batches an epoch

@@ -7,13 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from experiment.errors import InputError
-from lm.cache import KeyValueCache
-from lm.generation import GenerationConfig, generate
-from lm.hugging_face import to_hugging_face
-from lm.llama2c import to_llama2c
-from lm.model import Decoder, DecoderConfig
-from lm.optim import OptimizerConfig, make_optimizer
-from lm.variants import Variant, VariantDecoder, make_decoder
+from lm.decoding.config import GenerationConfig
+from lm.decoding.generation import generate
+from lm.formats.hugging_face import to_hugging_face
+from lm.formats.llama2c import to_llama2c
+from lm.model.config import DecoderConfig
+from lm.model.decoder import Decoder
+from lm.model.kv_cache import KeyValueCache
+from lm.model.variants import Variant, VariantDecoder, make_decoder
+from lm.training.optim import OptimizerConfig, make_optimizer
 
 CONFIG = DecoderConfig(
     vocab_size=97, hidden_size=48, intermediate_size=64, num_layers=3, num_heads=4, max_sequence_length=32,

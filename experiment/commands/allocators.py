@@ -1,0 +1,33 @@
+"""How memory is fetched from the system, for tensors of ever the same sizes; to be set before torch is imported.
+
+Freed memory is kept for the next batch: given back, it would be faulted in anew, 5 % of a training's time and a fifth
+of an evaluation's. Batches have few widths, so that it does not grow (see `rounded_width`
+in experiment/sources/batches.py).
+"""
+
+import ctypes
+import os
+import sys
+
+VARIABLES = {
+    # Tensors of 2 MiB and more lie in huge pages, where the system has them on request.
+    "THP_MEM_ALLOC_ENABLE": "1",
+    # A GPU's memory grows in place, so that a batch of another width finds room.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+}
+# glibc's: the variable that a user would set, the number by which its mallopt knows it, and our value.
+GLIBC = {"MALLOC_MMAP_MAX_": (-4, 0), "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1)}
+_FOREIGN = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")  # whoever sets these has chosen an allocator's settings
+
+
+def set_up_allocators() -> None:
+    """Set what the user has not set, for this process and those that it starts; nothing where it is not Linux."""
+    if sys.platform != "linux":
+        return
+    for name, value in VARIABLES.items():
+        if name != "PYTORCH_ALLOC_CONF" or "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+            os.environ.setdefault(name, value)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and not any(name.startswith(_FOREIGN) for name in os.environ):
+        for number, value in GLIBC.values():
+            mallopt(number, value)

@@ -1,0 +1,69 @@
+"""Signals that end a process wherever it is: also in a collective, in which Python runs no handler of its own."""
+
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from experiment.runs.interruption import StopRequest
+
+ENDING = (signal.SIGINT, signal.SIGTERM)
+GRACE = 5.0  # seconds in which a process that was told to end may do so by itself
+PULSE = 1.0  # seconds between two looks at the clock
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Within it SIGTERM raises an exception, as Ctrl-C does, and a thread ends the process where that does not help.
+
+    It ends it at the second signal, and `GRACE` seconds after the first one unless a training has taken that as a
+    request to stop.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _raise)
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)  # gets the number of each signal, in C
+    threading.Thread(target=_watch, args=(read,), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        os.close(write)  # which ends the thread
+
+
+def leave_signals_to_us(trainer: Trainer) -> None:
+    """Keep Lightning from answering SIGTERM with a collective, from which a process that alone was told does not
+    return."""
+    trainer._signal_connector._sigterm_notifier_fn = lambda number, frame: None
+
+
+def _raise(number: int, frame: FrameType | None) -> NoReturn:
+    raise SIGTERMException
+
+
+def _watch(read: int) -> None:
+    received, deadline, number = 0, float("inf"), signal.SIGTERM
+    while received < 2 and time.monotonic() < deadline:
+        ready, _, _ = select.select([read], [], [], PULSE)
+        if not ready:
+            continue
+        if not (byte := os.read(read, 1)):
+            os.close(read)
+            return
+        if byte[0] in ENDING:
+            received, number = received + 1, byte[0]
+            if getattr(signal.getsignal(number), "__func__", None) is not StopRequest._ask:
+                deadline = time.monotonic() + GRACE
+    os._exit(128 + number)  # every file is written beside its place and renamed: nothing is left half-written

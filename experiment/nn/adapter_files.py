@@ -1,0 +1,164 @@
+"""Adapters as files, in PEFT's own format: what we save `PeftModel.from_pretrained` reads, and what PEFT saves we read.
+
+A folder with adapter_config.json (a LoRAConfig, whose fields have PEFT's names) and adapter_model.safetensors (the
+low-rank weights and the modules trained in full).
+"""
+
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from experiment.nn.lora import LoRAConfig, inject_lora, lora_layers, saved_whole
+
+PEFT_PREFIX = "base_model.model."  # PEFT's path to the adapted model, part of every key in its files
+
+
+def adapter_state_dict(model: nn.Module, modules_to_save: list[str]) -> dict[str, Tensor]:
+    """The adapters' weights and the modules saved whole, under PEFT's keys."""
+    wanted = tuple(f"{name}.lora_" for name in lora_layers(model))
+    whole = saved_whole(model, modules_to_save)
+    return {
+        PEFT_PREFIX + key: value
+        for key, value in model.state_dict().items()
+        if key.startswith(wanted) or key.rpartition(".")[0] in whole
+    }
+
+
+def save_adapter(
+    model: nn.Module,
+    config: LoRAConfig,
+    folder: str | Path,
+    base_model: str | None = None,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write the adapter of a classifier that `inject_lora` adapted with this config; the rest as in `write_adapter`."""
+    write_adapter(adapter_state_dict(model, config.modules_to_save), config, folder, base_model, metadata)
+
+
+def write_adapter(
+    weights: dict[str, Tensor],
+    config: LoRAConfig,
+    folder: str | Path,
+    base_model: str | None = None,
+    metadata: dict[str, str] | None = None,
+    task_type: str = "SEQ_CLS",
+) -> None:
+    """Write adapter_config.json and adapter_model.safetensors; `PeftModel.from_pretrained` reads them.
+
+    Args:
+        weights: the adapters' and those of the modules saved whole, under PEFT's keys.
+        config: what was adapted; `modules_to_save` names every module saved whole.
+        folder: made if it is missing.
+        base_model: name or folder of the model that was adapted.
+        metadata: strings kept in the head of the safetensors file.
+        task_type: PEFT's, such as CAUSAL_LM.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": base_model}
+    content |= asdict(config) | {"bias": "none", "inference_mode": True}
+    weights = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"} | (metadata or {}))
+    (folder / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_adapter_config(folder: str | Path) -> LoRAConfig:
+    """The LoRAConfig of an adapter's folder, PEFT's or ours.
+
+    Raises:
+        ValueError: no adapter there, or one that uses what this file does not implement.
+    """
+    path = Path(folder) / "adapter_config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        kind = content.get("peft_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no adapter_config.json as PEFT writes it: {error}") from error
+    if kind != "LORA":
+        raise ValueError(f"{path}: peft_type is {kind!r}; only LORA adapters can be read")
+    known = {f.name for f in fields(LoRAConfig)}
+    harmless = {"peft_type", "task_type", "base_model_name_or_path"}
+    harmless |= {"inference_mode", "peft_version", "revision"}
+    # PEFT's other fields switch on variants; each is off while it is empty or at one of these values.
+    off = {"bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}
+    foreign = {k: v for k, v in content.items() if k not in known | harmless and v and off.get(k) != v}
+    if foreign:
+        raise ValueError(f"{path}: not supported here: {', '.join(f'{k}={v!r}' for k, v in foreign.items())}")
+    values = {key: content[key] for key in known & content.keys()}
+    values["modules_to_save"] = values.get("modules_to_save") or []
+    if not isinstance(values.get("init_lora_weights", True), bool):
+        # PEFT's other ways to start end in the same form.
+        values["init_lora_weights"] = True
+    try:
+        return LoRAConfig(**values)
+    except TypeError as error:
+        raise ValueError(f"{path} holds a value of the wrong type: {error}") from error
+
+
+def read_adapter(folder: str | Path) -> tuple[LoRAConfig, dict[str, Tensor], dict[str, str]]:
+    """An adapter in PEFT's format: how it was trained, its weights under PEFT's keys, and their file's metadata.
+
+    Raises:
+        ValueError: no adapter there, one that cannot be read, or one whose files disagree.
+    """
+    folder = Path(folder)
+    config = read_adapter_config(folder)
+    path = folder / "adapter_model.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} can't be read as safetensors: {error}") from error
+    ranks = {value.shape[0] for key, value in weights.items() if key.endswith(("lora_A.weight", "lora_embedding_A"))}
+    if ranks != {config.r}:
+        raise ValueError(f"{path} holds weights of rank {sorted(ranks)}; adapter_config.json says {config.r}")
+    # PEFT saves an embedding that it has adapted a second time, as it was.
+    return config, {key: value for key, value in weights.items() if ".base_layer." not in key}, metadata
+
+
+def check_adapter(weights: dict[str, Tensor], expected: dict[str, Tensor], folder: str | Path) -> None:
+    """See that an adapter's weights are those that a model needs; both under PEFT's keys.
+
+    Raises:
+        ValueError: one is missing, left over, or of another shape.
+    """
+    path = Path(folder) / "adapter_model.safetensors"
+    if missing := sorted(expected.keys() - weights.keys()):
+        raise ValueError(f"{path} lacks {missing[0]} and {len(missing) - 1} more: an adapter of other layers")
+    if unexpected := sorted(weights.keys() - expected.keys()):
+        raise ValueError(f"{path} holds {unexpected[0]}, unknown to this model: an adapter of another base model")
+    for key, value in weights.items():
+        if value.shape != expected[key].shape:
+            raise ValueError(
+                f"{path}: {key} has shape {tuple(value.shape)}, this model needs "
+                f"{tuple(expected[key].shape)}: an adapter of another rank or base model"
+            )
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, str]:
+    """Read an adapter in PEFT's format into a model, adapting it first where it is still plain.
+
+    Returns:
+        The metadata of the weights' file.
+
+    Raises:
+        ValueError: the adapter does not fit: another base model, rank, variant or set of layers.
+    """
+    config, weights, metadata = read_adapter(folder)
+    # PEFT names "score" too, for models that call their classifier so.
+    names = [name for name, _ in model.named_modules()]
+    present = [target for target in config.modules_to_save if any(name.endswith(target) for name in names)]
+    if not lora_layers(model):
+        inject_lora(model, replace(config, modules_to_save=present))
+    check_adapter(weights, adapter_state_dict(model, present), folder)
+    if any(layer.scaling != config.scaling for layer in lora_layers(model).values()):
+        raise ValueError(
+            f"{folder} holds an adapter trained at scale {config.scaling:g}: set lora_alpha and use_rslora alike"
+        )
+    model.load_state_dict({key.removeprefix(PEFT_PREFIX): value for key, value in weights.items()}, strict=False)
+    return metadata

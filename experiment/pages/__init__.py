@@ -1,0 +1,1 @@
+"""What people look at: report, play page, summary and dashboard. Imports runs."""

@@ -1,0 +1,289 @@
+"""``python -m experiment.pages.report RUN [RUN …]``: a page that shows what a run did, or how several compare.
+
+The page is one file that needs no network: curves to hover over (Plotly, whose script is inside), samples along the
+training, verdicts of a classifier, the configuration, the commands and the machine. PNGs of the main curves lie beside
+it.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from experiment.console import console
+from experiment.errors import InputError
+from experiment.pages.curves import CHARTS, COLORS, Rows, draw_interactive, draw_png, find_series
+from experiment.pages.predictions import Verdicts, draw_calibration, draw_confusion, draw_pngs, read_verdicts
+from experiment.pages.summary import FIGURES, best, read_metrics
+from experiment.runs.provenance import read_record
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+PAGE = "report.html"
+ROUNDS = 6  # of samples that are shown at once; the others unfold
+# Plotly's template, and the page's own colours for text, lines and cards.
+THEMES = {
+    "light": ("plotly_white", "#1f2328", "#d9dde3", "#ffffff"),
+    "dark": ("plotly_dark", "#d7dbe0", "#343a43", "#181c22"),
+}
+
+
+@dataclass
+class Run:
+    """What a run's folder holds, as the page shows it."""
+
+    name: str
+    folder: Path
+
+    @cached_property
+    def rows(self) -> Rows:
+        return read_metrics(self.folder)
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        return read_record(self.folder)
+
+    @cached_property
+    def config_text(self) -> str:
+        file = self.folder / "config.yaml"
+        return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+    @cached_property
+    def verdicts(self) -> Verdicts | None:
+        return read_verdicts(self.folder)
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The configuration as ``{"model.decoder.num_layers": "4"}``."""
+        return dict(_flat(yaml.safe_load(self.config_text) or {}))
+
+    @property
+    def figures(self) -> list[dict[str, str]]:
+        """The tiles at the top of the page: name, value and note of each."""
+        found = []
+        for name in FIGURES:
+            if (value := best(self.rows, name)) is not None:
+                step = next(int(row["step"]) for row in self.rows if row.get(name) == value)
+                found.append({"name": name, "value": f"{value:.4g}", "note": f"best, at step {step:,}"})
+        steps, tokens = self._last("step"), self._last("train/tokens")
+        note = f"{short(tokens)} tokens" if tokens else ""
+        found.append({"name": "steps", "value": f"{int(steps or 0):,}", "note": note})
+        speeds = sorted(row["train/tokens_per_second"] for row in self.rows if "train/tokens_per_second" in row)
+        if speeds:
+            found.append({"name": "tokens per second", "value": f"{speeds[len(speeds) // 2]:,.0f}", "note": "median"})
+        if counts := self.record.get("parameters"):
+            share = "all trained"
+            if counts["trainable"] != counts["total"]:
+                share = f"{short(counts['trainable'])} of them trained"
+            found.append({"name": "parameters", "value": short(counts["total"]), "note": share})
+        seconds = [call["seconds"] for call in self.record.get("calls", []) if "seconds" in call]
+        if seconds:
+            found.append({"name": "time", "value": duration(sum(seconds)), "note": "with validation"})
+        return found
+
+    def _last(self, name: str) -> float | None:
+        return next((row[name] for row in reversed(self.rows) if name in row), None)
+
+    @cached_property
+    def decoding(self) -> list[dict[str, Any]]:
+        """What `python -m lm.decoding` has measured, where it was asked to."""
+        file = self.folder / "decoding.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+    @property
+    def samples(self) -> dict[str, list[dict[str, Any]]]:
+        """By prompt, the stories in the order of their steps."""
+        file, found = self.folder / "samples.jsonl", {}
+        if file.is_file():
+            for line in file.read_text(encoding="utf-8").split("\n"):
+                if not line.strip():
+                    continue
+                sample = json.loads(line)
+                begins = sample["story"].startswith(sample["prompt"])
+                sample["rest"] = sample["story"][len(sample["prompt"]) :] if begins else sample["story"]
+                found.setdefault(sample["prompt"], []).append(sample)
+        return found
+
+
+def _flat(config: dict[str, Any], prefix: str = ""):
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", "" if value is None else str(value)
+
+
+def short(number: float) -> str:
+    """1228800 as 1.23 M."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """3725 as 1 h 2 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def spread(items: Sequence[Any], most: int = ROUNDS) -> list[Any]:
+    """At most so many of the items, evenly chosen, with the first and the last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def read_runs(folders: Sequence[Path], names: Sequence[str] = ()) -> list[Run]:
+    """The runs under the names given, or under names that tell them apart.
+
+    Raises:
+        InputError: A folder is no run, or was given twice.
+    """
+    resolved = [folder.resolve() for folder in folders]
+    if twice := [folder for i, folder in enumerate(folders) if resolved[i] in resolved[:i]]:
+        raise InputError(f"run {twice[0]} was given twice: name each run once")
+    if not names:
+        short = [path.name for path in resolved]
+        names = [path.name if short.count(path.name) == 1 else f"{path.parent.name}/{path.name}" for path in resolved]
+    runs = [Run(name, folder) for name, folder in zip(names, folders, strict=True)]
+    for run in runs:
+        _ = run.rows  # a folder that is no run is refused before anything is drawn
+    return runs
+
+
+def write_report(folders: Sequence[Path], folder: Path | None = None, names: Sequence[str] = ()) -> Path:
+    """Write the page and the PNGs of one run into its folder, or of several into a folder beside the first.
+
+    Args:
+        folders: Of the runs.
+        folder: Where to write instead.
+        names: Of the runs on the page; by default those of their folders.
+
+    Returns:
+        The page.
+
+    Raises:
+        InputError: A folder is no run, or the page cannot be written.
+    """
+    runs = read_runs(folders, names)
+    if folder is None:
+        folder = folders[0]
+        if len(runs) > 1:
+            folder = folders[0].parent / "-".join(["compare", *(run.name.replace("/", "-") for run in runs)])[:120]
+    charts, figures = [], {}
+    try:
+        pictures = folder / "figures"
+        pictures.mkdir(parents=True, exist_ok=True)
+        for chart in CHARTS:
+            if series := find_series({run.name: run.rows for run in runs}, chart):
+                charts.append(chart)
+                figures[chart.key] = draw_interactive(series, chart)
+                if chart.paper:
+                    draw_png(series, chart, pictures / f"{chart.key}.png")
+        for place, run in enumerate(runs):
+            if run.verdicts is not None:
+                figures[f"confusion-{place}"] = draw_confusion(run.verdicts)
+                figures[f"calibration-{place}"] = draw_calibration(run.verdicts)
+                if len(runs) == 1:
+                    draw_pngs(run.verdicts, pictures)
+        partial = folder / f"{PAGE}.partial"
+        partial.write_text(render(runs, charts, figures), encoding="utf-8", errors="replace")
+        partial.replace(folder / PAGE)
+    except OSError as error:
+        raise InputError(
+            f"{folder / PAGE} cannot be written ({error.strerror}): free space, or choose another folder with --output"
+        ) from error
+    return folder / PAGE
+
+
+def render(runs: list[Run], charts: Sequence[Any], figures: dict[str, "go.Figure"]) -> str:
+    """The page's HTML. All text of the runs is escaped by the template."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    templates.filters |= {"spread": spread, "zip": zip}
+    templates.globals |= {"duration": duration, "short": short}
+    options = {run.name: run.options for run in runs}
+    keys = dict.fromkeys(key for known in options.values() for key in known)
+    differing = [key for key in keys if len({known.get(key) for known in options.values()}) > 1]
+    return templates.get_template("report.html").render(
+        runs=runs,
+        charts=charts,
+        smoothed=any(trace.hoverinfo == "skip" for chart in charts for trace in figures[chart.key].data),
+        tokens_known=all("train/tokens" in set().union(*run.rows) for run in runs),
+        options=options,
+        colors=COLORS,
+        differing=differing,
+        names=list(dict.fromkeys(tile["name"] for run in runs for tile in run.figures)),
+        prompts=list(dict.fromkeys(prompt for run in runs for prompt in run.samples)),
+        plotly=Markup(get_plotlyjs()),
+        figures={key: Markup(_json(figure)) for key, figure in figures.items()},
+        themes={name: Markup(_theme(*look)) for name, look in THEMES.items()},
+    )
+
+
+def _json(figure: "go.Figure") -> str:
+    """Plotly's JSON of data and layout, without its default template, safe inside of a script element."""
+    figure.layout.template = None
+    return figure.to_json(remove_uids=True).replace("<", "\\u003c")
+
+
+def _theme(template: str, text: str, lines: str, card: str) -> str:
+    """One of Plotly's own templates, on the page's background."""
+    import plotly.io
+
+    layout = plotly.io.templates[template].to_plotly_json()["layout"]
+    nothing = "rgba(0,0,0,0)"
+    clear = {"paper_bgcolor": nothing, "plot_bgcolor": nothing, "font": {"color": text}}
+    clear["modebar"] = {"bgcolor": nothing, "color": lines, "activecolor": text}
+    clear["hoverlabel"] = {"bgcolor": card, "bordercolor": lines, "font": {"color": text}}
+    axis = {
+        "spikecolor": text,
+        "spikethickness": -2,  # below 0: without a second line around it
+        "spikedash": "dot",
+        "gridcolor": lines,
+        "linecolor": lines,
+        "zerolinecolor": lines,
+    }
+    axes = {name: {**layout[name], **axis} for name in ("xaxis", "yaxis")}
+    return json.dumps({"layout": {**layout, **clear, **axes}}).replace("<", "\\u003c")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; bad input ends with one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiment.pages.report", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, such as runs/lm/demo")
+    parser.add_argument("--output", type=Path, help="folder to write to; by default the run's own")
+    options = parser.parse_args(args)
+    try:
+        with console.status("drawing the report"):
+            page = write_report(options.runs, options.output)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    console.print(f"written: {page}, and PNGs in {page.parent / 'figures'}")
+    console.print("open it in any browser; it needs no network")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""``python -m experiment.pages.summary RUN [RUN …]``: what runs did, in a table, and where everything lies."""
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from experiment.console import console
+from experiment.errors import InputError
+
+# What is shown of a run, where it has it: the better direction decides which value is its best.
+FIGURES = {"val/loss": min, "val/perplexity": min, "val/bits_per_byte": min, "val/accuracy": max, "val/f1": max}
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.csv, each with the values that were logged at its step.
+
+    A last row that is still being written, or that a kill has cut off, is left out.
+
+    Raises:
+        InputError: The folder holds no metrics.csv.
+    """
+    file = run / "metrics.csv"
+    if not file.is_file():
+        raise InputError(f"{run} holds no metrics.csv: expected the folder of a run that fit has written")
+    with file.open(newline="", encoding="utf-8") as stream:
+        rows = [row for row in csv.DictReader(stream) if None not in row.values() and None not in row]
+    return [{name: float(value) for name, value in row.items() if value} for row in rows]
+
+
+def best(rows: list[dict[str, float]], name: str) -> float | None:
+    """The best value of a validation metric over a run; None where it was never logged."""
+    values = [row[name] for row in rows if math.isfinite(row.get(name, math.nan))]
+    return FIGURES[name](values) if values else None
+
+
+def summarize(runs: list[Path]) -> None:
+    """Print a row for each run, a prediction of each, and the files."""
+    results = {run: read_metrics(run) for run in runs}
+    shown = [name for name in FIGURES if any(best(rows, name) is not None for rows in results.values())]
+    title = "What was trained, and its best validation"
+    table = Table("run", "steps", *(name.removeprefix("val/") for name in shown), title=title, title_justify="left")
+    for run, rows in results.items():
+        values = [best(rows, name) for name in shown]
+        steps = int(rows[-1]["step"]) if rows else 0
+        table.add_row(run.name, f"{steps:,}", *("" if value is None else f"{value:.4f}" for value in values))
+    console.print(table)
+    for run in runs:
+        predictions = run / "predictions.jsonl"
+        if predictions.is_file():
+            first = json.loads(predictions.read_text(encoding="utf-8").split("\n")[0])
+            label = f" → {first['label']}" if "label" in first else ""
+            console.print(f"\n[dim]{run.name} says:[/dim]")
+            console.print(first["text"] + label, markup=False)
+    console.print("\n[dim]Everything lies in[/dim]")
+    for run in runs:
+        files = ", ".join(sorted(path.name for path in run.iterdir() if path.name != "wandb"))
+        console.print(f"  {run}/  [dim]{files}[/dim]")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; bad input ends with one line on stderr and exit code 2."""
+    try:
+        summarize([Path(argument) for argument in (sys.argv[1:] if args is None else args)])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""Checkpoints that a run can go on from as if it had never stopped, under names that do not change.
+
+``last.ckpt`` is the newest, ``best.ckpt`` that of the best validation. Both are written beside their place and renamed,
+so that a kill at any moment leaves the last complete one there.
+"""
+
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.optim.lr_scheduler import LambdaLR
+
+from experiment.errors import InputError
+from experiment.runs.finite import check_weights, newest_checkpoint
+from experiment.runs.interruption import Interrupted, stop_request
+from experiment.runs.run import read_checkpoint
+from experiment.runs.sharding import is_sharded
+
+
+def save_atomically(trainer: Trainer, file: Path, weights_only: bool = False) -> None:
+    """Write a checkpoint to ``file`` whole or not at all; to be called in every process.
+
+    Raises:
+        InputError: It cannot be written; what lay there before is left as it was.
+    """
+    with trainer.lightning_module.stopwatch:
+        _save(trainer, file, weights_only)
+
+
+def _save(trainer: Trainer, file: Path, weights_only: bool) -> None:
+    check_weights(trainer)
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        trainer.save_checkpoint(partial, weights_only)
+        if trainer.is_global_zero:
+            if partial.is_dir():
+                _put_folder(partial, file, trainer.global_step)
+            else:
+                with partial.open("r+b") as stream:
+                    os.fsync(stream.fileno())  # else a machine that loses power has the new name and not the content
+                if file.is_dir() and not file.is_symlink():  # of several processes
+                    remove(file)
+                partial.replace(file)
+    except Exception as error:
+        with suppress(OSError):
+            remove(partial)
+        # torch reports a full disk as a RuntimeError of its writer; any other, such as a lack of memory, is not that.
+        if not isinstance(error, OSError) and "inline_container" not in str(error):
+            raise
+        cause = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{file} cannot be written ({cause}): free space, or copy the run's folder elsewhere, and continue with "
+            f"--ckpt_path last; {newest_checkpoint(trainer)}"
+        ) from error
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, file or folder, where there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _put_folder(partial: Path, file: Path, step: int) -> None:
+    """Give a folder its name. Where that is to be used again it is a link, since no folder can replace another in one
+    step."""
+    if file.name.startswith("step-"):
+        remove(file)
+        partial.rename(file)
+        return
+    folder = file.with_name(f"{file.stem}-{step:06d}{file.suffix}")
+    remove(folder)
+    partial.rename(folder)
+    if file.is_dir() and not file.is_symlink():  # in a copy that has lost the links
+        remove(file)
+    partial.symlink_to(folder.name)
+    partial.replace(file)
+    for old in set(file.parent.glob(f"{file.stem}-*{file.suffix}")) - {folder}:
+        if is_sharded(old):
+            remove(old)
+
+
+class FileCheckpointIO(TorchCheckpointIO):
+    """Writes straight to the file. Lightning's own makes a copy in memory and one among the system's temporary files,
+    where a kill leaves it. Reads what one process or several have written, checked once."""
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return read_checkpoint(Path(path), part="all")
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, path)
+
+
+class StepCheckpoint(Checkpoint):
+    """Saves the model, the optimizer and the position in the data every so many steps and when fit ends or is ended.
+
+    Lightning's ModelCheckpoint saves before the step's metrics are logged and its validation is done, so that a run
+    killed in between would miss them; this one saves when all that belongs to a step has happened.
+    """
+
+    def __init__(self, every_n_steps: int = 500, keep: int = 1) -> None:
+        """
+        Args:
+            every_n_steps: Optimizer steps between two checkpoints.
+            keep: How many of these checkpoints stay on disk, the newest ones; -1 keeps all.
+        """
+        if every_n_steps < 1:
+            raise InputError(f"checkpoint.every_n_steps {every_n_steps}: expected 1 or more")
+        if keep < 1 and keep != -1:
+            raise InputError(f"checkpoint.keep {keep}: expected 1 or more, or -1 for all")
+        self.every_n_steps = every_n_steps
+        self.keep = keep
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # none that the user has chosen
+            trainer.strategy.checkpoint_io = FileCheckpointIO()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_step = trainer.global_step
+        stop_request.listen(trainer)
+        if trainer.is_global_zero:
+            for left in (Path(trainer.default_root_dir) / "checkpoints").glob("*.partial"):  # by a killed run
+                remove(left)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
+        if batch_idx % trainer.accumulate_grad_batches == 0 and (number := stop_request.agreed(trainer)):
+            self._save(trainer)
+            raise Interrupted(number)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        step = trainer.global_step
+        if step == self._saved_step or trainer.fast_dev_run:
+            return
+        self._saved_step = step
+        folder = Path(trainer.default_root_dir) / "checkpoints"
+        file = folder / f"step-{step:06d}.ckpt"
+        save_atomically(trainer, file)
+        if trainer.is_global_zero:
+            last = folder / "last.ckpt.partial"
+            last.unlink(missing_ok=True)
+            try:
+                last.symlink_to(file.name)
+            except OSError:  # a file system without links
+                shutil.copyfile(file, last)
+            last.replace(folder / "last.ckpt")
+            if self.keep > 0:
+                # By age, not by step: a run that goes on from an earlier checkpoint comes to the same steps again.
+                others = sorted(set(folder.glob("step-*.ckpt")) - {file}, key=lambda old: old.stat().st_mtime_ns)
+                for old in others[: max(0, len(others) - (self.keep - 1))]:
+                    remove(old)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the model of the best validation so far as ``checkpoints/best.ckpt``."""
+
+    def __init__(self, monitor: str = "val/loss", mode: Literal["min", "max"] = "min") -> None:
+        """
+        Args:
+            monitor: The validation metric that decides.
+            mode: Whether its smallest or its largest value is the best.
+        """
+        super().__init__(
+            filename="best",
+            monitor=monitor,
+            mode=mode,
+            save_on_train_epoch_end=False,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.dirpath = os.path.abspath(Path(trainer.default_root_dir) / "checkpoints")
+        super().setup(trainer, pl_module, stage)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Know the best so far also where the run's folder was moved; Lightning would begin anew."""
+        best = Path(self.dirpath or "") / "best.ckpt"
+        if state_dict.get("best_model_path") and best.exists():
+            state_dict = state_dict | {
+                "dirpath": self.dirpath,
+                "best_model_path": str(best),
+                "kth_best_model_path": str(best),
+                "best_k_models": {str(best): state_dict["best_model_score"]},
+            }
+        super().load_state_dict(state_dict)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        save_atomically(trainer, Path(filepath))
+        self._last_global_step_saved = trainer.global_step
+
+
+class ExactResume(Callback):
+    """Carries through a resume what Lightning leaves out: the random numbers, and the count of logged steps.
+
+    What is configured wins over what the checkpoint stores: learning rates, decay, betas and whatever else a parameter
+    group has, the patience of EarlyStopping, the seed. Where nothing was changed, these are equal to the bit.
+
+    It also has the model validated after the last step of a run, where the interval does not hit that step.
+    """
+
+    def __init__(self) -> None:
+        self._random_states: list[dict[str, Any]] | None = None  # of each process
+        self._patience: list[int] = []
+        self._groups: list[list[dict[str, Any]]] = []  # of each optimizer, as configured
+
+    def state_dict(self) -> dict[str, Any]:
+        states: dict[str, Any] = {"cpu": torch.get_rng_state(), "seed": torch.initial_seed()}
+        if torch.cuda.is_available():
+            states["cuda"] = torch.cuda.get_rng_state()
+        if not torch.distributed.is_initialized():
+            return {"processes": [states]}
+        processes: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(processes, states)
+        return {"processes": processes}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._random_states = state_dict["processes"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._patience = [callback.patience for callback in trainer.early_stopping_callbacks]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The checkpoint's callbacks are restored by now, its optimizers are not.
+        for callback, patience in zip(trainer.early_stopping_callbacks, self._patience, strict=True):
+            callback.patience = patience
+        self._groups = [
+            [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in groups]
+            for groups in (optimizer.param_groups for optimizer in trainer.optimizers)
+        ]
+
+    def _configure(self, trainer: Trainer) -> None:
+        """Give the restored optimizers and schedules what is configured."""
+        for optimizer, configured in zip(trainer.optimizers, self._groups, strict=True):
+            for group, options in zip(optimizer.param_groups, configured, strict=True):
+                group.update(options)
+        for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
+            if isinstance(scheduler, LambdaLR):
+                scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
+                rates = [
+                    base * factor(scheduler.last_epoch)
+                    for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+                ]
+                for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate
+                scheduler._last_lr = rates
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size > 1:
+            torch.manual_seed(torch.initial_seed() + trainer.global_rank)  # else all would drop out the same neurons
+        if self._random_states is not None:
+            # A batch that had begun when the checkpoint was written comes again; counted twice, it would shift every
+            # later validation.
+            progress = trainer.fit_loop.epoch_loop.batch_progress
+            batches = progress.total
+            batches.ready = batches.started = batches.processed = batches.completed
+            if (done := getattr(trainer.datamodule, "rescaled", None)) is not None:
+                batches = progress.current
+                batches.ready = batches.started = batches.processed = batches.completed = done
+            self._configure(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Lightning's count, by which it decides when to log, may be one off after a resume.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        if self._random_states is not None:
+            if len(self._random_states) == trainer.world_size:  # with other processes it is another run anyway
+                states = self._random_states[trainer.global_rank]
+                if states.get("seed", torch.initial_seed()) == torch.initial_seed():  # else another was given
+                    torch.set_rng_state(states["cpu"].cpu())
+                    if "cuda" in states and torch.cuda.is_available():
+                        torch.cuda.set_rng_state(states["cuda"].cpu())
+            self._random_states = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step >= trainer.estimated_stepping_batches and not trainer.fit_loop._should_accumulate():
+            trainer.should_stop = True

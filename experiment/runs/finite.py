@@ -1,0 +1,85 @@
+"""Numbers that go wrong end a run at once, and never reach a checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.distributed.tensor import DTensor
+
+from experiment.sources.batches import ResumableDataModule
+from experiment.errors import InputError
+
+
+def newest_checkpoint(trainer: Trainer) -> str:
+    """The end of a sentence that says where to go on from."""
+    file = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+    return f"the last good checkpoint is {file.resolve()}" if file.exists() else "no checkpoint was written yet"
+
+
+def check_losses(trainer: Trainer) -> None:
+    """See that the loss of every step so far was a number; to be called by all processes together.
+
+    Raises:
+        InputError: One was not; it says which, and at which batch.
+    """
+    sums = trainer.lightning_module.step_sums
+    sums.read()
+    if sums.failed_step is None:
+        return
+    what = None
+    if (failed := sums.failed_batch()) is not None:
+        (batch_idx, loss), data = failed, trainer.datamodule
+        place = data.describe_batch(batch_idx) if isinstance(data, ResumableDataModule) else f"batch {batch_idx}"
+        what = f"{loss}, at {place}"
+    processes = [what]
+    if trainer.world_size > 1:
+        processes *= trainer.world_size
+        torch.distributed.all_gather_object(processes, what)
+    what = next(filter(None, processes), "not finite, though that of each batch is")
+    raise InputError(
+        f"the loss of step {sums.failed_step} is {what}: lower the learning rate, set --trainer.gradient_clip_val, or "
+        f"look at these samples; {newest_checkpoint(trainer)}"
+    )
+
+
+def check_weights(trainer: Trainer) -> None:
+    """See that every loss so far and every weight is a number; to be called before a checkpoint is written.
+
+    Raises:
+        InputError: One is not, as after a step with a gradient that was not finite.
+    """
+    if trainer.training:
+        check_losses(trainer)
+    names, totals = [], []
+    for name, weight in trainer.lightning_module.named_parameters():
+        if weight.requires_grad:
+            total = weight.detach().sum()
+            # Of weights that are divided among processes, that of all.
+            totals.append(total.full_tensor() if isinstance(total, DTensor) else total)
+            names.append(name)
+    for name, finite in zip(names, torch.stack(totals).isfinite().tolist(), strict=True):
+        if not finite:
+            raise InputError(
+                f"after step {trainer.global_step} the weights are not finite ({name}): lower the learning rate, or "
+                f"set --trainer.gradient_clip_val; {newest_checkpoint(trainer)}"
+            )
+
+
+class FiniteLoss(Callback):
+    """Ends a run at a training loss that is not a finite number, and says where it was: on a CPU at once; else when the
+    host reads the losses, at logged steps, before a validation and before a checkpoint."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if pl_module.read_when_due():
+            check_losses(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            check_losses(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_losses(trainer)  # while the data still knows the batches of the epoch

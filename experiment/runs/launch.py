@@ -1,0 +1,103 @@
+"""Processes that torchrun or a cluster starts side by side agree on what only one of them can decide."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed
+from lightning.fabric.plugins.environments import LSFEnvironment, MPIEnvironment, SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed import DistStoreError, TCPStore
+
+from experiment.errors import InputError
+
+_PATIENCE = timedelta(minutes=10)  # the first process may have to read a large configuration from a slow disk
+_store: TCPStore | None = None  # lives as long as the process, for others may still ask
+
+
+def agreed(what: str, decide: Callable[[], str]) -> str:
+    """What ``decide`` says in the process of rank 0, in every process of this launch.
+
+    A process that was started alone, or by Lightning as the first of several, decides for itself. Each thing to agree
+    on has a name of its own, and is asked for by every process.
+
+    Raises:
+        InputError: The process of rank 0 is not heard of.
+    """
+    place = _place()
+    if place is None:
+        return decide()
+    rank, host, port, hosts_store, key = place
+    global _store
+    try:
+        if _store is None:
+            host_it = hosts_store and rank == 0
+            _store = TCPStore(host, port, is_master=host_it, wait_for_workers=False, timeout=_PATIENCE)
+        key = f"{key}/{what}"
+        if rank == 0:
+            choice = ""
+            try:
+                choice = decide()
+            finally:
+                _store.set(key, choice)  # nothing, where rank 0 has found an error and reports it
+        else:
+            choice = _store.get(key).decode()
+    except DistStoreError as error:
+        raise InputError(f"process {rank} has not heard of the first one at {host}:{port}: name --run_dir") from error
+    if not choice:
+        sys.exit(2)
+    return choice
+
+
+def leave_slurm_alone() -> None:
+    """Within a SLURM job, be one process unless srun has started it.
+
+    Lightning takes every process of a job for one of several tasks, and ends where the variables of srun are missing.
+    """
+    if "SLURM_NTASKS" in os.environ and "SLURM_STEP_ID" not in os.environ:
+        os.environ["SLURM_JOB_NAME"] = "interactive"  # by which Lightning tells such a process
+
+
+def is_child() -> bool:
+    """Whether Lightning has started this process beside the first of its machine, which has decided everything."""
+    return _place() is None and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def waited_in_vain(error: RuntimeError) -> str | None:
+    """One line for the error of a collective in which the other processes did not come; None for any other error."""
+    if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+        return None
+    rank, world = rank_zero_only.rank, "several"
+    if torch.distributed.is_initialized():
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    ours = Path(__file__).parents[2]
+    frames = traceback.extract_tb(error.__traceback__)
+    *_, place = [frame for frame in frames if Path(frame.filename).parent.parent == ours]
+    return (
+        f"process {rank} of {world} waited in vain for another one in {place.name} ({Path(place.filename).name}:"
+        f"{place.lineno}): {str(error).splitlines()[0]}; look whether the others have reported an error; a longer wait "
+        "is --trainer.strategy.init_args.timeout"
+    )
+
+
+def _place() -> tuple[int, str, int, bool, str] | None:
+    """Rank, the address of a store, whether rank 0 must open it, and a key of this launch; None where alone."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env:
+        restart = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+        open_already = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        port = int(env["MASTER_PORT"]) + (0 if open_already else 1)
+        return int(env["RANK"]), env["MASTER_ADDR"], port, not open_already, f"tinylab/{restart}"
+    for environment in (SLURMEnvironment, LSFEnvironment, MPIEnvironment):
+        if environment.detect() and (cluster := environment()).world_size() > 1:
+            # Lightning's own store will take the port itself.
+            return cluster.global_rank(), cluster.main_address, cluster.main_port + 1, True, "tinylab"
+    # Kubeflow numbers the processes; who starts one by hand on each machine, from which Lightning starts the others,
+    # numbers the machines.
+    number = env.get("RANK") or (env.get("NODE_RANK") if "LOCAL_RANK" not in env else None)
+    if number is not None and "MASTER_ADDR" in env and "MASTER_PORT" in env:
+        return int(number), env["MASTER_ADDR"], int(env["MASTER_PORT"]) + 1, True, "tinylab"
+    return None

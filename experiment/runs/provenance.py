@@ -1,0 +1,130 @@
+"""run.json: by which commands a run came about, on what machine, with which versions."""
+
+import json
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiment.errors import InputError
+from experiment.sources.rows import repaired
+
+if TYPE_CHECKING:  # the report reads run.json without waiting for torch
+    from lightning.pytorch import LightningModule, Trainer
+
+RECORD = "run.json"
+PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "tokenizers", "torchmetrics", "wandb")
+
+
+def command_line(package: str, args: Sequence[str]) -> str:
+    """The command as it can be pasted into a shell."""
+    return repaired(f"python -m {package} {shlex.join(args)}")
+
+
+def processor_name() -> str:
+    """The CPU's own name where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace", encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def source_version() -> str | None:
+    """The commit of this source, with ``-dirty`` where files differ from it; None outside of a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def environment(trainer: "Trainer") -> dict[str, Any]:
+    """What the figures of a run, above all its speed, depend on beside its configuration."""
+    import torch
+
+    found: dict[str, Any] = {
+        "processor": processor_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": type(trainer.accelerator).__name__.removesuffix("Accelerator").lower(),
+        "devices": trainer.world_size,
+        "precision": str(trainer.precision),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+    if trainer.strategy.root_device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(trainer.strategy.root_device)
+    if commit := source_version():
+        found["source"] = commit
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """The run.json of a run; empty where it has none, as imported weights have."""
+    try:
+        return json.loads((run / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+class RunRecord:
+    """Keeps run.json up to date: one entry in ``calls`` for each time that fit was called."""
+
+    def __init__(self, run: Path, command: str) -> None:
+        self.run, self.command = run, command
+
+    def begin(self, trainer: "Trainer", module: "LightningModule", from_step: int) -> None:
+        """Add this call; to be called before training, in the first process."""
+        parameters = list(module.parameters())
+        self._begun = time.time()
+        self.record = {
+            "parameters": {
+                "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+                "total": sum(p.numel() for p in parameters),
+            },
+            "environment": environment(trainer),
+            "calls": [
+                *read_record(self.run).get("calls", []),
+                {
+                    "command": self.command,
+                    "started": time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(self._begun)),
+                    "from_step": from_step,
+                },
+            ],
+        }
+        self._write()
+
+    def end(self, to_step: int) -> None:
+        """Note how far this call came. A call that was killed has no ``to_step``."""
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+        self.record["calls"][-1] |= {
+            "to_step": to_step,
+            "seconds": round(time.time() - self._begun, 1),
+            "memory_mib": round(memory, 1),
+        }
+        self._write()
+
+    def _write(self) -> None:
+        file = self.run / RECORD
+        try:
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(self.record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            partial.replace(file)
+        except OSError as error:
+            raise InputError(
+                f"{file} cannot be written ({error.strerror}): free space or choose another run_dir"
+            ) from error

@@ -1,0 +1,219 @@
+"""What an optimizer step adds up, on the device and over all processes, and when the host looks at it.
+
+A host that asks a device for a number waits until all work before it is done. So the sums of a step stay on the device,
+as one small tensor that processes add up by one all-reduce. The host reads those that have gathered at logged steps,
+before a validation and before a checkpoint; on a CPU, where there is nothing to wait for, after each step.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from experiment.sources.batches import rank_and_processes
+from experiment.nn.clipping import clip_gradients
+from experiment.runs.interruption import stop_request
+from experiment.runs.stopwatch import Stopwatch
+
+UNIT = 4096.0  # what losses are divided by before their gradients are taken: these then suit half precision
+MOST_UNREAD = 100  # steps, which bounds the memory, and how late several processes with GPUs stop
+
+
+class StepSums:
+    """Sums of each optimizer step over its micro-batches and processes, from which means and mean gradients follow.
+
+    Attributes:
+        count: What was counted (tokens, examples) in all steps that were read.
+        steps: Their number.
+        means: Of the newest step that was read, by name.
+        failed_step: The first step whose loss was not finite.
+        stop_wanted: Whether a process was asked to stop, as all know.
+    """
+
+    def __init__(self, *names: str) -> None:
+        """
+        Args:
+            names: Of the sums; the loss first.
+        """
+        self.names = names
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a training."""
+        self.count = self.steps = 0
+        self.means: dict[str, float] = {}
+        self.failed_step: int | None = None
+        self.stop_wanted = False
+        self._window: Tensor | None = None  # sums of the micro-batches of the step so far: count, then as `names`
+        self._unread: list[tuple[int, Tensor]] = []
+        self._losses: list[tuple[int, int, Tensor]] = []  # step, index of the batch, loss of this process
+
+    def add(self, step: int, batch_idx: int, alone: bool, count: Tensor, *sums: Tensor) -> Tensor:
+        """Add a micro-batch.
+
+        Args:
+            step: The optimizer step that it belongs to, from 1.
+            batch_idx: Lightning's number of the batch.
+            alone: It is all of its step: the only micro-batch of the only process.
+            count: Number of tokens or examples, a scalar.
+            sums: Over these, scalars; the loss first.
+
+        Returns:
+            The micro-batch's mean loss. Its gradient is already that of the mean over the whole step where it is alone;
+            else it awaits the factor of `finish`.
+        """
+        loss = sums[0]
+        own = torch.stack([part.detach().float() for part in (count, *sums)])
+        self._window = own if self._window is None else self._window + own
+        self._losses.append((step, batch_idx, own[1]))
+        mean = loss / count.clamp(min=1)
+        if alone:
+            return mean
+        scaled = loss / UNIT  # by the same for all, so that micro-batches with more tokens weigh more
+        return scaled + (mean - scaled).detach()
+
+    def finish(self, step: int, parts: int) -> Tensor:
+        """End a step; to be called by all processes together, after the backward pass of its last micro-batch.
+
+        Args:
+            step: The optimizer step that it is.
+            parts: How many losses the gradients are the mean of: Lightning divides by the number of micro-batches, and
+                a strategy by that of processes.
+
+        Returns:
+            The factor that makes gradients those of the mean loss over all tokens or examples of the step.
+        """
+        sums, self._window = self._window, None
+        if rank_and_processes()[1] > 1:
+            sums = F.pad(sums, (0, 1), value=float(stop_request.number != 0))
+            torch.distributed.all_reduce(sums)
+        self._unread.append((step, sums))
+        return UNIT * parts / sums[0].clamp(min=1)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it must be read, for the memory's sake."""
+        return len(self._unread) >= MOST_UNREAD
+
+    def read(self) -> None:
+        """Bring what has gathered to the host, which waits for the device here, and only here."""
+        if not self._unread:
+            return
+        rows = torch.stack([sums for _, sums in self._unread]).tolist()
+        for (step, _), (count, *values) in zip(self._unread, rows, strict=True):
+            self.count += round(count)
+            self.steps += 1
+            self.means = {name: value / max(count, 1) for name, value in zip(self.names, values, strict=False)}
+            if self.failed_step is None and not math.isfinite(values[0]):
+                self.failed_step = step
+            self.stop_wanted |= len(values) > len(self.names) and values[-1] > 0
+        self._unread.clear()
+        if self.failed_step is None:
+            self._losses.clear()
+
+    def failed_batch(self) -> tuple[int, float] | None:
+        """Index and loss of this process's first batch that was not finite, if there was one in the failed step."""
+        for step, batch_idx, loss in self._losses:
+            if step == self.failed_step and not math.isfinite(value := loss.item()):
+                return batch_idx, value
+        return None
+
+
+class StepModule(LightningModule):
+    """A LightningModule that trains by the mean over all tokens or examples of an optimizer step, whichever way these
+    are divided into micro-batches and among processes, and logs ``train/`` figures of logged steps.
+
+    Any callback's ``on_before_optimizer_step`` sees the gradients of that mean, and ``outputs["loss"]`` is the mean of
+    the micro-batch, which Lightning has divided by their number.
+    """
+
+    def __init__(self, *names: str) -> None:
+        """
+        Args:
+            names: Of the means that are logged; the loss first.
+        """
+        super().__init__()
+        self.step_sums = StepSums(*names)
+        self.stopwatch = Stopwatch()  # paused by whoever does something else than train
+        self._gradient_norm: Tensor | None = None
+
+    def on_fit_start(self) -> None:
+        self.step_sums.reset()
+
+    def step_loss(self, batch_idx: int, count: Tensor, *sums: Tensor) -> Tensor:
+        """What ``training_step`` returns: the mean loss of a micro-batch; see `StepSums.add`."""
+        alone = self.trainer.accumulate_grad_batches == self.trainer.world_size == 1
+        return self.step_sums.add(self.trainer.global_step + 1, batch_idx, alone, count, *sums)
+
+    def on_after_backward(self) -> None:
+        trainer = self.trainer
+        if trainer.fit_loop._should_accumulate():
+            return
+        parts = trainer.accumulate_grad_batches * trainer.world_size
+        factor = self.step_sums.finish(trainer.global_step + 1, parts)
+        if parts > 1:
+            gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+            torch._foreach_mul_(gradients, factor)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._learning_rate = optimizer.param_groups[0]["lr"]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        self._gradient_norm = clip_gradients(self, gradient_clip_val, gradient_clip_algorithm)
+
+    @property
+    def is_logged_step(self) -> bool:
+        """Whether the step that has just ended is one whose figures are logged."""
+        trainer = self.trainer
+        return not trainer.fit_loop._should_accumulate() and trainer._logger_connector.should_update_logs
+
+    @property
+    def reading_is_free(self) -> bool:
+        """Whether the host waits for nothing when it reads the sums."""
+        return self.device.type == "cpu"
+
+    def read_when_due(self) -> bool:
+        """Read the sums if the step that has just ended is a logged one, or if that costs nothing; and whether."""
+        if self.trainer.fit_loop._should_accumulate():
+            return False
+        due = self.reading_is_free or self.is_logged_step or self.step_sums.is_full
+        if due:
+            self.step_sums.read()
+        return due
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.read_when_due():
+            figures = {f"train/{name}": mean for name, mean in self.step_sums.means.items()}
+            shown = list(figures)
+            figures["train/learning_rate"] = self._learning_rate
+            if self.is_logged_step and (norm := self._gradient_norm) is not None:
+                figures["train/gradient_norm"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            log_figures(self.trainer, figures, shown, to_loggers=self.is_logged_step)
+
+
+def log_figures(trainer: Trainer, figures: Mapping[str, float], shown: Sequence[str], to_loggers: bool) -> None:
+    """Log numbers that the host knows, as Lightning's LearningRateMonitor does: ``self.log`` would send them to the
+    device as float32 and ask for those of the progress bar in each step.
+
+    Args:
+        trainer: Whose loggers, callbacks and progress bar get them.
+        figures: By name.
+        shown: Names of those that the progress bar shows.
+        to_loggers: Whether the loggers get them too.
+    """
+    trainer.callback_metrics.update({k: torch.tensor(v, dtype=torch.float64) for k, v in figures.items()})
+    trainer.progress_bar_metrics.update({name: figures[name] for name in shown})
+    if to_loggers:
+        for logger in trainer.loggers:
+            logger.log_metrics({**figures, "epoch": trainer.current_epoch}, step=trainer.global_step)

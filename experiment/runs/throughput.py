@@ -1,0 +1,98 @@
+"""How fast a training goes, what it waits for, and what share of a GPU it uses."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from experiment.runs.step_sums import StepSums, log_figures
+
+# Of dense bfloat16 and float16 products, in TFLOP/s, as NVIDIA's data sheets have them; the first name that fits.
+# (Lightning's own table takes an L40S for an L4, and does not find an H200.)
+PEAKS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "NVIDIA L4": 121.0,
+    "A10G": 70.0,
+    "RTX 4090": 165.0,
+    "RTX 3090": 71.0,
+}
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """The most operations a second of a GPU; None where it is not known, or the products are not of 16 bits."""
+    if not precision.startswith(("bf16", "16")):
+        return None
+    return next((1e12 * peak for name, peak in PEAKS.items() if name in device_name), None)
+
+
+class Throughput(Callback):
+    """Logs, at logged steps, what the steps since the last one took, over all devices.
+
+    | figure                    | meaning                                                                            |
+    |---------------------------|------------------------------------------------------------------------------------|
+    | train/tokens              | all tokens trained on so far, pads excluded                                        |
+    | train/tokens_per_second   | by wall time, waiting for data included, without validation, samples and saving    |
+    | train/step_seconds        | the same time by optimizer steps                                                   |
+    | train/data_seconds        | of which the training process waited for batches                                   |
+    | train/peak_memory_gib     | the most memory that a GPU has held for tensors, of this process                   |
+    | train/mfu                 | share of the GPUs' peak (arXiv:2204.02311, appendix B), where that is known        |
+    """
+
+    def __init__(self) -> None:
+        self._before = 0  # tokens of the runs that this one goes on from
+        self._sums = StepSums()
+
+    def state_dict(self) -> dict[str, int]:
+        self._sums.read()
+        return {"tokens_seen": self._before + self._sums.count}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._before = state_dict["tokens_seen"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._sums = pl_module.step_sums
+        self._mark = self._now(trainer, pl_module)
+        self._peak = None
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+            self._peak = peak_flops(torch.cuda.get_device_name(pl_module.device), trainer.precision)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.stopwatch.pause()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.stopwatch.resume()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not pl_module.is_logged_step:
+            return
+        self._sums.read()
+        now = self._now(trainer, pl_module)
+        tokens, steps, seconds, waited = (after - before for after, before in zip(now, self._mark, strict=True))
+        self._mark = now
+        if steps == 0:
+            return
+        figures = {
+            "train/tokens": self._before + self._sums.count,
+            "train/tokens_per_second": tokens / seconds,
+            "train/step_seconds": seconds / steps,
+            "train/data_seconds": waited / steps,
+        }
+        if pl_module.device.type == "cuda":
+            figures["train/peak_memory_gib"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**30
+        if self._peak is not None:
+            flops = pl_module.flops_per_token(batch["loss_mask"].shape[1])
+            figures["train/mfu"] = tokens / seconds * flops / (self._peak * trainer.world_size)
+        log_figures(trainer, figures, ["train/tokens_per_second"], to_loggers=True)
+
+    def _now(self, trainer: Trainer, pl_module: LightningModule) -> tuple[float, ...]:
+        """Tokens and steps so far, and seconds of training and of waiting for data."""
+        waited = getattr(trainer.train_dataloader, "seconds", 0.0)
+        return self._sums.count, self._sums.steps, pl_module.stopwatch.seconds, waited

@@ -1,0 +1,1 @@
+"""Where data comes from: files, the Hub, streams, caches and the order of batches. Imports nothing above it."""

@@ -1,0 +1,238 @@
+"""Where texts come from: a hub name, a local folder, a local file, or the embedded ``demo`` corpus.
+
+Both experiments read through ``load_texts``, so that ``--data.path`` means the same everywhere.
+"""
+
+import errno
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from experiment.errors import InputError
+from experiment.progress import console
+from experiment.sources.hub import look_for_hub, newest_revision
+from experiment.sources.paths import user_path
+from experiment.sources.rows import format_of, formats, read_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+SPLITS = ("train", "validation", "test")
+SPLIT_WORDS = {word: word for word in SPLITS} | {"valid": "validation", "val": "validation", "dev": "validation"}
+_WORDS = "|".join(SPLIT_WORDS)
+# train.jsonl, data/train-00000-of-00002.parquet, train/0000.parquet; and, where there is none, TinyStories-train.txt.
+_NAMED = re.compile(rf"(?P<split>{_WORDS})(-(?P<shard>\d+)-of-(?P<shards>\d+)(-\w+)?)?", re.IGNORECASE)
+_ENDING = re.compile(rf".*[-_.](?P<split>{_WORDS})", re.IGNORECASE)
+READING = 1  # raise it when files are read in another way, so that the library does not take what it has cached
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+
+
+def local_files(path: str) -> dict[str, list[Path]] | None:
+    """The files of a local source by split, or None where ``path`` is no local path (``demo`` or a hub name).
+
+    A folder holds ``train.*``, ``validation.*`` and ``test.*`` (``valid.*``, ``val.*`` and ``dev.*`` are understood),
+    itself or in one folder within it, whole or in shards as the hub has them (``data/train-00000-of-00002.parquet``),
+    or folders of these names with shards of any name. A file is a training split.
+
+    Raises:
+        InputError: The path looks like a local one and does not exist, or holds nothing that can be read; or two files
+            claim to be the same split, or a shard is missing.
+    """
+    if path == "demo":
+        return None
+    source = user_path(path)
+    if source.is_dir():
+        files = _files_in(source)
+        if "train" not in files:
+            raise InputError(f"data.path {path} holds no train.* file: expected train and validation as {formats()}")
+        return files
+    if source.is_file():
+        if format_of(source) is None:
+            raise InputError(f"data.path {path} has the unknown ending {source.suffix!r}: expected {formats()}")
+        return {"train": [source]}
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or format_of(source) is not None
+    if looks_local:
+        raise InputError(
+            f"data.path {path!r} does not exist: expected a folder, a file, a hub name such as "
+            "roneneldan/TinyStories, or demo"
+        )
+    return None
+
+
+def _files_in(folder: Path) -> dict[str, list[Path]]:
+    inner = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
+    inner += [file for within in inner if within.is_dir() for file in sorted(within.iterdir())]
+    files = [file for file in inner if file.is_file() and not file.name.startswith(".") and format_of(file)]
+    found: dict[str, dict[Path, re.Match | None]] = {}
+    for pattern in (_NAMED, _ENDING):
+        for file in files:
+            name = file.name[: file.name.lower().rindex(format_of(file))]
+            match = pattern.fullmatch(name)
+            word = match["split"] if match else file.parent.name if file.parent != folder else ""
+            if split := SPLIT_WORDS.get(word.lower()):
+                found.setdefault(split, {})[file] = match
+        if "train" in found:
+            break
+    return {split: _whole(split, matches) for split, matches in found.items()}
+
+
+def _whole(split: str, matches: dict[Path, re.Match | None]) -> list[Path]:
+    """The one file of a split, or all its shards, which are of one folder, format and number, or fill a folder."""
+    files = list(matches)
+    totals = [match.groupdict().get("shards") if match else "any" for match in matches.values()]
+    numbers = [int(match["shard"]) for match in matches.values() if match and match.groupdict().get("shard")]
+    kinds = {(file.parent, format_of(file), total) for file, total in zip(files, totals, strict=True)}
+    if len(kinds) > 1 or (len(files) > 1 and totals[0] is None) or len(set(numbers)) < len(numbers):
+        raise InputError(
+            f"{files[0]} and {files[1]} are both the {split} split: remove or rename one, or name the one that is "
+            "meant with data.path"
+        )
+    if numbers and (missing := set(range(int(totals[0]))) - set(numbers)):
+        raise InputError(
+            f"{files[0].parent} holds {len(files)} of the {int(totals[0])} shards of {split}, and number "
+            f"{min(missing)} is missing: fetch it, or rename those that are there, if they are all"
+        )
+    return files
+
+
+def source_fingerprint(path: str, revision: str | None = None) -> str:
+    """What tells one source from another, without reading it: files by path, size and time, a data set of the hub by
+    its newest revision, else the name itself."""
+    files = local_files(path)
+    if files is None:
+        return path if path == "demo" else f"{path}@{newest_revision(path, revision)}"
+    return json.dumps({split: identities(of_split) for split, of_split in files.items()}, sort_keys=True)
+
+
+def identities(files: Sequence[Path]) -> list[tuple[str, int, int]]:
+    stats = [(file, file.stat()) for file in files]
+    return [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+
+
+def load_texts(
+    path: str,
+    split: str,
+    columns: Sequence[str] = ("text",),
+    demo: Callable[[str], "Dataset | None"] | None = None,
+    revision: str | None = None,
+) -> "Dataset | None":
+    """One split of a source of texts, memory-mapped, with the asked columns.
+
+    Args:
+        path: A hub name, a local folder or file, or ``demo``.
+        split: ``train``, ``validation`` or ``test``.
+        columns: Columns that must be there; the others are left out.
+        demo: Makes a split of the embedded corpus.
+        revision: Branch, tag or commit of a data set of the hub; None for the newest.
+
+    Returns:
+        The split, or None where this source has no such split.
+
+    Raises:
+        InputError: The path does not exist, the hub cannot be reached, a file is empty or cannot be read, or a
+            column is missing.
+    """
+    if path == "demo" and demo is not None:
+        return demo(split)
+    files = local_files(path)
+    if files is not None:
+        return _from_files(files[split], columns) if split in files else None
+    dataset = _from_hub(path, split, revision)
+    if dataset is None:
+        return None
+    if missing := [column for column in columns if column not in dataset.column_names]:
+        raise InputError(
+            f"{path} ({split}) has no column {missing[0]!r}: it has {', '.join(dataset.column_names)}; "
+            "rename the one that is meant"
+        )
+    if len(dataset) == 0:
+        raise InputError(f"{path} ({split}) is empty: expected at least one row with a {columns[0]}")
+    return dataset.select_columns(list(columns))
+
+
+def datasets_library() -> ModuleType:
+    """The datasets library, imported when it is first needed; its bars are drawn on a terminal only, like ours."""
+    import datasets
+
+    if not console.is_terminal:
+        datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong comes as an exception too
+    return datasets
+
+
+def _from_files(files: list[Path], columns: Sequence[str]) -> "Dataset":
+    datasets = datasets_library()
+    arguments = {"files": tuple(files), "columns": tuple(columns), "identity": (READING, *identities(files))}
+    try:
+        return datasets.Dataset.from_generator(
+            read_rows, gen_kwargs=arguments, features=row_features(files, columns), split="train"
+        )
+    except Exception as error:  # the library wraps what the reader raises in an error of its own
+        if (known := _reading_error(error)) is error:
+            raise
+        raise known from error
+
+
+def _reading_error(error: BaseException) -> BaseException:
+    """The reader's own InputError where it is the cause; a cache that cannot be written in words; else as it is."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InputError):
+            return cause
+        if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
+            import datasets
+
+            return InputError(
+                f"{cause.filename or datasets.config.HF_DATASETS_CACHE} cannot be written ({cause.strerror}), where "
+                "texts are cached: free space there, or set HF_HOME to a folder that can be written"
+            )
+        cause = cause.__cause__ or cause.__context__
+    return error
+
+
+def row_features(files: Sequence[Path], columns: Sequence[str]) -> "Features":
+    """The types of the columns as `read_rows` gives them; parquet has its own, such as the names of classes."""
+    datasets = datasets_library()
+    features = dict.fromkeys(columns, datasets.Value("string"))
+    if format_of(files[0]) == ".parquet":
+        from pyarrow.parquet import read_schema
+
+        try:
+            found = datasets.Features.from_arrow_schema(read_schema(files[0]))
+        except Exception:  # damaged, which the reader tells
+            return datasets.Features(features)
+        features |= {column: found[column] for column in columns if column in found}
+    return datasets.Features(features)
+
+
+def _from_hub(name: str, split: str, revision: str | None) -> "Dataset | None":
+    datasets = datasets_library()
+    look_for_hub()
+    try:
+        return datasets.load_dataset(name, split=split, revision=newest_revision(name, revision))
+    except Exception as error:
+        return no_split_or_raise(name, error)
+
+
+def no_split_or_raise(name: str, error: Exception) -> Any:
+    """None where the hub's data set lacks the split that was asked for.
+
+    Raises:
+        InputError: It cannot be had, or the cache cannot be written.
+    """
+    datasets = datasets_library()
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, ValueError) and "split" in str(error):
+        return None
+    if (known := _reading_error(error)) is not error:
+        raise known from error
+    if isinstance(error, ConnectionError | OSError | HfHubHTTPError | datasets.exceptions.DatasetNotFoundError):
+        raise InputError(
+            f"data.path {name!r} cannot be had from the hub ({type(error).__name__}): check the name and the network, "
+            "or give a local folder with train.* and validation.* files, or demo"
+        ) from error
+    raise error

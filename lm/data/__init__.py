@@ -1,0 +1,1 @@
+"""Stories become batches of tokens. Imports experiment.sources.files."""

@@ -1,0 +1,160 @@
+"""A split of stories as token ids in a memory-mapped file, and the windows that batches are gathered from.
+
+The file holds ``bos story eos bos story eos ...`` beside the offsets of its stories. A sample is a window of that file,
+and a batch is gathered in one numpy indexing operation, so that the loader is never what the model waits for.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from experiment.errors import InputError
+from experiment.progress import progress
+from experiment.sources.batches import rounded_width
+from lm.data.tokenizer import StoryTokenizer
+
+if TYPE_CHECKING:
+    from datasets import Dataset as Texts
+
+CHUNK = 2_000  # stories tokenised at a time, which bounds the memory
+
+
+class Corpus:
+    """The token ids of a split, memory-mapped; story i is ``tokens[offsets[i] : offsets[i + 1]]``, from bos to eos."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        self.offsets: np.ndarray = np.load(folder / "offsets.npy")  # (stories + 1,) int64
+
+    @cached_property
+    def tokens(self) -> np.memmap:
+        return np.memmap(self.folder / "tokens.bin", dtype=self.about["dtype"], mode="r")
+
+    def __getstate__(self) -> dict[str, Any]:  # for workers that are spawned: they map the file, not copy it
+        return {name: value for name, value in self.__dict__.items() if name != "tokens"}
+
+
+def write_corpus(texts: "Texts", tokenizer: StoryTokenizer, folder: Path, name: str, notes: Sequence[str] = ()) -> None:
+    """Tokenises the column ``text`` into a folder that `Corpus` reads, in bounded memory. Empty stories are left out.
+
+    Raises:
+        InputError: all stories are empty, or the column holds something that is not text.
+    """
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    bos, eos = (tokenizer.bos_id,), (tokenizer.eos_id,)
+    lengths, empty = [np.zeros(1, dtype=np.int64)], 0
+    with open(folder / "tokens.bin", "wb") as file, progress(f"tokenising {name}", len(texts)) as advance:
+        for begin in range(0, len(texts), CHUNK):
+            column = texts[begin : begin + CHUNK]["text"]
+            stories = [story for story in column if story is not None and str(story).strip()]
+            if odd := next((story for story in stories if not isinstance(story, str)), None):
+                raise InputError(f"column 'text' of {name} holds {odd!r}: expected text; choose another column or file")
+            rows = tokenizer.encode_batch(stories)
+            sizes = np.fromiter(map(len, rows), np.int64, len(rows)) + 2
+            flat = chain.from_iterable(chain(bos, row, eos) for row in rows)
+            np.fromiter(flat, dtype, sizes.sum()).tofile(file)
+            lengths.append(sizes)
+            empty += len(column) - len(stories)
+            advance(len(column))
+    offsets = np.cumsum(np.concatenate(lengths))
+    if len(offsets) == 1:
+        raise InputError(f"all stories of {name} are empty: expected at least one with text")
+    notes = list(notes)
+    if empty:
+        notes.append(f"{name}: {empty:,} empty {'story' if empty == 1 else 'stories'} left out")
+    np.save(folder / "offsets.npy", offsets)
+    (folder / "about.json").write_text(json.dumps({"dtype": dtype.name, "notes": notes}), encoding="utf-8")
+
+
+class Windows(NamedTuple):
+    """Samples as pieces of the token file. Window i holds ``length[i] - 1`` inputs, and as many targets, one later."""
+
+    start: np.ndarray  # (n,) int64, place in the token file
+    length: np.ndarray  # (n,) int64, tokens, at most sequence_length + 1
+    skip: np.ndarray  # (n,) int64, first targets that do not count, since an earlier window has counted them
+    story: np.ndarray | None = None  # (n,) int64, which story it is from
+
+
+def first_windows(offsets: np.ndarray, sequence_length: int) -> Windows:
+    """One window a story: its first ``sequence_length + 1`` tokens, bos included."""
+    length = np.minimum(np.diff(offsets), sequence_length + 1)
+    return Windows(offsets[:-1], length, np.zeros_like(length), np.arange(len(length)))
+
+
+def packed_windows(total: int, sequence_length: int) -> Windows:
+    """The whole file in blocks: each of its tokens but the first is the target of exactly one window."""
+    start = np.arange(0, total - 1, sequence_length)
+    return Windows(start, np.minimum(total - start, sequence_length + 1), np.zeros_like(start))
+
+
+def sliding_windows(offsets: np.ndarray, sequence_length: int) -> Windows:
+    """Every target of every story exactly once. Over stories that are longer than one window it slides by half of
+    it, so that all later targets have at least half of a window before them."""
+    stride = sequence_length // 2
+    targets = np.diff(offsets) - 1
+    count = 1 + np.maximum(0, -(-(targets - sequence_length) // stride))
+    story = np.repeat(np.arange(len(count)), count)
+    order = np.arange(len(story)) - np.repeat(np.cumsum(count) - count, count)  # 0, 1, ... within each story
+    start = offsets[story] + order * stride
+    length = np.minimum(offsets[story + 1] - start, sequence_length + 1)
+    return Windows(start, length, np.where(order > 0, sequence_length - stride, 0), story)
+
+
+def join_windows(*kinds: Windows) -> Windows:
+    """The windows of several kinds, one kind after the other; which story they are from is dropped."""
+    start, length, skip = (np.concatenate(column) for column in zip(*(kind[:3] for kind in kinds), strict=True))
+    return Windows(start, length, skip)
+
+
+class WindowBatches(Dataset):
+    """``self[indices]`` is the batch of these windows, padded on the right; pads are told by position, never by id.
+
+    Args:
+        corpus: where the tokens are.
+        windows: what the samples are.
+        tokenizer: for the id of pads and the bytes of tokens.
+        width: inputs of every row; None for those of the batch's longest row, rounded up to one of few widths.
+        with_bytes: add text_mask and bytes, which bits per byte need; the windows must know their stories.
+    """
+
+    def __init__(
+        self, corpus: Corpus, windows: Windows, tokenizer: StoryTokenizer, width: int | None, with_bytes: bool = False
+    ) -> None:
+        self.corpus, self.windows, self.width, self.with_bytes = corpus, windows, width, with_bytes
+        self.longest = int(windows.length.max()) - 1
+        self.pad_id = tokenizer.pad_id
+        self.bytes_per_token, self.prefix_bytes = tokenizer.bytes_per_token, tokenizer.prefix_bytes
+
+    def __len__(self) -> int:
+        return len(self.windows.start)
+
+    def __getitem__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """tokens (B, T + 1) int32, T inputs and, one later, T targets; loss_mask (B, T) bool, whether a target counts.
+        With bytes also text_mask (B, T) bool, which leaves out eos too, and bytes (B, T) int32 of each target in it. No
+        indices give one row in which nothing counts."""
+        empty = len(indices) == 0
+        indices = np.asarray([0] if empty else indices, dtype=np.int64)
+        start, length = self.windows.start[indices, None], self.windows.length[indices, None]
+        width = rounded_width(int(length.max()) - 1, self.longest) if self.width is None else self.width
+        column = np.arange(width + 1)
+        place = start + np.minimum(column, length - 1)  # (B, T + 1), in the file
+        tokens = self.corpus.tokens[place].astype(np.int32)
+        tokens[column >= length] = self.pad_id
+        place = place[:, 1:]
+        counted = (column[1:] < length) & (column[:-1] >= self.windows.skip[indices, None]) & (not empty)
+        batch = {"tokens": tokens, "loss_mask": counted}
+        if self.with_bytes:
+            story = self.windows.story[indices]
+            text = counted & (place != self.corpus.offsets[story + 1, None] - 1)  # the last token is eos
+            first = place == self.corpus.offsets[story, None] + 1
+            sizes = self.bytes_per_token[tokens[:, 1:]] - self.prefix_bytes * first
+            batch |= {"text_mask": text, "bytes": (sizes * text).astype(np.int32)}
+        return {name: torch.from_numpy(array) for name, array in batch.items()}

@@ -1,0 +1,50 @@
+"""The beginnings of stories that ``predict`` continues: given as a list or in a file, tokenised as batches."""
+
+import json
+from collections.abc import Sequence
+
+from torch.utils.data import Dataset
+
+from experiment.errors import InputError
+from experiment.sources.paths import existing_file, shortened
+from experiment.sources.rows import read_given, repaired
+from lm.data.tokenizer import StoryTokenizer
+
+
+class PromptBatches(Dataset):
+    """``self[indices]`` is {"prompts": list of str, "input_ids": list of list of int (bos, where the tokenizer
+    puts it before a text, then tokens)}."""
+
+    def __init__(self, prompts: Sequence[str], tokenizer: StoryTokenizer) -> None:
+        self.prompts = list(prompts)
+        self.input_ids = [tokenizer.encode_prompt(prompt) for prompt in self.prompts]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, indices: Sequence[int]) -> dict[str, list]:
+        return {"prompts": [self.prompts[i] for i in indices], "input_ids": [self.input_ids[i] for i in indices]}
+
+
+def read_prompts(prompts: list[str] | str | None) -> list[str]:
+    """The prompts of a list, or of a file (.txt, one a line; .json or .jsonl, strings or objects with a ``prompt``; a
+    table with a column ``prompt``).
+
+    Raises:
+        InputError: there are none, or the file is missing or holds something else.
+    """
+    if prompts is None:
+        raise InputError("data.prompts is not given: expected a list of beginnings, or a file with one a line")
+    if not isinstance(prompts, str):
+        found, where = list(prompts), "data.prompts"
+    else:
+        file, where = existing_file(prompts), f"data.prompts {shortened(prompts)!r}"
+        if file is None:
+            as_list = json.dumps([shortened(prompts)], ensure_ascii=False)
+            raise InputError(f"{where} is no file: to give the prompt itself, write it as a list, '{as_list}'")
+        found = read_given(file, "prompt", where)
+    if odd := [prompt for prompt in found if not isinstance(prompt, str)]:
+        raise InputError(f"{where} holds {odd[0]!r}: expected text, or an object with a 'prompt' that is text")
+    if not found:
+        raise InputError(f"{where} is empty: expected at least one beginning of a story")
+    return [repaired(prompt) for prompt in found]

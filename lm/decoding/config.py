@@ -1,0 +1,62 @@
+"""How a story is decoded."""
+
+import math
+from dataclasses import dataclass, field
+
+from lm.decoding.quantization import WeightFormat
+
+
+@dataclass
+class GenerationConfig:
+    """How to choose the next token, and when to stop.
+
+    Args:
+        max_new_tokens: Most tokens to add to a prompt.
+        temperature: Divides the logits; 0 is greedy, whatever the filters say.
+        top_k: Keep the k most likely tokens.
+        top_p: Keep the most likely tokens up to the first whose sum of probabilities reaches p (nucleus sampling,
+            Holtzman et al. 2020, arXiv:1904.09751).
+        min_p: Keep tokens at least this fraction as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082).
+        repetition_penalty: Above 1, makes tokens of the prompt and of the story less likely to come again (Keskar
+            et al. 2019, arXiv:1909.05858).
+        seed: Of sampling.
+        use_cache: Keep keys and values; without, the whole sequence is recomputed for each token.
+        sliding_window: Go on past the decoder's context with the newest half of it, instead of stopping.
+        stop: Strings that end a story as soon as they occur in its new text.
+        weights: How the decoder's matrices are stored while decoding, on a processor: "bfloat16" and "int8" read a
+            half and a quarter of the bytes and change the story a little (see quantization.py); null leaves them.
+        compile: Compile the step of one token with torch.compile: fewer and faster kernels, the same tokens. Needs a
+            C++ compiler (Triton on a GPU), the cache, and about half a minute: once for one story at a time on a
+            processor, whose code is kept (see lm/decoding/compilation.py), else in each process.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    max_new_tokens: int = 200
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    use_cache: bool = True
+    sliding_window: bool = False
+    stop: list[str] = field(default_factory=list)
+    weights: WeightFormat | None = None
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name, valid, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or a positive number"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or null for no limit"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "a probability in (0, 1], or null for no limit"),
+            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "a fraction in [0, 1], or null for no limit"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a positive number; 1 turns it off"),
+            ("stop", "" not in self.stop, "no empty string, which would stop every story at once"),
+            ("weights", self.weights in (None, "float32", "bfloat16", "int8"), "float32, bfloat16, int8 or null"),
+            ("compile", self.use_cache or not self.compile, "false without a cache; set use_cache"),
+        ):
+            if not valid:
+                raise ValueError(f"{name}={getattr(self, name)}: expected {expected}")

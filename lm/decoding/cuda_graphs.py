@@ -1,0 +1,202 @@
+"""Decoding that never waits for the device: a step, the choice of its tokens and all that is counted are tensors there.
+
+On a GPU a step of a small decoder is some hundred kernels of a few microseconds, which the host takes longer to launch
+than the GPU to run. Here it is captured once as a CUDA graph over static buffers
+(https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs) and then replayed; random numbers lie on the device
+beforehand, and tokens are read `LATE` steps at a time, while the next ones are computed. Where capturing fails, and on
+other devices, the same step is called.
+"""
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from lm.decoding.compilation import COMPILER_FAILED, CompilationError, compiled_step, one_token
+from lm.decoding.config import GenerationConfig
+from lm.decoding.sampling import choose
+from lm.decoding.steps import cache_dtype, last_logits, pad
+from lm.model.decoder import Decoder
+from lm.model.kv_cache import KeyValueCache
+
+DEVICES = {"cuda"}  # where the host is slower than the device
+LATE = 4  # steps whose tokens are read together
+SHORTEST = 128  # slots that attention reads at least; then twice as many, and so on: one graph for each
+
+
+def _bucket(num_slots: int) -> int:
+    visible = SHORTEST
+    while visible < num_slots:
+        visible *= 2
+    return visible
+
+
+def can_run_ahead(decoder: Decoder) -> bool:
+    """Whether decoding shall run ahead of the host: on a GPU, but for autocast, whose casts are made anew in each step,
+    and for a subclass, which is how FSDP marks a decoder whose weights are not all here."""
+    device_type = decoder.embedding.weight.device.type
+    return device_type in DEVICES and type(decoder) is Decoder and not torch.is_autocast_enabled(device_type)
+
+
+class GraphSteps:
+    """The static buffers of a batch of stories, and the graphs that work on them.
+
+    Args:
+        decoder: In eval mode; not kept.
+        num_rows: Stories, B.
+        capacity: Tokens that a story can hold.
+        config: How tokens are chosen, and whether the step is compiled.
+    """
+
+    def __init__(self, decoder: Decoder, num_rows: int, capacity: int, config: "GenerationConfig") -> None:
+        device = decoder.embedding.weight.device
+        self.config, self.capacity = config, capacity
+        self.cache = KeyValueCache(decoder.config, num_rows, capacity, cache_dtype(decoder), device)
+        self.input_ids = torch.zeros(num_rows, 1, dtype=torch.int64, device=device)
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(capacity, num_rows, dtype=torch.int64, device=device)  # of each step
+        self.draws = self.held = None
+        if config.temperature > 0:
+            self.draws = torch.zeros(capacity, num_rows, device=device)
+        if config.repetition_penalty != 1:
+            self.held = torch.zeros(num_rows, decoder.config.vocab_size, dtype=torch.bool, device=device)
+        self.one_token = compiled_step(device.type) if config.compile else one_token
+        self.on_gpu = device.type == "cuda"
+        self.slots: dict[int, Tensor] = {}  # by how many attention reads
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        if self.on_gpu:
+            self.stream = torch.cuda.Stream(device)
+            self.fetched = torch.zeros(self.tokens.shape, dtype=torch.int64, pin_memory=True)
+
+    def run(
+        self, decoder: Decoder, windows: Sequence[Sequence[int]], count: int, draws: Tensor | None, held: Tensor | None
+    ) -> Iterator[list[int]]:
+        """The next `count` tokens of every row, at most the capacity, step by step; later steps are under way before
+        the tokens of a step are given.
+
+        Args:
+            decoder: The same, with weights in the same place.
+            windows: Token ids that each row holds.
+            count: Steps.
+            draws: (count, B) on the host; see `lm.decoding.sampling.choose`, as for held.
+            held: (B, V) on the host.
+        """
+        for buffer, values in ((self.draws, draws), (self.held, held)):
+            if buffer is not None:
+                buffer[: len(values)].copy_(values)
+        self.cache.clear()
+        self.step.zero_()
+        input_ids, lengths = pad(windows, decoder)
+        hidden = decoder.hidden_states(input_ids, self.cache, lengths)
+        self._choose(*last_logits(decoder, hidden, lengths))
+        longest = max(map(len, windows))
+        coming: deque[Callable[[], list[list[int]]]] = deque()
+        for begin in range(0, count, LATE):
+            end = min(begin + LATE, count)
+            for step in range(max(begin, 1), end):
+                self._advance(decoder, min(longest + step, self.capacity))
+            coming.append(self._fetch(begin, end))
+            if len(coming) == 2:
+                yield from coming.popleft()()
+        while coming:
+            yield from coming.popleft()()
+
+    def _advance(self, decoder: Decoder, held: int) -> None:
+        """One more token a row, after which no row that still counts holds more than `held`."""
+        visible = min(_bucket(held), self.capacity)
+        if visible in self.graphs:
+            self.graphs[visible].replay()
+        elif visible not in self.slots:
+            self.slots[visible] = torch.arange(visible, device=self.step.device)
+            self._warm_up(decoder, visible)
+        elif self.on_gpu and self._capture(decoder, visible):
+            self.graphs[visible].replay()
+        else:
+            self._plain(decoder, visible)
+
+    def _warm_up(self, decoder: Decoder, visible: int) -> None:
+        """A first step where later ones will be captured: it compiles, and makes what libraries keep for a stream."""
+        if not self.on_gpu:
+            return self._plain(decoder, visible)
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            self._plain(decoder, visible)
+        current.wait_stream(self.stream)
+        return None
+
+    def _plain(self, decoder: Decoder, visible: int) -> None:
+        if self.config.compile:
+            self.cache.mark_dynamic()
+            for tensor in (self.slots[visible], self.input_ids):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        try:
+            self._choose(*self.one_token(decoder, self.input_ids, self.cache, self.slots[visible]))
+        except COMPILER_FAILED as error:
+            raise CompilationError from error
+
+    def _capture(self, decoder: Decoder, visible: int) -> bool:
+        """Make the graph, without running it; False where that is not possible, now and from then on."""
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # One at a time in a process; other threads may go on with work of their own.
+            with _capturing, torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self._plain(decoder, visible)
+        except RuntimeError:
+            torch.cuda.set_stream(current)
+            self.on_gpu = False
+            return False
+        self.graphs[visible] = graph
+        return True
+
+    def _choose(self, logits: Tensor, likeliest: Tensor) -> None:
+        draws = None if self.draws is None else self.draws.index_select(0, self.step)[0]
+        tokens = choose(logits, likeliest, draws, self.held, self.config)
+        self.tokens.index_copy_(0, self.step, tokens[None])
+        known = tokens.clamp(min=0)[:, None]  # -1 is none that could be looked up
+        self.input_ids.copy_(known)
+        if self.held is not None:
+            self.held.scatter_(1, known, True)
+        self.step += 1
+
+    def _fetch(self, begin: int, end: int) -> Callable[[], list[list[int]]]:
+        """What reads the tokens of these steps once they are there."""
+        if not self.tokens.is_cuda:
+            return self.tokens[begin:end].tolist
+        self.fetched[begin:end].copy_(self.tokens[begin:end], non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+        def read() -> list[list[int]]:
+            done.synchronize()
+            return self.fetched[begin:end].tolist()
+
+        return read
+
+
+_kept: weakref.WeakKeyDictionary[Decoder, tuple[tuple, GraphSteps]] = weakref.WeakKeyDictionary()
+_keeping, _capturing = Lock(), Lock()
+
+
+@contextmanager
+def steps_for(decoder: Decoder, num_rows: int, capacity: int, config: "GenerationConfig") -> Iterator[GraphSteps]:
+    """Buffers and graphs for this work, for the caller alone. They are kept for the next of its kind as long as the
+    decoder lives and its weights stay where they are."""
+    capacity = min(_bucket(capacity), decoder.config.max_sequence_length)
+    chosen = (config.temperature, config.top_k, config.top_p, config.min_p, config.repetition_penalty, config.compile)
+    tensors = [*decoder.parameters(), *decoder.buffers()]
+    key = (num_rows, capacity, chosen, *((tensor.data_ptr(), tensor.dtype) for tensor in tensors))
+    with _keeping:
+        kept, steps = _kept.pop(decoder, (None, None))
+    device = tensors[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        if kept != key:
+            steps = None  # first, for the memory
+            steps = GraphSteps(decoder, num_rows, capacity, config)
+        yield steps
+    with _keeping:
+        _kept[decoder] = (key, steps)

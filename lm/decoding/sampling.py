@@ -1,0 +1,130 @@
+"""What stands between logits and a token: the likeliest, filters, and the penalty on repetition."""
+
+import functools
+import math
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lm.decoding.config import GenerationConfig
+
+NUCLEUS = 256  # tokens that are looked at first
+LARGEST_DRAW = 1 - 2**-22  # in float32, for not every device has float64, more times a sum may round up to that sum
+
+
+def likeliest(logits: Tensor, block_size: int = 64) -> Tensor:
+    """The token (B,) of the largest of logits (B, V), the first of equals; -1 where that is not finite.
+
+    Of blocks first, since torch compares the elements of a row one by one, but takes the maxima of many short rows at
+    the processor's full width.
+    """
+    if logits.shape[-1] % block_size:
+        highest, token = logits.max(-1)
+    else:
+        blocks = logits.unflatten(-1, (-1, block_size))
+        highest, block = blocks.amax(-1).max(-1)
+        token = block * block_size + blocks[torch.arange(len(logits), device=logits.device), block].argmax(-1)
+    return token.where(highest.isfinite(), -1)
+
+
+def filter_logits(
+    logits: Tensor, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
+) -> Tensor:
+    """Logits (B, V) with -inf for every token that a filter excludes.
+
+    The filters act in this order, each on the distribution that the one before left. At least the likeliest token
+    stays.
+    """
+    kept, ids = _filtered(logits, top_k, top_p, min_p)
+    return kept if ids is None else torch.full_like(logits, -math.inf).scatter(1, ids, kept)
+
+
+def _filtered(
+    logits: Tensor, top_k: int | None, top_p: float | None, min_p: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """What `filter_logits` leaves: logits (B, n), and the ids (B, n) of their tokens; None for all, in their order."""
+    ids = None
+    if top_k is not None or top_p is not None:
+        vocab_size = logits.shape[-1]
+        most = min(top_k or vocab_size, vocab_size)
+        # A nucleus is small, and a whole vocabulary slow to sort: first the likeliest, which mostly hold it. On a GPU
+        # the host would have to wait to know.
+        few_first = top_k is None and logits.device.type == "cpu"
+        for size in (min(NUCLEUS, most), most) if few_first else (most,):
+            ordered, ids = logits.topk(size)
+            if top_p is None:
+                break
+            total = (logits if top_k is None else ordered).float().logsumexp(-1, keepdim=True)
+            probs = (ordered.float() - total).exp()
+            if size == most or (probs.sum(-1) > top_p + 1e-4).all():
+                before = probs.cumsum(-1) - probs
+                ordered = ordered.masked_fill((before >= top_p) & (before > 0), -math.inf)
+                break
+        logits = ordered
+    if min_p:
+        border = logits.amax(-1, keepdim=True) + math.log(min_p)
+        logits = logits.masked_fill(logits < border, -math.inf)
+    return logits, ids
+
+
+def penalize_repetition(logits: Tensor, held: Tensor, penalty: float) -> Tensor:
+    """Divide the positive and multiply the negative logits (B, V) by the penalty where `held` (B, V) is True: for the
+    tokens that a row holds."""
+    return logits.where(~held, torch.where(logits > 0, logits / penalty, logits * penalty))
+
+
+def choose(
+    logits: Tensor, likeliest: Tensor, draws: Tensor | None, held: Tensor | None, config: "GenerationConfig"
+) -> Tensor:
+    """The next token (B,) of each row; -1 where `likeliest` says that its logits are not finite.
+
+    On a GPU the host does not wait for it, and what is computed depends on the configuration alone, so that it can be
+    part of a CUDA graph.
+
+    Args:
+        logits: (B, V), float32.
+        likeliest: (B,), of `likeliest`.
+        draws: (B,) random numbers in [0, `LARGEST_DRAW`], one a row; None where temperature is 0.
+        held: (B, V), True for the tokens that a row holds; None where there is no penalty.
+        config: Temperature, filters and penalty.
+    """
+    if config.repetition_penalty != 1:
+        logits = penalize_repetition(logits, held, config.repetition_penalty)
+    if config.temperature > 0:
+        tokens = sample(logits, draws, config)
+    elif config.repetition_penalty == 1:
+        return likeliest
+    else:
+        tokens = logits.argmax(-1)
+    return tokens.where(likeliest >= 0, -1)
+
+
+def sample(logits: Tensor, draws: Tensor, config: "GenerationConfig") -> Tensor:
+    """The token (B,) at which the cumulative distribution of each row reaches its draw; arguments as of `choose`."""
+    if logits.is_cuda and (kernel := _sampling_kernel()) is not None and logits.shape[-1] <= kernel.LARGEST:
+        return kernel.sample(logits, draws, config)
+    # Divided by the temperature after the maximum is taken off, or a tiny temperature would overflow.
+    logits = (logits - logits.amax(-1, keepdim=True)) / config.temperature
+    logits, ids = _filtered(logits, config.top_k, config.top_p, config.min_p)
+    if ids is not None:  # in the order of their ids, in which a draw goes over them whatever the filter
+        ids, order = ids.sort(-1)
+        logits = logits.gather(-1, order)
+    cumulative = logits.softmax(-1).cumsum(-1)
+    reached = draws[:, None] * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, reached, right=True)
+    return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(1)
+
+
+@functools.cache
+def _sampling_kernel() -> ModuleType | None:
+    """lm/decoding/sampling_kernel.py, where Triton is there and makes code for this GPU: it is tried."""
+    try:
+        from lm.decoding import sampling_kernel
+        from lm.decoding.config import GenerationConfig
+
+        sampling_kernel.sample(torch.zeros(1, 2, device="cuda"), torch.zeros(1, device="cuda"), GenerationConfig())
+        torch.cuda.synchronize()
+    except Exception:  # of many kinds: no Triton, no C compiler for its launcher, a GPU that is too old
+        return None
+    return sampling_kernel

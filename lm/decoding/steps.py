@@ -1,0 +1,144 @@
+"""Logits of the next tokens of some stories: from their whole text, or from a cache, plain or compiled.
+
+Each way is called with the tokens of every story, {row: token ids}, once for each new token.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lm.decoding.compilation import CompiledStep
+from lm.decoding.quantization import WeightFormat, prepare
+from lm.decoding.sampling import likeliest
+from lm.model.decoder import Decoder
+from lm.model.kv_cache import KeyValueCache
+
+GROWTH = 64  # tokens that a cache read by compiled code gains at a time
+STEPPED = 4  # tokens of a prompt that compiled code takes one by one sooner than plain code takes them all
+PACKED_FROM = 16  # tokens to come, from which laying out the matrices anew pays for itself
+
+
+def laid_out(
+    decoder: Decoder, num_rows: int, max_new_tokens: int, weights: WeightFormat | None, compile: bool
+) -> Decoder:
+    """The decoder with its matrices laid out for decoding in the format `weights`, or as is where that does not pay.
+
+    Raises:
+        ValueError: `weights` is given for a decoder that is not float32 on a processor.
+    """
+    weight = decoder.embedding.weight
+    # A subclass is how FSDP marks a decoder whose weights are not all here.
+    plain = type(decoder) is Decoder and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if weights is None and not (plain and weight.device.type == "cpu"):
+        return decoder
+    pack = max_new_tokens >= PACKED_FROM and not (compile and num_rows == 1)
+    if weights is None and not compile and not pack:
+        return decoder
+    return prepare(decoder, weights or "float32", pack)
+
+
+class Recomputed:
+    """Logits of the next tokens from the whole windows: the baseline."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+
+    def __call__(self, windows: Mapping[int, Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Of each row's tokens: logits (B, V) in float32, and the likeliest tokens (B,)."""
+        input_ids, lengths = pad(list(windows.values()), self.decoder)
+        return last_logits(self.decoder, self.decoder.hidden_states(input_ids), lengths)
+
+
+class Cached:
+    """Logits of the next tokens from the last tokens and a cache of all before.
+
+    Args:
+        decoder: In eval mode.
+        max_new_tokens: That a row gains at most.
+        compile: Whether compiled code takes the steps of one token.
+    """
+
+    def __init__(self, decoder: Decoder, max_new_tokens: int, compile: bool) -> None:
+        self.decoder, self.max_new_tokens, self.compile = decoder, max_new_tokens, compile
+        self.compiled: CompiledStep | None = None
+        self.cache: KeyValueCache | None = None
+        self.held: dict[int, int] = {}  # row: tokens of its window in the cache
+
+    def __call__(self, windows: Mapping[int, Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """As `Recomputed`; rows may have left since the last call.
+
+        Raises:
+            CompilationError, InputError: As `CompiledStep`.
+        """
+        if self.cache is None:
+            self.num_rows, longest = len(windows), max(map(len, windows.values()))
+            # The last token is never read back.
+            self.capacity = min(longest + self.max_new_tokens - 1, self.decoder.config.max_sequence_length)
+        refilled = any(len(window) != self.held.get(row, -1) + 1 for row, window in windows.items())
+        if refilled:
+            # At the start, and again where a window was cut: its keys hold old positions.
+            new = list(windows.values())
+            self.cache = self._empty_cache(len(new), max(map(len, new)))
+        else:
+            new = [window[-1:] for window in windows.values()]
+            if len(windows) < len(self.held):
+                places = {row: place for place, row in enumerate(self.held)}
+                self.cache.keep([places[row] for row in windows])
+        self.held = {row: len(window) for row, window in windows.items()}
+        on_processor = self.decoder.embedding.weight.device.type == "cpu"
+        short = on_processor and len(new) == 1 and len(new[0]) <= min(STEPPED, self.capacity - 1)
+        if self.compile and (short or not refilled):
+            for tokens in zip(*new, strict=True):
+                result = self._step(tokens)
+            return result
+        input_ids, lengths = pad(new, self.decoder)
+        hidden = self.decoder.hidden_states(input_ids, self.cache, lengths)
+        return last_logits(self.decoder, hidden, lengths)
+
+    def _empty_cache(self, num_rows: int, longest: int) -> KeyValueCache:
+        device = self.decoder.embedding.weight.device
+        # Compiled code reads the whole capacity, which therefore grows with the stories.
+        capacity = min(self.capacity, longest + GROWTH) if self.compile else self.capacity
+        return KeyValueCache(self.decoder.config, num_rows, capacity, cache_dtype(self.decoder), device)
+
+    def _step(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """One more token a row, by compiled code, which is made when it is first needed."""
+        if self.compiled is None:
+            self.compiled = CompiledStep(self.decoder, self.num_rows)
+        if max(self.held.values()) > self.cache.capacity:
+            self.cache.grow(min(self.cache.capacity + GROWTH, self.capacity))
+        device = self.decoder.embedding.weight.device
+        if len(tokens) == 1:  # quicker than from a list
+            input_ids = torch.full((1, 1), tokens[0], device=device)
+        else:
+            input_ids = torch.tensor(tokens, device=device)[:, None]
+        result = self.compiled(input_ids, self.cache)
+        self.cache.advance_one()
+        return result
+
+
+def cache_dtype(decoder: Decoder) -> torch.dtype:
+    """Of keys and values: the decoder's, or that of autocast where it is on."""
+    weight = decoder.embedding.weight
+    autocast = torch.is_autocast_enabled(weight.device.type)
+    return torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+
+
+def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Tensor | None]:
+    """Ids (B, T), padded on the right, and lengths (B,), None where all are equal."""
+    device = decoder.embedding.weight.device
+    longest = max(map(len, windows))
+    input_ids = torch.tensor([[*window, *[0] * (longest - len(window))] for window in windows], device=device)
+    if all(len(window) == longest for window in windows):
+        return input_ids, None
+    return input_ids, torch.tensor([len(window) for window in windows], device=device)
+
+
+def last_logits(decoder: Decoder, hidden: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Logits (B, V), float32, of each row's last hidden state, for the head is the dearest product of a step; and the
+    likeliest tokens (B,)."""
+    rows = torch.arange(len(hidden), device=hidden.device)
+    last = hidden[:, -1] if lengths is None else hidden[rows, lengths - 1]
+    logits = decoder.logits(last).float()
+    return logits, likeliest(logits)

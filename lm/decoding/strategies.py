@@ -1,0 +1,283 @@
+"""``python -m lm.decoding RUN``: how greedy decoding and sampling differ on one model, in figures and in stories.
+
+Written for the claim that greedy decoding repeats itself while sampling does not: measured are the share of repeated
+4-grams, within each story (Welleck et al. 2020, arXiv:1908.04319) and over all stories together, distinct-2 (Li et
+al. 2016, arXiv:1510.03055), the model's own perplexity of what it wrote, and tokens per second. Greedy decoding runs
+with and without the cache, which must not change a token.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jsonargparse import ArgumentError, auto_cli
+from rich import box
+from rich.table import Table
+
+from experiment.errors import InputError
+from experiment.nn.hardware import default_device
+from experiment.progress import console, progress
+from experiment.quiet import quiet_libraries
+from experiment.sources.paths import user_path
+from lm.data.prompts import read_prompts
+from lm.data.tokenizer import StoryTokenizer
+from lm.decoding.config import GenerationConfig
+from lm.decoding.generation import generate
+from lm.formats.pretrained import load_checkpoint
+from lm.model.decoder import Decoder
+
+PROMPTS = [
+    "Once upon a time",
+    "One day, a little girl named Lily",
+    "One day, a boy named Tim found",
+    "There was a small dog",
+    "The sun was shining and",
+    "Mom said",
+    "In the forest lived a bear",
+    "Anna had a red ball.",
+    "It was a rainy day.",
+    "Ben and his dad went to",
+    "The cat was sad because",
+    "Sam wanted to play with",
+]
+UNCACHED, GREEDY = "greedy, no cache", "greedy"
+STRATEGIES = {
+    UNCACHED: {"temperature": 0.0, "use_cache": False},
+    GREEDY: {"temperature": 0.0},
+    "temperature 0.5": {"temperature": 0.5},
+    "temperature 0.8": {"temperature": 0.8},
+    "temperature 1": {"temperature": 1.0},
+    "top-p 0.9": {"temperature": 1.0, "top_p": 0.9},
+    "top-p 0.5": {"temperature": 1.0, "top_p": 0.5},
+}
+
+
+@dataclass
+class Outcome:
+    """What one way of decoding did to all prompts.
+
+    Args:
+        strategy: Its name in STRATEGIES.
+        tokens_per_second: New tokens of all stories, decoded in one batch, by the time it took.
+        repeated_4_grams: Share of 4-grams that the same story had before; see `repeated_share`.
+        repeated_4_grams_overall: Share of 4-grams that this story or one before had already, from different prompts.
+        distinct_2: See `distinct_share`.
+        perplexity: exp of the mean loss of the new tokens, under the model itself at temperature 1.
+        mean_length: New tokens a story.
+        stories: Texts, prompts included.
+        token_ids: New tokens of each story.
+    """
+
+    strategy: str
+    tokens_per_second: float
+    repeated_4_grams: float
+    repeated_4_grams_overall: float
+    distinct_2: float
+    perplexity: float
+    mean_length: float
+    stories: list[str]
+    token_ids: list[list[int]]
+
+
+def n_grams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    return list(zip(*(tokens[i:] for i in range(n)), strict=False))
+
+
+def repeated_share(stories: Sequence[Sequence[int]], n: int = 4) -> float:
+    """Of the n-grams of all stories, the share that occurred before in the same story; 0 if there are none."""
+    grams = [n_grams(story, n) for story in stories]
+    total = sum(map(len, grams))
+    return 1 - sum(len(set(of_one)) for of_one in grams) / total if total else 0.0
+
+
+def distinct_share(stories: Sequence[Sequence[int]], n: int = 2) -> float:
+    """Different n-grams over all n-grams of all stories together; 1 if there are none."""
+    grams = [gram for story in stories for gram in n_grams(story, n)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+@torch.inference_mode()
+def output_perplexity(decoder: Decoder, prompts: list[list[int]], stories: list[list[int]]) -> float:
+    """Perplexity of the stories' tokens, each given its prompt and the tokens before it."""
+    loss, tokens = 0.0, 0
+    for prompt, story in zip(prompts, stories, strict=True):
+        ids = torch.tensor([prompt + story], device=decoder.embedding.weight.device)
+        logits = decoder(ids[:, :-1])[0, len(prompt) - 1 :].float()
+        loss += F.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").item()
+        tokens += len(story)
+    return math.exp(loss / tokens)
+
+
+def measure(
+    decoder: Decoder, tokenizer: StoryTokenizer, prompts: Sequence[str], max_new_tokens: int = 200, seed: int = 0
+) -> list[Outcome]:
+    """Decode all prompts in every way of STRATEGIES.
+
+    Raises:
+        InputError: A prompt does not leave room for a story in the model's context.
+    """
+    encoded = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if len(ids) >= decoder.config.max_sequence_length:
+            raise InputError(
+                f"prompt {prompt[:40]!r} has {len(ids)} tokens, expected fewer than the model's context of "
+                f"{decoder.config.max_sequence_length}: shorten it"
+            )
+    generate(decoder, encoded, GenerationConfig(max_new_tokens=2))  # the first call pays for memory and kernels
+    outcomes = []
+    with progress("decoding", len(STRATEGIES)) as advance:
+        for name, options in STRATEGIES.items():
+            config = GenerationConfig(max_new_tokens=max_new_tokens, seed=seed, **options)
+            if decoder.embedding.weight.is_cuda:
+                generate(decoder, encoded, config, eos_id=tokenizer.eos_id)  # makes the graphs of this way
+            begin = time.perf_counter()
+            results = generate(decoder, encoded, config, eos_id=tokenizer.eos_id)
+            seconds = time.perf_counter() - begin
+            new = [result.token_ids for result in results]
+            written = [[token for token in ids if token != tokenizer.eos_id] for ids in new]
+            count = sum(map(len, new))
+            outcomes.append(
+                Outcome(
+                    strategy=name,
+                    tokens_per_second=count / seconds,
+                    repeated_4_grams=repeated_share(written),
+                    repeated_4_grams_overall=1 - distinct_share(written, 4),
+                    distinct_2=distinct_share(written),
+                    perplexity=output_perplexity(decoder, encoded, new),
+                    mean_length=count / len(new),
+                    stories=[tokenizer.decode(ids + story) for ids, story in zip(encoded, new, strict=True)],
+                    token_ids=new,
+                )
+            )
+            advance(1)
+    return outcomes
+
+
+def show(outcomes: Sequence[Outcome]) -> None:
+    """Print the figures, what they say of greedy decoding and the cache, and a story of each."""
+    table = Table(
+        title="Decoding compared",
+        title_justify="left",
+        caption="rep-4: share of 4-grams that the same story had before; overall: that it or an earlier story had",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # so that it fits into 80 columns
+    )
+    table.add_column("decoding", no_wrap=True)
+    for column in ("tokens/s", "length", "rep-4", "overall", "distinct-2", "perplexity"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for one in outcomes:
+        table.add_row(
+            one.strategy, f"{one.tokens_per_second:,.0f}", f"{one.mean_length:.0f}", f"{one.repeated_4_grams:.1%}",
+            f"{one.repeated_4_grams_overall:.1%}", f"{one.distinct_2:.3f}", f"{one.perplexity:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    by_name = {one.strategy: one for one in outcomes}
+    greedy, uncached = by_name[GREEDY], by_name[UNCACHED]
+    changed = sum(a != b for a, b in zip(greedy.token_ids, uncached.token_ids, strict=True))
+    faster = greedy.tokens_per_second / uncached.tokens_per_second
+    console.print(
+        f"the cache: {faster:.1f} times the speed, and "
+        + ("no token changed" if not changed else f"{changed} of {len(greedy.token_ids)} stories changed")
+    )
+    sampled = by_name["temperature 1"]
+    console.print(
+        "repetition, of all 4-grams: "
+        f"{greedy.repeated_4_grams_overall:.1%} by greedy decoding ({greedy.repeated_4_grams:.1%} within a story), "
+        f"{sampled.repeated_4_grams_overall:.1%} ({sampled.repeated_4_grams:.1%}) by sampling at temperature 1"
+    )
+    across = greedy.repeated_4_grams_overall > sampled.repeated_4_grams_overall
+    within = greedy.repeated_4_grams > sampled.repeated_4_grams
+    console.print(
+        f"greedy decoding repeats {'more' if across else 'no more'} from story to story, and "
+        f"{'more' if within else 'no more'} within one\n"
+    )
+    for one in outcomes:
+        if one.strategy != UNCACHED:
+            console.print(f"[dim]{one.strategy}[/dim]")
+            console.print(f"  {one.stories[0]}\n", markup=False)
+
+
+def draw(outcomes: Sequence[Outcome], file: Path) -> None:
+    """The figures of each way of decoding as bars."""
+    from matplotlib.figure import Figure
+
+    panels = {
+        "tokens per second": [one.tokens_per_second for one in outcomes],
+        "repeated 4-grams, in a story": [one.repeated_4_grams for one in outcomes],
+        "repeated 4-grams, overall": [one.repeated_4_grams_overall for one in outcomes],
+        "distinct-2": [one.distinct_2 for one in outcomes],
+        "perplexity of the output": [one.perplexity for one in outcomes],
+    }
+    names = [one.strategy for one in outcomes]
+    figure = Figure(figsize=(13, 0.5 + 0.38 * len(names)), layout="constrained")
+    for axes, (title, values) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+        form = "{:.1%}" if title.startswith("repeated") else "{:,.0f}" if max(values) > 100 else "{:.2f}"
+        bars = axes.barh(names, values, color=["#2f7fe0" if "greedy" in name else "#e0700c" for name in names])
+        axes.bar_label(bars, [form.format(value) for value in values], padding=3, fontsize=8)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlim(0, max(max(values), 1e-6) * 1.28)
+        axes.set_xticks([])
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+        axes.tick_params(left=False)
+    figure.axes[0].invert_yaxis()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=200)
+
+
+def compare(
+    run: str,
+    prompts: list[str] | str | None = None,
+    max_new_tokens: int = 200,
+    seed: int = 0,
+    tokenizer: str | None = None,
+) -> None:
+    """Decode the same prompts greedily and by sampling, and compare.
+
+    Writes decoding.json and figures/decoding.png into the run's folder.
+
+    Args:
+        run: The folder of a run, such as runs/lm/demo (its best checkpoint is taken), or a checkpoint in it.
+        prompts: Beginnings of stories, or a file with one a line; by default a dozen.
+        max_new_tokens: Longest continuation, in tokens.
+        seed: Of sampling.
+        tokenizer: The model's tokenizer; by default the one of the run.
+    """
+    from experiment.runs.run import find_checkpoint  # brings Lightning, which --help need not wait for
+
+    checkpoint = find_checkpoint(user_path(run))
+    folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    decoder, story_tokenizer = load_checkpoint(checkpoint, tokenizer)
+    decoder.to(default_device())
+    try:
+        outcomes = measure(decoder, story_tokenizer, read_prompts(prompts or PROMPTS), max_new_tokens, seed)
+    except InputError:
+        raise
+    except ValueError as error:  # of GenerationConfig
+        raise InputError(str(error)) from error
+    show(outcomes)
+    draw(outcomes, folder / "figures" / "decoding.png")
+    records = [asdict(outcome) for outcome in outcomes]
+    (folder / "decoding.json").write_text(json.dumps(records, ensure_ascii=False) + "\n", encoding="utf-8")
+    console.print(f"[dim]written: {folder / 'figures' / 'decoding.png'}, {folder / 'decoding.json'}[/dim]")
+    if (folder / "metrics.csv").is_file():
+        console.print(f"next: python -m experiment.pages.report {folder}  [dim](shows it among the rest)[/dim]")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; bad input ends with one line on stderr and exit code 2."""
+    quiet_libraries(debug=False)
+    try:
+        auto_cli(compare, args=None if args is None else list(args), exit_on_error=False)
+    except (InputError, ArgumentError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {error.filename or 'writing'}: {error.strerror}; free space", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,288 @@
+"""Weights to and from Hugging Face's Llama, and its Qwen3 where queries and keys are normalised.
+
+These are the same models as ours under other names, with query, key and value, and gate and up, in matrices of their
+own; rotary pairs are element i of each half of a head in all. Only json and safetensors are read, so nothing in a
+folder is executed, and names and shapes are compared before anything of their size is made.
+"""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from experiment.errors import InputError
+from lm.data.tokenizer import StoryTokenizer
+from lm.data.tokenizer_files import load_tokenizer
+from lm.model.config import DecoderConfig
+from lm.model.decoder import Decoder
+from lm.model.variants import VariantDecoder
+
+# Ours: theirs, from the first row of our matrix to the last.
+_BLOCK = {
+    "attention_norm": ("input_layernorm",),
+    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.out": ("self_attn.o_proj",),
+    "feed_forward_norm": ("post_attention_layernorm",),
+    "feed_forward.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "feed_forward.down": ("mlp.down_proj",),
+}
+_QUERY_KEY_NORM = {"attention.query_norm": ("self_attn.q_norm",), "attention.key_norm": ("self_attn.k_norm",)}
+LONGEST_CONTEXT = 2**22  # a config.json could ask for rotary tables of any size
+
+
+def parameter_names(config: DecoderConfig) -> dict[str, list[str]]:
+    """Our parameters and Hugging Face's that each is stacked from."""
+    names = {"embedding.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"]}
+    block = _BLOCK | (_QUERY_KEY_NORM if config.query_key_norm else {})
+    for layer in range(config.num_layers):
+        for ours, parts in block.items():
+            names[f"blocks.{layer}.{ours}.weight"] = [f"model.layers.{layer}.{part}.weight" for part in parts]
+    if not config.tie_embeddings:
+        names["head.weight"] = ["lm_head.weight"]
+    return names
+
+
+def parameter_shape(config: DecoderConfig, name: str) -> tuple[int, ...]:
+    """Shape of a parameter of Hugging Face's model."""
+    hidden, inner, key = config.hidden_size, config.intermediate_size, config.kv_heads * config.head_dim
+    shapes = {
+        "embed_tokens": (config.vocab_size, hidden),
+        "lm_head": (config.vocab_size, hidden),
+        "q_proj": (hidden, hidden),
+        "k_proj": (key, hidden),
+        "v_proj": (key, hidden),
+        "o_proj": (hidden, hidden),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
+        "q_norm": (config.head_dim,),
+        "k_norm": (config.head_dim,),
+    }
+    return shapes.get(name.split(".")[-2], (hidden,))  # the rest are norms of the residual stream
+
+
+def split_weights(decoder: Decoder) -> dict[str, Tensor]:
+    """The decoder's weights under Hugging Face's names, in float32 on the CPU.
+
+    Raises:
+        InputError: If it has what no other program knows.
+    """
+    if decoder.config.value_residual:
+        raise InputError("value_residual=True: no other program knows such a model; train without it to export")
+    if isinstance(decoder, VariantDecoder):
+        named = ", ".join(f"model.variant.{name} {value}" for name, value in decoder.variant.changed.items())
+        raise InputError(f"{named}: no other program knows such a model; train without it to export")
+    state = decoder.state_dict()
+    weights = {}
+    for ours, parts in parameter_names(decoder.config).items():
+        rows = [parameter_shape(decoder.config, part)[0] for part in parts]
+        for part, weight in zip(parts, state[ours].detach().float().cpu().split(rows), strict=True):
+            weights[part] = weight.contiguous()
+    return weights
+
+
+def join_weights(config: DecoderConfig, weights: dict[str, Tensor]) -> Decoder:
+    """A decoder, in float32, of weights under Hugging Face's names."""
+    decoder = Decoder(config)
+    state = {
+        ours: torch.cat([weights[part].float() for part in parts]) for ours, parts in parameter_names(config).items()
+    }
+    decoder.load_state_dict(state)
+    return decoder.eval()
+
+
+def check_vocabulary(config: DecoderConfig, tokenizer: StoryTokenizer) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {config.vocab_size}; "
+            "give the tokenizer that the model was trained with"
+        )
+
+
+def to_hugging_face(decoder: Decoder, tokenizer: StoryTokenizer, folder: str | Path) -> None:
+    """Write a folder that transformers' `AutoModelForCausalLM` and `AutoTokenizer` load.
+
+    Args:
+        decoder: Written in float32.
+        tokenizer: The one the decoder was trained with.
+        folder: Made, whole or not at all; must not hold anything yet.
+
+    Raises:
+        InputError: If the folder holds something, the tokenizer is another model's, or no model there has the
+            decoder's values.
+    """
+    folder = Path(folder)
+    check_vocabulary(decoder.config, tokenizer)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists already; give a folder that is new or empty")
+    weights, config = split_weights(decoder), decoder.config
+    description = {
+        "architectures": ["Qwen3ForCausalLM" if config.query_key_norm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if config.query_key_norm else "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_sequence_length,
+        "rms_norm_eps": config.rms_norm_eps,
+        # transformers 5 reads the second, transformers 4 the first.
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }
+    # The pad is no part of config.json: there, it would freeze that token's embedding in transformers.
+    defaults = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=".export-") as scratch:
+        partial = Path(scratch) / "model"
+        tokenizer.save(partial)
+        (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        (partial / "generation_config.json").write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
+        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        partial.replace(folder)
+
+
+def from_hugging_face(folder: str | Path) -> tuple[Decoder, StoryTokenizer]:
+    """The decoder, in float32, and the tokenizer of a local folder with a Llama or a Qwen3.
+
+    Raises:
+        InputError: If something is missing or damaged, or the model has what our decoder has not: scaled rotary
+            positions, biases, another activation, heads of another size, another architecture, quantized weights.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    weights = _read_weights(folder, config)
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(config, tokenizer)
+    return join_weights(config, weights), tokenizer
+
+
+def _read_weights(folder: Path, config: DecoderConfig) -> dict[str, Tensor]:
+    """The tensors of a folder's safetensors files, read once names and shapes agree with the config."""
+    files = _weight_files(folder)
+    try:
+        shapes = {}
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        if config.num_layers > len(shapes):
+            raise InputError(f"{folder}: {len(shapes)} tensors cannot be the {config.num_layers} layers of config.json")
+        names = [part for parts in parameter_names(config).values() for part in parts]
+        for name in names:
+            if shapes.get(name) != parameter_shape(config, name):
+                found = shapes.get(name, "missing")
+                raise InputError(
+                    f"{folder}: {name} is {found}, but config.json asks for {parameter_shape(config, name)}"
+                )
+        # Rotary tables are computed anew; a tied head may be stored a second time.
+        redundant = ".rotary_emb.inv_freq", "lm_head.weight"
+        if surplus := [name for name in shapes if name not in names and not name.endswith(redundant)]:
+            raise InputError(f"{folder}: our decoder has no place for {surplus[0]}; import another model")
+        weights = {}
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                weights |= {name: file.get_tensor(name) for name in file.keys() if name in names}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder} holds no whole safetensors file ({error}); copy it again") from None
+    return weights
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        if not (folder / "model.safetensors").exists():
+            raise InputError(
+                f"{folder} holds no model.safetensors; other formats can run code when they are read, "
+                "so save the model again with transformers' save_pretrained"
+            )
+        return [folder / "model.safetensors"]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{index} is no index of safetensors files; copy it again") from None
+    if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        raise InputError(f"{index} names {outside[0]!r}, which is no file of this folder; copy it again")
+    return sorted(folder / name for name in names)
+
+
+def _read_config(folder: Path) -> DecoderConfig:
+    path = folder / "config.json"
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}); give a folder that `save_pretrained` wrote"
+        ) from None
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON ({error}); copy the folder again") from None
+    model_type = described.get("model_type") if isinstance(described, dict) else None
+    if model_type not in ("llama", "qwen3"):
+        raise InputError(f"{path}: model_type {model_type!r}; only 'llama' and 'qwen3' can be imported")
+    rope = described.get("rope_parameters") or {}
+    scaling = described.get("rope_scaling") or {}
+    rope_type = scaling.get("rope_type", scaling.get("type", rope.get("rope_type", "default")))
+    hidden_size, num_heads = _integer(described, "hidden_size", path), _integer(described, "num_attention_heads", path)
+    for name, found, accepted in (
+        ("rope_type", rope_type, ("default",)),
+        ("partial_rotary_factor", rope.get("partial_rotary_factor", 1), (1,)),
+        ("attention_bias", described.get("attention_bias"), (None, False)),
+        ("mlp_bias", described.get("mlp_bias"), (None, False)),
+        ("hidden_act", described.get("hidden_act", "silu"), ("silu", "swish")),
+        ("head_dim", described.get("head_dim"), (None, hidden_size // max(1, num_heads))),
+        ("use_sliding_window", described.get("use_sliding_window"), (None, False)),
+        ("quantization_config", described.get("quantization_config"), (None,)),
+    ):
+        if found not in accepted:
+            raise InputError(
+                f"{path}: {name} {found!r}; our decoder knows {accepted[-1]!r} alone, so import another model"
+            )
+    try:
+        # The defaults are those of transformers' LlamaConfig.
+        config = DecoderConfig(
+            vocab_size=_integer(described, "vocab_size", path),
+            hidden_size=hidden_size,
+            intermediate_size=_integer(described, "intermediate_size", path),
+            num_layers=_integer(described, "num_hidden_layers", path),
+            num_heads=num_heads,
+            num_kv_heads=_integer(described, "num_key_value_heads", path, num_heads),
+            max_sequence_length=_integer(described, "max_position_embeddings", path, 2048),
+            rope_theta=float(rope.get("rope_theta", described.get("rope_theta", 10000.0))),
+            rms_norm_eps=float(described.get("rms_norm_eps", 1e-6)),
+            tie_embeddings=bool(described.get("tie_word_embeddings", False)),
+            query_key_norm=model_type == "qwen3",
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from None
+    if config.max_sequence_length > LONGEST_CONTEXT:
+        raise InputError(
+            f"{path}: max_position_embeddings {config.max_sequence_length} is beyond {LONGEST_CONTEXT}; lower it"
+        )
+    return config
+
+
+def _integer(described: dict[str, Any], name: str, path: Path, default: int | None = None) -> int:
+    found = described.get(name)
+    if found is None:
+        found = default
+    if not isinstance(found, int) or isinstance(found, bool):
+        raise InputError(f"{path}: {name} {found!r}; expected an integer")
+    return found

@@ -1,0 +1,166 @@
+"""Weights and tokenizers that are there already: of a run, of a checkpoint, or of what other programs write."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import yaml
+
+from experiment.errors import InputError
+from experiment.sources.hub import look_for_hub
+from lm.data.tokenizer import StoryTokenizer
+from lm.data.tokenizer_files import load_tokenizer
+from lm.formats.adapters import LoRAConfig, adapted, merged, our_key
+from lm.formats.gguf import from_gguf
+from lm.formats.hugging_face import from_hugging_face
+from lm.formats.llama2c import from_llama2c, llama2c_tokenizer_path
+from lm.model.config import DecoderConfig
+from lm.model.decoder import Decoder
+from lm.model.variants import Variant, make_decoder
+
+BASE = "base.pt"  # beside checkpoints that hold an adapter alone: what was adapted
+_KINDS = "a run's folder, a checkpoint, a Hugging Face folder or hub name, a llama2.c .bin or a .gguf"
+
+
+def load_pretrained(name: str | Path, tokenizer: str | None = None) -> tuple[Decoder, StoryTokenizer, str]:
+    """The decoder, in float32, and the tokenizer of a run, a checkpoint, a Hugging Face folder or hub name, a llama2.c
+    .bin or a .gguf.
+
+    Args:
+        name: Which.
+        tokenizer: Of a llama2.c .bin; by default model.tokenizer.bin, tokenizer.bin or tok512.bin beside it.
+
+    Returns:
+        The decoder, in evaluation mode, an adapter merged into it; the tokenizer; and where that is.
+
+    Raises:
+        InputError: There is nothing, it cannot be read, or our decoder cannot express it.
+    """
+    from experiment.runs.run import find_checkpoint, is_run, run_of  # bring Lightning, which --help need not wait for
+
+    path = Path(name).expanduser()
+    if not path.exists():
+        if path.suffix or str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:
+            raise InputError(f"{name} cannot be read (it does not exist); expected {_KINDS}")
+        path = _from_hub(str(name))
+    if path.suffix != ".bin" and tokenizer is not None:
+        raise InputError(f"tokenizer {tokenizer}: the one in {name} is taken; leave the option out")
+    if path.is_dir() and is_run(path) and not (path / "config.json").is_file():
+        path = find_checkpoint(path)
+    if path.is_dir():
+        decoder, loaded = from_hugging_face(path)
+        where = path
+    elif path.suffix == ".gguf":
+        decoder, loaded = from_gguf(path)
+        where = path
+    elif path.suffix == ".bin":
+        where = Path(tokenizer or _tokenizer_beside(path))
+        decoder, loaded = from_llama2c(path, where)
+    else:
+        decoder, loaded = load_checkpoint(path)
+        where = run_of(path) / "tokenizer"
+    if decoder.config.vocab_size != loaded.vocab_size:
+        raise InputError(
+            f"{name} has {decoder.config.vocab_size} embeddings, but its tokenizer {loaded.vocab_size} "
+            "tokens; cut the embeddings with transformers' resize_token_embeddings and save it again"
+        )
+    return decoder, loaded, str(where)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    look_for_hub()
+    patterns = ["config.json", "model*.safetensors*", "tokenizer*", "special_tokens_map.json"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError):  # no such name or network: all of the hub's errors are one of these
+        raise InputError(
+            f"{name} could not be downloaded from the Hub, and is no local path; expected {_KINDS}"
+        ) from None
+
+
+def load_checkpoint(checkpoint: str | Path, tokenizer: str | None = None) -> tuple[Decoder, StoryTokenizer]:
+    """The decoder and the tokenizer of a checkpoint that `python -m lm fit` has written, an adapter merged into it.
+
+    Args:
+        checkpoint: The file, or a run's folder: its best, or else its last.
+        tokenizer: As `--data.tokenizer`; None for what config.yaml in the run's folder names.
+
+    Raises:
+        InputError: If the file is damaged or another model's, or the tokenizer is not to be found.
+    """
+    from experiment.runs.run import find_checkpoint
+
+    checkpoint = Path(checkpoint).expanduser()
+    checkpoint = find_checkpoint(checkpoint) if checkpoint.is_dir() else checkpoint
+    decoder, lora = load_adapted(checkpoint)
+    if lora is not None:
+        decoder = merged(decoder, lora)
+    return decoder.eval(), _tokenizer_of(checkpoint) if tokenizer is None else load_tokenizer(tokenizer)
+
+
+def load_adapted(checkpoint: Path) -> tuple[Decoder, LoRAConfig | None]:
+    """The decoder of a checkpoint, with its adapter where it has one, and how that was trained.
+
+    Raises:
+        InputError: If the file is damaged or another model's, or what was adapted is not beside it.
+    """
+    from experiment.runs.run import read_checkpoint
+
+    content = read_checkpoint(checkpoint)
+    weights = {
+        name.removeprefix("decoder."): weight
+        for name, weight in content["state_dict"].items()
+        if name.startswith("decoder.")
+    }
+    try:
+        given = content["hyper_parameters"]
+        config = DecoderConfig(**given["decoder"])
+        if given.get("adapter", "full") == "full":
+            decoder = make_decoder(config, Variant(**given.get("variant", {})))
+            decoder.load_state_dict(weights)
+            return decoder, None
+        lora = LoRAConfig(**given["lora"])
+        base = checkpoint.resolve().with_name(BASE)
+        if not base.is_file():
+            raise InputError(f"{checkpoint} holds an adapter alone, and {base} is not there: copy the whole run")
+        weights = {our_key(name): weight for name, weight in weights.items()}
+        return adapted(config, load_adapted(base)[0].state_dict(), lora, weights), lora
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{checkpoint} is no checkpoint of the language model ({error})") from error
+
+
+def save_base(config: DecoderConfig, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write what is adapted beside the checkpoints, so that the run's folder is enough."""
+    state = {f"decoder.{name}": weight.cpu() for name, weight in weights.items()}
+    partial = folder / f"{BASE}.partial"
+    torch.save({"state_dict": state, "hyper_parameters": {"decoder": asdict(config)}, "global_step": 0}, partial)
+    partial.replace(folder / BASE)
+
+
+def _tokenizer_of(checkpoint: Path) -> StoryTokenizer:
+    from experiment.runs.run import CONFIG
+    from lm.data.module import TinyStories
+
+    run = checkpoint.resolve().parent.parent
+    if (own := run / "tokenizer").is_dir():
+        return load_tokenizer(own)
+    file = run / CONFIG
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))["data"]
+        named = {name: data[name] for name in ("path", "tokenizer", "vocab_size") if name in data}
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise InputError(f"{file} does not tell the tokenizer of {checkpoint}; give it with --tokenizer") from error
+    return TinyStories(**named).tokenizer
+
+
+def _tokenizer_beside(file: Path) -> Path:
+    candidates = [llama2c_tokenizer_path(file), file.with_name("tokenizer.bin")]
+    candidates += sorted(file.parent.glob("tok[0-9]*.bin"))  # as llama2.c names what it trains
+    found = [candidate for candidate in candidates if candidate.is_file()]
+    if not found:
+        raise InputError(f"{file}: neither {' nor '.join(c.name for c in candidates)} is there; give --tokenizer")
+    return found[0]

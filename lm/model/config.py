@@ -1,0 +1,84 @@
+"""The shape of a decoder."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass
+class DecoderConfig:
+    """The whole shape of a decoder.
+
+    Args:
+        vocab_size: Number of token ids.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width inside the SwiGLU.
+        num_layers: Number of blocks.
+        num_heads: Number of query heads; `hidden_size / num_heads` is the size of a head and must be even.
+        num_kv_heads: Number of key and value heads, a divisor of `num_heads` (grouped heads, Ainslie et al.
+            2023, arXiv:2305.13245); None means as many as query heads.
+        max_sequence_length: Context in tokens; longer sequences are refused.
+        rope_theta: Base of the rotary frequencies.
+        rms_norm_eps: Added to the mean square before the root.
+        tie_embeddings: Whether the output head is the embedding matrix.
+        dropout: Probability of dropping an element of the embeddings and of each residual branch in training.
+        query_key_norm: Whether queries and keys go through an RMSNorm of each head before they are turned, as in
+            Qwen3 (arXiv:2505.09388): such a model exports as that one and is no LLaMA.
+        value_residual: Whether each later layer mixes its values with the first layer's, in two learned shares that
+            begin at a half (Zhou et al. 2024, arXiv:2410.17897): no other program knows such a model.
+
+    Raises:
+        ValueError: If the numbers do not make a decoder.
+    """
+
+    vocab_size: int = 32768
+    hidden_size: int = 288
+    intermediate_size: int = 768
+    num_layers: int = 6
+    num_heads: int = 6
+    num_kv_heads: int | None = None
+    max_sequence_length: int = 128
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    dropout: float = 0.0
+    query_key_norm: bool = False
+    value_residual: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "max_sequence_length",
+            "rope_theta",
+            "rms_norm_eps",
+        ):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number; give one")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}; choose a divisor"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; choose a divisor"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"hidden_size / num_heads = {self.head_dim} is odd, but rotary positions turn pairs; "
+                "choose hidden_size and num_heads with an even quotient"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout}: expected a probability in [0, 1); 0 turns it off")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads, also where `num_kv_heads` is None."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads

@@ -1,0 +1,187 @@
+"""The key-value cache of the decoder in lm/model/decoder.py."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lm.model.config import DecoderConfig
+
+
+@dataclass
+class CacheSpan:
+    """Where the T tokens of one call go in a KeyValueCache, and what they may see."""
+
+    positions: Tensor  # (1 or B, T) places in the sequence
+    slots: slice | Tensor  # where they are written; (B, T) where rows differ, padding going to the spare slot
+    visible: int  # attention reads the first `visible` slots
+    mask: Tensor | None  # (1 or B, 1, T, visible), True where a token may look; None where `causal` suffices
+    causal: bool
+    lengths: list[int] | None = None  # what the rows hold once the call is over
+    added: Tensor | int | None = None  # (B,) or one number for all: tokens that count
+
+
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, in buffers of a fixed capacity, which `grow` alone changes.
+
+    Rows may hold sequences of different lengths. What lies beyond a row's length is never visible. It is
+    written in place, so use it under `torch.no_grad` or `torch.inference_mode`.
+
+    Args:
+        config: The decoder's configuration.
+        batch_size: Number of rows, B.
+        capacity: Tokens that a row can hold, at most `config.max_sequence_length`.
+        dtype: Type of keys and values: the decoder's, or the type of autocast where that is on.
+        device: Where the decoder is.
+
+    Raises:
+        ValueError: If capacity is not between 1 and the model's context, or batch_size is not positive.
+
+    Attributes:
+        lengths: (B,) int64, tokens held by each row.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        batch_size: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: expected at least one row")
+        if not 1 <= capacity <= config.max_sequence_length:
+            raise ValueError(
+                f"capacity={capacity}: expected 1 to {config.max_sequence_length} tokens, the model's "
+                "max_sequence_length; shorten the sequence or use a model of longer context"
+            )
+        self.capacity = capacity
+        # Zeros, not empty: a masked slot still enters a product with weight 0, and 0 * nan is nan. One slot
+        # more than the capacity takes the padding of ragged calls; it is never read.
+        shape = (batch_size, config.kv_heads, capacity + 1, config.head_dim)
+        self._layers = [
+            [torch.zeros(shape, dtype=dtype, device=device) for _ in ("keys", "values")]
+            for _ in range(config.num_layers)
+        ]
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._lengths = [0] * batch_size  # the same on the host, so that no step waits for the device
+
+    def reserve(self, num_tokens: int, lengths: Tensor | None = None) -> CacheSpan:
+        """Plan for `num_tokens` more tokens a row, of which the first `lengths[b]` count (all if None).
+
+        Raises:
+            ValueError: If a row would outgrow the capacity, or `lengths` does not fit the batch.
+        """
+        counts = [num_tokens] * len(self._lengths) if lengths is None else lengths.tolist()
+        if len(counts) != len(self._lengths):
+            raise ValueError(f"lengths has {len(counts)} entries, but the cache {len(self._lengths)} rows")
+        if not all(0 <= count <= num_tokens for count in counts):
+            raise ValueError(f"lengths={counts}: expected 0 to {num_tokens}, the number of new tokens")
+        after = [held + count for held, count in zip(self._lengths, counts, strict=True)]
+        if max(after) > self.capacity:
+            raise ValueError(
+                f"{max(after)} tokens do not fit the cache of {self.capacity}; "
+                "make a larger one or drop the oldest tokens"
+            )
+        device = self.lengths.device
+        added = num_tokens if lengths is None else lengths.to(device)
+        start, longest = min(self._lengths), max(self._lengths)
+        new = torch.arange(num_tokens, device=device)
+        if longest == 0 and num_tokens <= self.capacity:
+            # Prompts. Padding stands right of a row's tokens: causality hides it, later tokens overwrite it.
+            slots = slice(0, num_tokens)
+            return CacheSpan(new[None], slots, num_tokens, None, num_tokens > 1, after, added)
+        if start == longest and lengths is None:
+            positions = start + new[None]
+            visible = start + num_tokens
+            mask = self._mask(positions, visible) if num_tokens > 1 else None
+            return CacheSpan(positions, slice(start, visible), visible, mask, False, after, added)
+        positions = self.lengths[:, None] + new
+        visible = min(longest + num_tokens, self.capacity)
+        mask = self._mask(positions, visible)
+        slots = positions if lengths is None else positions.masked_fill(new >= added[:, None], self.capacity)
+        return CacheSpan(positions.clamp(max=self.capacity - 1), slots, visible, mask, False, after, added)
+
+    @classmethod
+    def of(cls, buffers: Sequence[Tensor], lengths: Tensor) -> "KeyValueCache":
+        """The cache that consists of these tensors, for code that is given tensors alone: of it, `next_span` and
+        `write` may be called."""
+        cache = cls.__new__(cls)
+        cache._layers = [list(buffers[i : i + 2]) for i in range(0, len(buffers), 2)]
+        cache.lengths = lengths
+        return cache
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """Keys and values of each layer in turn, (B, kv_heads, capacity + 1, head_dim)."""
+        return list(itertools.chain.from_iterable(self._layers))
+
+    @staticmethod
+    def _mask(positions: Tensor, visible: int) -> Tensor:
+        return (torch.arange(visible, device=positions.device) <= positions[:, :, None])[:, None]
+
+    def write(self, layer: int, span: CacheSpan, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store key and value (B, T, kv_heads, head_dim), return all (B, kv_heads, visible, head_dim)."""
+        for stored, new in zip(self._layers[layer], (key, value), strict=True):
+            if isinstance(span.slots, slice):
+                stored[:, :, span.slots].copy_(new.transpose(1, 2))
+            else:
+                rows = torch.arange(stored.shape[0], device=stored.device)[:, None]
+                stored[rows, :, span.slots] = new.to(stored.dtype)
+        keys, values = self._layers[layer]
+        return keys[:, :, : span.visible], values[:, :, : span.visible]
+
+    def clear(self) -> None:
+        """Forget all tokens."""
+        self.lengths.zero_()
+        self._lengths = [0] * len(self._lengths)
+
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` tokens a row, no fewer than now and at most the model's context."""
+        for layer in self._layers:
+            for i, stored in enumerate(layer):
+                layer[i] = stored.new_zeros(*stored.shape[:2], capacity + 1, stored.shape[3])
+                layer[i][:, :, : self.capacity] = stored[:, :, : self.capacity]
+        self.capacity = capacity
+
+    def mark_dynamic(self) -> None:
+        """Let torch.compile make code for every number of rows and every capacity at once."""
+        torch._dynamo.maybe_mark_dynamic(self.lengths, 0)
+        for stored in self.buffers:
+            torch._dynamo.maybe_mark_dynamic(stored, 0)
+            torch._dynamo.mark_dynamic(stored, 2)
+
+    def next_span(self, slots: Tensor | None = None) -> CacheSpan:
+        """Where one more token a row goes, by tensors alone, so that all steps share what was compiled or captured for
+        one. The step adds 1 to `lengths`; on the host, `advance_one` counts.
+
+        Args:
+            slots: 0, 1, 2 … of as many slots as attention shall read, at least those that rows hold by now. Given them,
+                rows may outgrow the capacity: what they write then is never read. None reads the whole capacity.
+        """
+        capacity = self._layers[0][0].shape[2] - 1  # which as a number would become part of the code
+        positions = self.lengths[:, None]
+        if slots is None:
+            return CacheSpan(positions, positions, capacity, self._mask(positions, capacity), False)
+        mask = (slots <= positions[:, :, None])[:, None]
+        held = positions.clamp(max=capacity - 1)
+        return CacheSpan(held, positions.clamp(max=capacity), slots.shape[0], mask, False)
+
+    def advance_one(self) -> None:
+        """Count one more token a row that compiled code has written."""
+        self._lengths = [held + 1 for held in self._lengths]
+
+    def advance(self, span: CacheSpan) -> None:
+        """Count the tokens of a span once every layer has written them."""
+        self.lengths += span.added
+        self._lengths = span.lengths
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop every row but these, in this order."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self.lengths.device)
+        self._layers = [[stored.index_select(0, index) for stored in layer] for layer in self._layers]
+        self.lengths = self.lengths.index_select(0, index)
+        self._lengths = [self._lengths[row] for row in rows]

@@ -1,0 +1,124 @@
+"""The decoder with one part of it changed, to see what each part gives: `--model.variant.positions none`.
+
+Variants train, are evaluated and write stories as the decoder does. They are there to be compared, by
+configs/comparisons/lm_ablation.yaml, and no other program knows them: none can be exported.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lm.model.config import DecoderConfig
+from lm.model.decoder import Block, Decoder, RMSNorm, SwiGLU
+from lm.model.kv_cache import CacheSpan, KeyValueCache
+
+
+@dataclass
+class Variant:
+    """What differs from the decoder of lm.model.decoder; by default nothing.
+
+    Attributes:
+        positions: ``rotary``; ``learned``, a vector for each position that is added to the embedding (Vaswani et al.
+            2017, arXiv:1706.03762); or ``none``, where the causal mask alone tells order (Kazemnejad et al. 2023,
+            arXiv:2305.19466).
+        norm: ``rms``; ``layer``, which takes the mean off too (Ba et al. 2016, arXiv:1607.06450), without a bias, so
+            that there are as many parameters; or ``none``. Norms of queries and keys stay.
+        norm_place: ``pre``, norm(x) goes into each branch; or ``post``, x + branch goes through the norm, as in the
+            first transformer, and there is no last norm.
+        feed_forward: ``swiglu``; or ``silu`` or ``gelu`` between two matrices without a gate, 1.5 times as wide, so
+            that there are as many parameters.
+        scaled_residuals: Whether the matrices that end the branches begin smaller by sqrt(2 num_layers) (Radford et
+            al. 2019).
+    """
+
+    positions: Literal["rotary", "learned", "none"] = "rotary"
+    norm: Literal["rms", "layer", "none"] = "rms"
+    norm_place: Literal["pre", "post"] = "pre"
+    feed_forward: Literal["swiglu", "silu", "gelu"] = "swiglu"
+    scaled_residuals: bool = True
+
+    @property
+    def changed(self) -> dict[str, object]:
+        """What differs, by name."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
+
+
+class UngatedFeedForward(SwiGLU):
+    """`down(activation(up(x)))`, 1.5 times as wide as the SwiGLU that it replaces."""
+
+    def __init__(self, config: DecoderConfig, activation: str) -> None:
+        super().__init__(config)
+        self.rows = [config.intermediate_size * 3 // 2]
+        self.gate_up = nn.Linear(
+            config.hidden_size, self.rows[0], bias=False
+        )  # the name by which the optimizer knows it
+        self.down = nn.Linear(self.rows[0], config.hidden_size, bias=False)
+        self.activation = {"silu": F.silu, "gelu": F.gelu}[activation]
+        nn.init.normal_(self.gate_up.weight, std=0.02)
+        nn.init.normal_(self.down.weight, std=0.02 / math.sqrt(2 * config.num_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.gate_up(x)))
+
+
+class PostNormBlock(Block):
+    """norm(x + attention(x)), then norm(x + feed_forward(x))."""
+
+    def compute(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        first_value: Tensor | None = None,
+        cache: "KeyValueCache | None" = None,
+        span: "CacheSpan | None" = None,
+        layer: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        mixed, value = self.attention(x, cos, sin, first_value, cache, span, layer)
+        x = self.attention_norm(x + self.dropout(mixed))
+        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x))), value
+
+
+class VariantDecoder(Decoder):
+    """A decoder whose parts are those of a variant; what both have begins with the same values."""
+
+    def __init__(self, config: DecoderConfig, variant: Variant) -> None:
+        super().__init__(config)
+        self.variant, self.positions = variant, None
+        if variant.norm_place == "post":
+            self.norm = nn.Identity()
+            for block in self.blocks:
+                block.__class__ = PostNormBlock
+        if variant.norm != "rms":
+            for module in (self, *self.blocks):
+                for name, part in list(module.named_children()):
+                    if isinstance(part, RMSNorm):
+                        layer = nn.LayerNorm(config.hidden_size, config.rms_norm_eps, bias=False)
+                        setattr(module, name, layer if variant.norm == "layer" else nn.Identity())
+        if variant.feed_forward != "swiglu":
+            for block in self.blocks:
+                block.feed_forward = UngatedFeedForward(config, variant.feed_forward)
+        if variant.positions != "rotary":  # queries and keys turn by nothing
+            self.cos.fill_(1.0)
+            self.sin.zero_()
+        if variant.positions == "learned":
+            self.positions = nn.Embedding(config.max_sequence_length, config.hidden_size)
+            nn.init.normal_(self.positions.weight, std=0.02)
+        if not variant.scaled_residuals:
+            with torch.no_grad():
+                for block in self.blocks:
+                    block.attention.out.weight *= math.sqrt(2 * config.num_layers)
+                    block.feed_forward.down.weight *= math.sqrt(2 * config.num_layers)
+
+    def embed(self, input_ids: Tensor, positions: slice | Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        return self.dropout(x if self.positions is None else x + self.positions.weight[positions])
+
+
+def make_decoder(config: DecoderConfig, variant: Variant) -> Decoder:
+    """The decoder itself where nothing is changed."""
+    return VariantDecoder(config, variant) if variant.changed else Decoder(config)

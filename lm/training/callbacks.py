@@ -1,0 +1,247 @@
+"""What happens beside training: perplexity, sample stories, and predictions to file."""
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from rich.padding import Padding
+from rich.text import Text
+from torch.distributed.fsdp import FSDPModule
+
+from experiment.errors import InputError
+from experiment.progress import console
+from experiment.sources.rows import repaired
+from lm.data.tokenizer import StoryTokenizer
+from lm.decoding.config import GenerationConfig
+from lm.decoding.generation import generate
+
+PROMPTS = ("Once upon a time", "One day, a little girl named", "Tom had a red ball.")
+
+
+class Perplexity(Callback):
+    """Logs perplexity and bits per byte of the whole split, from the token sums of the module."""
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log("val", pl_module)
+        if isinstance(trainer.val_dataloaders, list):  # data.second_path
+            for name, value in pl_module.second_sums.compute().items():
+                pl_module.log(f"val/second_{name}", value)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log("test", pl_module)
+
+    def _log(self, split: str, pl_module: LightningModule) -> None:
+        figures = pl_module.sums.compute()
+        pl_module.log(f"{split}/perplexity", figures["perplexity"], prog_bar=split == "val")
+        pl_module.log(f"{split}/bits_per_byte", figures["bits_per_byte"])
+
+
+class FirstValidation(Callback):
+    """Validates before the first step of a training that starts from weights that are there, so that one sees what it
+    gains."""
+
+    def __init__(self) -> None:
+        self.wanted = False  # set where the command line is read
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.wanted or trainer.global_step or trainer.fast_dev_run or not trainer.enable_validation:
+            return
+        # As Lightning's epoch loop does between two steps.
+        connector = trainer._logger_connector
+        first = connector._first_loop_iter
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+        connector._first_loop_iter = first
+        pl_module.train()
+
+
+class Samples(Callback):
+    """Writes stories from fixed prompts while the model learns: to the terminal, to samples.jsonl, to W&B."""
+
+    def __init__(
+        self,
+        every_n_steps: int = 500,
+        prompts: Sequence[str] = PROMPTS,
+        max_new_tokens: int = 80,
+        temperature: float = 0.8,
+        seed: int = 0,
+    ) -> None:
+        """
+        Args:
+            every_n_steps: Optimizer steps between two rounds of samples; 0 writes none.
+            prompts: The beginnings of the stories.
+            max_new_tokens: Longest continuation, in tokens.
+            temperature: Sampling temperature; 0 decodes greedily.
+            seed: Seed of the sampling, the same in each round. Training's own random numbers are left alone.
+        """
+        if every_n_steps < 0:
+            raise InputError(f"samples.every_n_steps {every_n_steps}: expected 0 (none) or more")
+        self.every_n_steps = every_n_steps
+        self.prompts = [repaired(prompt) for prompt in prompts]
+        self.config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
+    def check(self, tokenizer: StoryTokenizer, context: int) -> None:
+        """See that the prompts fit a model's context, in tokens.
+
+        Raises:
+            InputError: One does not.
+        """
+        for prompt in self.prompts if self.every_n_steps else ():
+            if (length := len(tokenizer.encode_prompt(prompt))) > context:
+                raise InputError(
+                    f"samples.prompts {prompt[:40]!r} has {length} tokens, expected at most the model's context of "
+                    f"{context}: shorten it"
+                )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._rewind(Path(trainer.default_root_dir) / "samples.jsonl", trainer.global_step)
+        self._last_step = trainer.global_step
+
+    @rank_zero_only
+    def _rewind(self, file: Path, step: int) -> None:
+        """Drop what a killed run wrote after the checkpoint that this one goes on from."""
+        if file.exists():
+            lines = [
+                line
+                for line in file.read_text(errors="replace", encoding="utf-8").split("\n")
+                if _step_of(line) <= step
+            ]
+            partial = file.with_suffix(".partial")
+            partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            partial.replace(file)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if self.every_n_steps and step % self.every_n_steps == 0 and step != self._last_step:
+            self._last_step = step
+            with pl_module.stopwatch:
+                if trainer.is_global_zero or isinstance(pl_module.decoder, FSDPModule):  # all hold a part of it
+                    self.write(self.generate(trainer, pl_module), trainer)
+
+    def generate(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+        """Continue the prompts with the model as it is."""
+        tokenizer = trainer.datamodule.tokenizer
+        prompts = [tokenizer.encode_prompt(prompt) for prompt in self.prompts]
+        divided = isinstance(pl_module.decoder, FSDPModule)
+        with trainer.precision_plugin.forward_context() if divided else nullcontext():  # they come in its type
+            results = generate(
+                pl_module.plain_decoder, prompts, self.config, eos_id=tokenizer.eos_id, decode=tokenizer.decode
+            )
+        return [tokenizer.decode(prompt + result.token_ids) for prompt, result in zip(prompts, results, strict=True)]
+
+    @rank_zero_only
+    def write(self, stories: Sequence[str], trainer: Trainer) -> None:
+        """Show one round of samples, and keep it."""
+        step = trainer.global_step
+        console.print(f"[dim]samples at step {step:,}[/dim]")
+        samples = Path(trainer.default_root_dir) / "samples.jsonl"
+        with samples.open("a", encoding="utf-8") as file:
+            for prompt, story in zip(self.prompts, stories, strict=True):
+                console.print(Padding(Text(story), (0, 0, 0, 2)), soft_wrap=False)
+                record = {"step": step, "prompt": prompt, "story": story}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                # All rounds so far: the table grows, also over a resume.
+                rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").split("\n") if line]
+                columns = ["step", "prompt", "story"]
+                logger.log_table("samples", columns, [[row[name] for name in columns] for row in rows])
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # cut short by a kill
+        return float("inf")
+
+
+class Predictions(BasePredictionWriter):
+    """Writes the stories of ``predict`` to predictions.jsonl in the run's folder, and shows them."""
+
+    def __init__(self, stream: bool = True) -> None:
+        """
+        Args:
+            stream: On a terminal, show the first story of each batch token by token while it is written.
+        """
+        super().__init__(write_interval="batch")
+        self.stream = stream
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data, context = trainer.datamodule, pl_module.decoder.config.max_sequence_length
+        for batch in data.predict_dataloader():
+            for prompt, ids in zip(batch["prompts"], batch["input_ids"], strict=True):
+                if len(ids) > context and not pl_module.generation.sliding_window:
+                    shown = prompt if len(prompt) <= 40 else f"{prompt[:40]}…"
+                    raise InputError(
+                        f"prompt {shown!r} has {len(ids)} tokens, expected at most the model's context of "
+                        f"{context}: shorten it, or set --model.generation.sliding_window true"
+                    )
+        self.file = Path(trainer.default_root_dir) / "predictions.jsonl"
+        self._partial = self.file.with_suffix(".partial")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self._partial.write_text("", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{self.file} cannot be written ({error.strerror}): choose another --run_dir") from error
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self.stream and console.is_terminal:
+            pl_module.on_token = _Streamer(batch["input_ids"][0], trainer.datamodule.tokenizer.decode)
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: list[dict[str, Any]],
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        with self._partial.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(story, ensure_ascii=False) + "\n" for story in prediction)
+        streamed = pl_module.on_token is not None
+        if streamed:
+            pl_module.on_token.finish()
+        for story in prediction[1 if streamed else 0 :]:
+            console.print(story["text"] + "\n", markup=False)
+        if streamed:
+            pl_module.on_token = None
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._partial.replace(self.file)
+        console.print(f"[dim]written to {self.file}[/dim]")
+
+
+class _Streamer:
+    """Prints the first row's text as its tokens come; a character that is not complete yet is held back."""
+
+    def __init__(self, prompt: list[int], decode: Any) -> None:
+        self.ids, self.decode, self.shown = list(prompt), decode, 0
+
+    def __call__(self, row: int, token_id: int) -> None:
+        if row != 0:
+            return
+        self.ids.append(token_id)
+        text = self.decode(self.ids)
+        if not text.endswith("\ufffd"):
+            self._show(text)
+
+    def finish(self) -> None:
+        """Show what was held back, and end the line."""
+        self._show(self.decode(self.ids) + "\n\n")
+
+    def _show(self, text: str) -> None:
+        console.print(text[self.shown :], end="", markup=False)
+        self.shown = len(text)

@@ -1,0 +1,358 @@
+"""The language model under Lightning: training, evaluation by perplexity, and writing stories."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import distribute_tensor
+from torchmetrics import Metric
+
+from experiment.console import console
+from experiment.errors import InputError
+from experiment.nn.hardware import can_compile, fast_bfloat16
+from experiment.runs.step_sums import StepModule
+from lm.decoding.compilation import CompilationError
+from lm.decoding.config import GenerationConfig
+from lm.decoding.generation import generate
+from lm.formats.adapters import Adapter, LoRAConfig, inject, inject_peft, load_trained, merged, read_decoder_adapter
+from lm.formats.pretrained import load_pretrained
+from lm.model.config import DecoderConfig
+from lm.model.decoder import Decoder
+from lm.model.loss import token_losses
+from lm.model.variants import Variant, make_decoder
+from lm.training.objective import MOST_GRAPHED, CompiledLoss, has_plain_head, summed_loss
+from lm.training.optim import OptimizerConfig, learning_rate_factor, make_optimizer
+
+Batch = dict[str, Tensor]
+
+
+class TokenSums(Metric):
+    """Sums over all tokens of a split, from which loss, perplexity and bits per byte follow.
+
+    Losses are summed as integers, in units of 2^-20 nats: such sums are the same in every order, for every batch
+    size and number of devices, and need no float64, which some devices lack.
+    """
+
+    UNIT = 2.0**-20
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("loss", "tokens", "text_loss", "bytes", "not_finite"):
+            self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, losses: Tensor, loss_mask: Tensor, text_mask: Tensor, num_bytes: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            losses: (N,) float, cross-entropy of each target in nats.
+            loss_mask: (N,) bool, whether a target counts, as padding does not.
+            text_mask: (N,) bool, whether it is text, as bos, eos and padding are not.
+            num_bytes: (N,) integers, UTF-8 bytes of each target that is text.
+        """
+        finite = torch.isfinite(losses)
+        self.not_finite += (~finite & loss_mask).sum()
+        units = (torch.where(finite, losses.float(), 0.0) / self.UNIT).round().to(torch.int64)
+        self.loss += (units * loss_mask).sum()
+        self.tokens += loss_mask.sum()
+        self.text_loss += (units * text_mask).sum()
+        self.bytes += (num_bytes * text_mask).sum()
+
+    def compute(self) -> dict[str, float]:
+        """``loss`` in nats per token, ``perplexity`` = exp(loss), ``bits_per_byte`` of the text.
+
+        All are nan where a token's loss was infinite or none, which no integer can say.
+        """
+        if self.not_finite:
+            return dict.fromkeys(("loss", "perplexity", "bits_per_byte"), math.nan)
+        loss = self.UNIT * self.loss.item() / max(self.tokens.item(), 1)
+        bits = self.UNIT * self.text_loss.item() / math.log(2)
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits / max(self.bytes.item(), 1)}
+
+
+class LanguageModel(StepModule):
+    """A decoder that learns to continue stories."""
+
+    def __init__(
+        self,
+        decoder: DecoderConfig = DecoderConfig(),
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        generation: GenerationConfig = GenerationConfig(),
+        variant: Variant = Variant(),
+        compile: bool = False,
+        activation_checkpointing: bool = False,
+        init_from: str | None = None,
+        adapter: Adapter = "full",
+        lora: LoRAConfig = LoRAConfig(),
+        adapter_weights: str | None = None,
+    ) -> None:
+        """
+        Args:
+            decoder: The model's shape. Its vocab_size is that of the data's tokenizer.
+            optimizer: The optimizer and its schedule.
+            generation: How ``predict`` decodes.
+            variant: Parts of the decoder that are changed, for comparisons; such a model cannot be exported.
+            compile: Train in code made by torch.compile at the first step, which takes some 20 s once: on a GPU the
+                whole way from batch to loss, for small models as CUDA graphs; on a CPU the blocks. A note, and the
+                plain code, where there is no compiler.
+            activation_checkpointing: Keep of each block its input only and compute the rest again in the backward pass:
+                less memory, about a third more time.
+            init_from: Weights to start from, shape and tokenizer with them: a run's folder, a checkpoint, a Hugging
+                Face folder or hub name, a llama2.c .bin, a .gguf. Optimizer and steps are new.
+            adapter: What trains: full (all weights), lora (low-rank updates of frozen ones), or peft (the same by
+                PEFT).
+            lora: The low-rank updates; target_modules by PEFT's names for a Llama, such as q_proj.
+            adapter_weights: Folder of a saved adapter, PEFT's or ours, to start from; it decides all of lora but the
+                dropout.
+        """
+        super().__init__("loss")
+        # A checkpoint holds plain values, so that it can be read without running code; here they come back.
+        decoder = DecoderConfig(**decoder) if isinstance(decoder, dict) else decoder
+        optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
+        generation = GenerationConfig(**generation) if isinstance(generation, dict) else generation
+        variant = Variant(**variant) if isinstance(variant, dict) else variant
+        lora = LoRAConfig(**lora) if isinstance(lora, dict) else lora
+        self.decoder = make_decoder(decoder, variant)
+        if variant.changed and (init_from is not None or adapter != "full"):
+            raise InputError(f"model.variant {variant.changed}: weights that are there are of no variant; leave it out")
+        if init_from is not None:
+            self._start_from(init_from)
+        self.adapter = adapter
+        if adapter != "full":
+            lora = self._adapt(lora, adapter_weights)
+        elif adapter_weights is not None:
+            raise InputError("model.adapter_weights needs model.adapter lora or peft, not full")
+        self.lora = lora
+        parts = {"decoder": decoder, "optimizer": optimizer, "generation": generation, "variant": variant}
+        parts |= {} if adapter == "full" else {"lora": lora}
+        self.save_hyperparameters({name: asdict(part) for name, part in parts.items()} | {"adapter": adapter})
+        self.strict_loading = adapter == "full"  # else checkpoints hold what trains alone
+        self.optimizer_config = optimizer
+        self.generation = generation
+        self.decoder.recompute = activation_checkpointing
+        self.compile_blocks = compile
+        with torch.device("cpu"):  # also where the decoder is made on none
+            self.sums = TokenSums()
+            self.second_sums = TokenSums()  # of data.second_path
+        self.on_token: Callable[[int, int], None] | None = None  # sees (row, token id) while a story is written
+
+    def _start_from(self, init_from: str) -> None:
+        source, _, _ = load_pretrained(init_from)
+        ours, theirs = asdict(self.decoder.config), asdict(source.config)
+        for config in (ours, theirs):
+            config["num_kv_heads"] = config["num_kv_heads"] or config["num_heads"]
+        for name in sorted(ours.keys() - {"dropout", "max_sequence_length"}):
+            if ours[name] != theirs[name]:
+                raise InputError(
+                    f"model.decoder.{name} {ours[name]}: model.init_from {init_from} has {theirs[name]}; leave it out"
+                )
+        try:
+            self.decoder.load_state_dict(source.state_dict())
+        except RuntimeError:
+            raise InputError(f"model.init_from {init_from} is a variant of the decoder; take another model") from None
+
+    def _adapt(self, lora: LoRAConfig, adapter_weights: str | None) -> LoRAConfig:
+        trained = None
+        try:
+            if adapter_weights is not None:
+                dropout = lora.lora_dropout
+                lora, trained = read_decoder_adapter(self.decoder, adapter_weights)
+                lora = replace(lora, lora_dropout=dropout)
+            (inject if self.adapter == "lora" else inject_peft)(self.decoder, lora)
+        except ValueError as error:
+            raise InputError(f"model.{'lora' if trained is None else 'adapter_weights'}: {error}") from error
+        if trained is not None:
+            load_trained(self.decoder, trained)
+        return lora
+
+    @property
+    def plain_decoder(self) -> Decoder:
+        """The decoder as it is used for decoding: one with adapters merged into a copy."""
+        return self.decoder if self.adapter == "full" else merged(self.decoder, self.lora)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """All weights, or with an adapter those that train."""
+        state = super().state_dict(*args, **kwargs)
+        if self.adapter == "full":
+            return state
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name: weight for name, weight in state.items() if name in trained}
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits (B, T, V) of token ids (B, T)."""
+        return self.decoder(input_ids)
+
+    def configure_model(self) -> None:
+        """Divide the weights among the processes where the strategy asks for it, as configs/fsdp.yaml does."""
+        if self.device_mesh is None or isinstance(self.decoder, FSDPModule):
+            return
+        decoder, mesh, policy = self.decoder, self.device_mesh["data_parallel"], MixedPrecisionPolicy()
+        if self.trainer.precision == "bf16-mixed":
+            policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            decoder.embedding.register_forward_hook(lambda module, inputs, x: x.float())  # the residual stream's type
+        for module in (*decoder.blocks, decoder):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        register_fsdp_forward_method(decoder, "hidden_states")
+        if decoder.embedding.weight.is_meta:
+            self._make_weights()
+
+    @torch.no_grad()
+    def _make_weights(self) -> None:
+        """Make this process's share of the weights of a decoder on the meta device, one whole matrix at a time: the
+        values that one process would draw."""
+        device = self.trainer.strategy.root_device
+        self.decoder.to_empty(device=device)
+        self.decoder.set_rotary_tables()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch.initial_seed())
+            for module in self.decoder.modules():  # torch's own values, which ours replace, come first
+                if isinstance(module, nn.Embedding):
+                    nn.Embedding(module.num_embeddings, module.embedding_dim)
+                elif isinstance(module, nn.Linear):
+                    nn.Linear(module.in_features, module.out_features, bias=False)
+            for name, parameter in self.decoder.named_parameters():
+                whole = self.decoder.draw(name, torch.empty(parameter.shape)).to(device)
+                share = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                parameter.to_local().copy_(share.to_local())
+
+    def flops_per_token(self, length: int) -> int:
+        """Floating-point operations of training a token in a sequence of that length: six for each weight that it is
+        multiplied by, four where that is frozen, and those of attention, the masked half included (arXiv:2204.02311,
+        appendix B)."""
+        config = self.decoder.config
+        looked_up = None if config.tie_embeddings else self.decoder.embedding.weight
+        multiplied = [weight for weight in self.decoder.parameters() if weight is not looked_up]
+        products = sum((6 if weight.requires_grad else 4) * weight.numel() for weight in multiplied)
+        return products + 12 * config.num_layers * config.hidden_size * length
+
+    # training
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self._summed_loss = partial(summed_loss, self.decoder)
+        if self.compile_blocks and can_compile(self.device.type):
+            # On a CPU blocks for any shape, so that a resumed run has the same code; FSDP fetches weights between them.
+            if self.device.type == "cuda" and not isinstance(self.decoder, FSDPModule):
+                alone = self.trainer.accumulate_grad_batches == self.trainer.world_size == 1
+                small = sum(weight.numel() for weight in self.decoder.parameters()) <= MOST_GRAPHED
+                rows = getattr(self.trainer.datamodule, "batch_size", 0)
+                self._summed_loss = CompiledLoss(self.decoder, use_graphs=alone and small, rows=rows)
+            else:
+                self.decoder.compile_blocks()
+        elif self.compile_blocks:
+            note = "note: model.compile does not work here (no g++, Python headers or Triton): training in plain code"
+            rank_zero_only(console.print)(note)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The mean loss over the tokens of a micro-batch."""
+        loss, tokens = self._summed_loss(batch["tokens"], batch["loss_mask"])
+        return self.step_loss(batch_idx, tokens, loss)
+
+    def check_trainer(self, trainer: Trainer) -> None:
+        """See that the optimizer, its schedule and compiling suit the run.
+
+        Raises:
+            InputError: They do not.
+        """
+        config = self.optimizer_config
+        if config.muon_learning_rate is not None and isinstance(trainer.strategy, ModelParallelStrategy):
+            raise InputError(
+                f"model.optimizer.muon_learning_rate {config.muon_learning_rate}: Muon needs whole matrices, which "
+                "this strategy divides among the processes; take configs/ddp.yaml, or set it to null"
+            )
+        if self.adapter != "full" and isinstance(trainer.strategy, ModelParallelStrategy):
+            raise InputError(f"model.adapter {self.adapter}: this strategy divides the weights; take configs/ddp.yaml")
+        if self.adapter != "full" and config.muon_learning_rate is not None:
+            raise InputError(
+                f"model.optimizer.muon_learning_rate {config.muon_learning_rate}: model.adapter {self.adapter} trains "
+                "no whole matrices; set it to null"
+            )
+        if config.schedule != "constant" and trainer.max_steps == trainer.max_epochs == -1:
+            raise InputError(
+                f"model.optimizer.schedule {config.schedule} needs an end to go down to: give --trainer.max_steps, or "
+                "take the schedule constant"
+            )
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        self.check_trainer(self.trainer)
+        total_steps = self.trainer.estimated_stepping_batches
+        # Under 16-mixed the gradients must be unscaled before they are clipped, which a fused optimizer does too late.
+        fused = self.trainer.precision != "16-mixed"
+        products = torch.bfloat16 if fast_bfloat16(self.device.type) else torch.float32
+        compiled = self.compile_blocks and self.device.type == "cuda" and can_compile("cuda")
+        optimizer = make_optimizer(self, self.optimizer_config, fused, products, compiled)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, total_steps, self.optimizer_config)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # evaluation
+
+    def on_validation_epoch_start(self) -> None:
+        self.sums.reset()
+        self.second_sums.reset()
+
+    def on_test_epoch_start(self) -> None:
+        self.sums.reset()
+
+    def _evaluate(self, batch: Batch, sums: TokenSums) -> None:
+        tokens = batch["tokens"].long()
+        hidden, targets = self.decoder.hidden_states(tokens[:, :-1]), tokens[:, 1:].flatten()
+        if has_plain_head(self.decoder):
+            losses = token_losses(hidden.flatten(0, 1), self.decoder.head_weight, targets)
+        else:
+            losses = F.cross_entropy(self.decoder.logits(hidden).flatten(0, 1).float(), targets, reduction="none")
+        sums.update(losses, *(batch[name].flatten() for name in ("loss_mask", "text_mask", "bytes")))
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, self.second_sums if dataloader_idx else self.sums)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, self.sums)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/loss", self.sums.compute()["loss"], prog_bar=True)
+
+    def on_test_epoch_end(self) -> None:
+        self.log("test/loss", self.sums.compute()["loss"])
+
+    # decoding
+
+    def on_predict_start(self) -> None:
+        self._decoding = self.plain_decoder
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """Continue each prompt of the batch: a list of ``prompt``, ``text``, ``tokens`` and ``finish_reason``."""
+        tokenizer = self.trainer.datamodule.tokenizer
+        # In the weights' own precision: rounded to bfloat16, a story would depend on the batch that it is in.
+        with torch.autocast(self.device.type, enabled=False):
+            try:
+                results = generate(
+                    self._decoding,
+                    batch["input_ids"],
+                    self.generation,
+                    eos_id=tokenizer.eos_id,
+                    decode=tokenizer.decode,
+                    on_token=self.on_token,
+                )
+            except CompilationError as error:
+                raise InputError(str(error)) from error
+        return [
+            {
+                "prompt": prompt,
+                "text": tokenizer.decode(prompt_ids + result.token_ids),
+                "tokens": len(result.token_ids),
+                "finish_reason": result.finish_reason,
+            }
+            for prompt, prompt_ids, result in zip(batch["prompts"], batch["input_ids"], results, strict=True)
+        ]

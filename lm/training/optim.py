@@ -1,0 +1,131 @@
+"""Which parameters decay, which optimizer moves them, and how the learning rate goes over a run."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lm.model.decoder import Attention, SwiGLU
+from lm.training.muon import JointOptimizer, Muon
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization") and its learning rate.
+
+    Attributes:
+        learning_rate: The highest learning rate, reached after the warm-up.
+        muon_learning_rate: Where given, Muon (see muon.py) moves the blocks' matrices, with this as its highest
+            learning rate, and AdamW only embeddings, head and norms.
+        weight_decay: Decay of the matrices; norms are never decayed.
+        beta1: Decay of the running mean of gradients.
+        beta2: Decay of the running mean of squared gradients.
+        eps: Term added to the denominator.
+        schedule: After the warm-up: ``constant``; ``cosine``, down to final_ratio at the last step (Loshchilov &
+            Hutter 2017); or ``wsd`` (warm-up, stable, decay), constant and then down in a line over the last
+            decay_fraction of the steps (Hu et al. 2024, MiniCPM).
+        warmup_steps: Optimizer steps over which the learning rate rises in a line from 0.
+        final_ratio: The last learning rate, as a share of the highest.
+        decay_fraction: Share of all steps that the decay of ``wsd`` takes.
+    """
+
+    learning_rate: float = 6e-4
+    muon_learning_rate: float | None = None
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
+    warmup_steps: int = 100
+    final_ratio: float = 0.1
+    decay_fraction: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "muon_learning_rate", "eps"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} {getattr(self, name)}: expected a number above 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected a number from 0 to below 1")
+        for name in ("final_ratio", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected a number from 0 to 1")
+        for name in ("weight_decay", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)}: expected 0 or more")
+
+
+def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
+    """The trainable ones in two groups: matrices, which decay, and vectors (norms, biases), which do not."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def block_matrices(module: nn.Module) -> list[dict]:
+    """The matrices of a decoder's blocks in groups for Muon, each with the heights of those that it is stacked from."""
+    attentions = [part for part in module.modules() if isinstance(part, Attention)]
+    feed_forwards = [part for part in module.modules() if isinstance(part, SwiGLU)]
+    return [
+        {"params": [part.qkv.weight for part in attentions], "rows": attentions[0].rows},
+        {"params": [part.gate_up.weight for part in feed_forwards], "rows": feed_forwards[0].rows},
+        {"params": [part.out.weight for part in attentions] + [part.down.weight for part in feed_forwards]},
+    ]
+
+
+def make_optimizer(
+    module: nn.Module,
+    config: OptimizerConfig,
+    fused: bool = True,
+    products: torch.dtype = torch.float32,
+    compiled: bool = False,
+) -> torch.optim.Optimizer:
+    """AdamW, alone or beside Muon, over the module's parameters.
+
+    Args:
+        module: A decoder, or what holds one.
+        config: The rates.
+        fused: Whether AdamW updates all of its parameters in one kernel.
+        products: Type of Muon's matrix products.
+        compiled: Whether Muon's are taken in compiled code.
+    """
+    matrices = [] if config.muon_learning_rate is None else block_matrices(module)
+    taken = {parameter for group in matrices for parameter in group["params"]}
+    adamw = torch.optim.AdamW(
+        parameter_groups([p for p in module.parameters() if p not in taken], config.weight_decay),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=fused,
+    )
+    if not matrices:
+        return adamw
+    rate, decay = config.muon_learning_rate, config.weight_decay
+    return JointOptimizer(adamw, Muon(matrices, lr=rate, weight_decay=decay, dtype=products, compiled=compiled))
+
+
+def learning_rate_factor(step: int, total_steps: float, config: OptimizerConfig) -> float:
+    """The learning rate of a step as a share of the highest.
+
+    Args:
+        step: Optimizer steps done, from 0.
+        total_steps: Optimizer steps of the whole run; only ``constant`` allows infinity.
+        config: The schedule.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    if config.schedule == "cosine":
+        start, last = config.warmup_steps, max(total_steps, config.warmup_steps + 1)
+    else:
+        start = max(total_steps * (1 - config.decay_fraction), config.warmup_steps)
+        last = max(total_steps, start + 1)
+    done = min(max((step - start) / (last - start), 0.0), 1.0)
+    left = (1 + math.cos(math.pi * done)) / 2 if config.schedule == "cosine" else 1 - done
+    return config.final_ratio + (1 - config.final_ratio) * left
