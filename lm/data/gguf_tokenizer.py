@@ -124,7 +124,7 @@ def open_gguf(path: Path) -> "GGUFReader":
 
 
 def read_field(reader: "GGUFReader", path: Path, name: str, kinds: type | tuple[type, ...], default: Any = None) -> Any:
-    field = reader.getread_field(name)
+    field = reader.get_field(name)
     try:
         value = default if field is None else field.contents()
     except (ValueError, IndexError, TypeError):  # no UTF-8

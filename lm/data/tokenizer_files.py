@@ -172,5 +172,5 @@ _READERS = {
     ".json": _read_json,
     ".model": _read_sentencepiece,
     ".bin": read_llama2c_tokenizer,
-    ".gguf": read_gguf_tokenizer,
+    ".gguf": lambda path, _: read_gguf_tokenizer(path),
 }
