@@ -2,9 +2,10 @@
 
     python tests/benchmarks/limits.py [--stories 32]
 
-Prints the rate of the decoder's products as `F.linear` takes them (MKL, where torch is built with it; all that
-transformers does) and as a matrix packed once by oneDNN, reading weights that no cache holds, and torch's profile.
-MKL_VERBOSE=1 and ONEDNN_VERBOSE=1 tell which instructions the two use.
+Prints how fast the matrix products of a training step can be, which bounds every ratio in training, the rate of the
+decoder's products as `F.linear` takes them (MKL, where torch is built with it; all that transformers does) and as a
+matrix packed once by oneDNN, reading weights that no cache holds, and torch's profile. MKL_VERBOSE=1 and
+ONEDNN_VERBOSE=1 tell which instructions the two use.
 """
 
 import itertools
@@ -39,9 +40,32 @@ def seconds(function: Callable[[], object], times: int) -> float:
     return best
 
 
+def training_bound(tokens: int = 4096, layers: int = 6) -> None:
+    """Prints the rates of a training step's products in bfloat16, forward and both gradients, and what they add up to
+    for a batch: no training of this decoder on this CPU takes less."""
+    table = Table("bfloat16 product", "forward GFLOP/s", "gradient of x", "gradient of the matrix")
+    least = 0.0
+    for name, (rows, width) in SHAPES.items():
+        matrix = torch.randn(min(rows, 2048), width).bfloat16()  # the head is taken in blocks
+        x, grad = torch.randn(tokens, width).bfloat16(), torch.randn(tokens, len(matrix)).bfloat16()
+        cells = []
+        for product in (
+            lambda x=x, matrix=matrix: x @ matrix.T,
+            lambda grad=grad, matrix=matrix: grad @ matrix,
+            lambda grad=grad, x=x: grad.T @ x,
+        ):
+            duration = seconds(product, 4)
+            cells.append(f"{2 * tokens * matrix.numel() / duration / 1e9:,.0f}")
+            least += duration * rows / len(matrix) * (1 if name == "head" else layers)
+        table.add_row(name, *cells)
+    console.print(
+        table, f"products of a batch of {tokens:,} tokens: {least:.3f} s, {tokens / least:,.0f} tokens/s at best"
+    )
+
+
 @torch.inference_mode()
 def main(stories: int = 32) -> None:
-    """Prints rates and a profile.
+    """Print rates and a profile.
 
     Args:
         stories: How many are decoded at a time.
@@ -66,6 +90,7 @@ def main(stories: int = 32) -> None:
             cells += [f"{size / duration / 1e9:.1f}", f"{flops / duration / 1e9:.0f}"]
         table.add_row(name, str(rows), *cells)
     console.print(table)
+    training_bound()
     decoder, prompts = prepare(make_decoder()), make_prompts(stories)
     config = GenerationConfig(max_new_tokens=100, temperature=0, compile=True)
     generate(decoder, prompts, config)
