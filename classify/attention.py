@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from experiment.nn.attention import attention, by_hand
+from experiment.nn.attention import attention, uses_manual_backward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +42,7 @@ def _forward(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     plain = scaling in (None, query.shape[-1] ** -0.5) and getattr(module, "is_causal", True) is False
-    if plain and not dropout and not {"is_causal", "position_bias"} & kwargs.keys() and by_hand(query, key, value):
+    plain = plain and not dropout and not {"is_causal", "position_bias"} & kwargs.keys()
+    if plain and uses_manual_backward(query, key, value):
         return attention(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)

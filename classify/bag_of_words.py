@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from classify.data import IMDB
+from classify.data import TextClassificationDataModule
 from classify.splits import draw_splits
 from experiment.compare.comparison import merged, split_words
 
@@ -24,7 +24,7 @@ def main(args: Sequence[str] | None = None) -> None:
     from sklearn.metrics import log_loss
 
     configs, flags = split_words((sys.argv[1:] if args is None else args)[1:], reserved=())
-    data = IMDB(**merged(configs, flags).get("data", {}))
+    data = TextClassificationDataModule(**merged(configs, flags).get("data", {}))
     _, drawn = draw_splits(data.path, data.sizes, data.given_label_names, data.seed)
     start = time.monotonic()
     vectorizer = TfidfVectorizer(sublinear_tf=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from lightning.pytorch.cli import LightningArgumentParser
 
 from classify.callbacks import AdapterExport, Evaluation, PredictionWriter
-from classify.data import IMDB
+from classify.data import TextClassificationDataModule
 from classify.module import ReviewClassifier
 from experiment.commands.cli import ExperimentCLI
 from experiment.errors import InputError
@@ -18,7 +18,9 @@ class ClassifyCLI(ExperimentCLI):
     example = """--data.texts '["I loved it."]'"""
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
-        super().__init__("classify", ReviewClassifier, IMDB, [Evaluation(), AdapterExport()], args)
+        super().__init__(
+            "classify", ReviewClassifier, TextClassificationDataModule, [Evaluation(), AdapterExport()], args
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)

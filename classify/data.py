@@ -26,7 +26,7 @@ from classify.pretrained import load_tokenizer
 from classify.splits import SPLITS, Reviews, draw_splits, read_texts
 from experiment.errors import InputError
 from experiment.progress import progress
-from experiment.sources.batches import BatchSchedule, ResumableDataModule, rounded_width
+from experiment.sources.batches import EpochBatchSampler, ResumableDataModule, rounded_width
 from experiment.sources.cache import cached_folder
 from experiment.sources.files import source_fingerprint
 
@@ -93,7 +93,7 @@ class TokenizedReviews(Dataset):
         return batch
 
 
-class IMDB(ResumableDataModule):
+class TextClassificationDataModule(ResumableDataModule):
     """Reviews with labels for training and evaluation, texts for prediction."""
 
     def __init__(
@@ -232,11 +232,11 @@ class IMDB(ResumableDataModule):
                 "reviews: take a smaller batch or more reviews"
             )
 
-        def plan(epoch: int) -> list[list[int]]:
+        def epoch_batches(epoch: int) -> list[list[int]]:
             lengths = dataset.lengths if self.padding == "longest" else None
             return training_plan(len(dataset), self.batch_size, world, lengths, (self.order_seed, epoch))
 
-        return self._loader(dataset, self.resumable(BatchSchedule(plan)))
+        return self._loader(dataset, self.resumable(EpochBatchSampler(epoch_batches)))
 
     def val_dataloader(self) -> DataLoader:
         return self._evaluation("validation")
@@ -262,11 +262,11 @@ class IMDB(ResumableDataModule):
         # The longest first, so that memory fails at once. The writer of predictions restores the texts' order.
         order = np.argsort(-dataset.lengths, kind="stable")
         batches = [order[i : i + self.eval_batch_size].tolist() for i in range(0, len(order), self.eval_batch_size)]
-        return self._loader(dataset, BatchSchedule(lambda epoch: batches))
+        return self._loader(dataset, EpochBatchSampler(lambda epoch: batches))
 
-    def _loader(self, dataset: TokenizedReviews, schedule: BatchSchedule) -> DataLoader:
+    def _loader(self, dataset: TokenizedReviews, sampler: EpochBatchSampler) -> DataLoader:
         workers = (2 if self.on_gpu else 0) if self.num_workers is None else self.num_workers
-        return self.device_loader(dataset, sampler=schedule, num_workers=workers, persistent_workers=workers > 0)
+        return self.device_loader(dataset, sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
 
     def _tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """All tokens one after the other, and the (N + 1,) offsets; "[SEP]" in a review is text, not a token."""

@@ -31,7 +31,7 @@ from experiment.nn.lora import (
 )
 from experiment.runs.step_sums import StepModule
 
-Adapter = Literal["custom", "peft", "none", "head"]
+Adapter = Literal["custom", "peft", "full", "head"]
 
 
 class ReviewClassifier(StepModule):
@@ -68,7 +68,7 @@ class ReviewClassifier(StepModule):
         Args:
             name: The pretrained model: a hub name, a local folder, or package:<package>/<folder>.
             label_names: Names of the classes; from the data where the command line builds the model.
-            adapter: custom (the LoRA of this package), peft (the same by PEFT), none (full fine-tuning), or head
+            adapter: custom (the LoRA of this package), peft (the same by PEFT), full (all weights train), or head
                 (the encoder stays frozen and only modules_to_save train).
             r: Rank of the LoRA update.
             lora_alpha: The update is scaled by lora_alpha / r.

@@ -9,7 +9,7 @@ from experiment.pages.token_html import escaped, message, word
 
 MOST_CHARACTERS = 50_000  # several times the longest review of IMDB
 ADAPTERS = {
-    "custom": "LoRA by hand", "peft": "LoRA by PEFT", "head": "the head alone", "none": "full fine-tuning",
+    "custom": "LoRA by hand", "peft": "LoRA by PEFT", "head": "the head alone", "full": "full fine-tuning",
 }  # fmt: skip
 REVIEWS = [
     "The plot was anything but dull. I expected something weak and got something brilliant.",

@@ -59,7 +59,7 @@ class Entry:
         bits_per_byte: Of each run, at its end.
         tokens: Trained in a run, on average.
         evaluated: What was predicted, with the hash of the validation stories.
-        machine: The processor or GPU, cores, precision.
+        machine: The CPU or GPU, cores, precision.
         commit: Of this source.
         date: When.
     """
@@ -123,6 +123,7 @@ def entry_of(name: str, about: str, lines: Sequence[dict[str, Any]]) -> Entry:
     if not lines or any("failed" in line for line in lines):
         raise InputError(f"{name}: {len(lines)} runs, some of which failed: expected one or more that ended")
     first, seen = lines[0], lines[0].get("environment", {})
+    seen = {"cpu": seen.get("processor"), **seen}  # as older runs call it
     data = {key: value for key, value in first["config"].get("data", {}).items() if key != "path"}
     return Entry(
         name=name,
@@ -133,7 +134,7 @@ def entry_of(name: str, about: str, lines: Sequence[dict[str, Any]]) -> Entry:
         bits_per_byte=[round(line["curve"]["val/bits_per_byte"][-1], 5) for line in lines],
         tokens=round(mean(line["curve"]["tokens"][-1] for line in lines)),
         evaluated=first.get("evaluated", ""),
-        machine={key: seen[key] for key in ("processor", "gpu", "cores", "precision", "torch") if key in seen},
+        machine={key: seen[key] for key in ("cpu", "gpu", "cores", "precision", "torch") if seen.get(key)},
         commit=seen.get("source", ""),
         date=first.get("date", ""),
     )
@@ -150,9 +151,7 @@ def render(entries: Sequence[Entry]) -> str:
         there = [entry for entry in entries if (entry.track, entry.evaluated) == (track, evaluated)]
         for entry in sorted(there, key=lambda entry: mean(entry.bits_per_byte)):
             spread = f" ± {stdev(entry.bits_per_byte):.4f}" if len(entry.seeds) > 1 else ", one seed"
-            machine = ", ".join(
-                str(entry.machine[key]) for key in ("gpu", "processor", "precision") if key in entry.machine
-            )
+            machine = ", ".join(str(entry.machine[key]) for key in ("gpu", "cpu", "precision") if key in entry.machine)
             cells = [f"{mean(entry.bits_per_byte):.4f}{spread}", entry.name, ", ".join(map(str, entry.seeds))]
             cells += [f"{entry.tokens / 1e6:.1f} M", entry.about, machine, entry.commit, entry.date]
             parts.append(f"| {' | '.join(cells)} |\n")

@@ -13,7 +13,7 @@ from experiment.errors import InputError
 from experiment.runs.run import read_checkpoint, recorded, run_of
 from experiment.runs.sharding import FullyShardedStrategy
 from experiment.runs.throughput import Throughput
-from lm.data.module import TinyStories
+from lm.data.module import TextDataModule
 from lm.decoding.config import GenerationConfig
 from lm.formats.adapters import LoRAConfig, base_weights
 from lm.formats.pretrained import BASE, load_pretrained, save_base
@@ -30,7 +30,7 @@ class LanguageCLI(ExperimentCLI):
     example = """--data.prompts '["Once upon a time"]'"""
     shown_as_written = True
     parts = (
-        ("data", TinyStories, {}),
+        ("data", TextDataModule, {}),
         ("model.decoder", DecoderConfig, {"vocab_size": 1}),
         ("model.optimizer", OptimizerConfig, {}),
         ("model.generation", GenerationConfig, {}),
@@ -40,7 +40,7 @@ class LanguageCLI(ExperimentCLI):
     def __init__(self, args: Sequence[str] | None = None) -> None:
         self.first_validation = FirstValidation()
         callbacks = [Perplexity(), Throughput(), self.first_validation]
-        super().__init__("lm", LanguageModel, TinyStories, callbacks, args)
+        super().__init__("lm", LanguageModel, TextDataModule, callbacks, args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)

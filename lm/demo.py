@@ -15,7 +15,7 @@ from lm.convert import load_checkpoint
 from lm.data.tokenizer import StoryTokenizer
 from lm.decoding.config import GenerationConfig
 from lm.decoding.generation import generate
-from lm.decoding.quantization import prepare
+from lm.decoding.quantization import prepare_for_decoding
 from lm.decoding.sampling import filter_logits
 from lm.model.decoder import Decoder
 
@@ -66,7 +66,8 @@ class LanguageModelDemo:
         self.decoder, self.tokenizer = load_checkpoint(checkpoint)
         self.decoder.to(default_device())
         on_cpu = self.decoder.embedding.weight.device.type == "cpu"
-        self._prepared = prepare(self.decoder, pack=True) if on_cpu else self.decoder  # once for all stories
+        # Once for all stories.
+        self._prepared = prepare_for_decoding(self.decoder, pack=True) if on_cpu else self.decoder
 
     def tell(self, beginning: str, **generation: Any) -> str:
         """A beginning with its continuation.

@@ -12,7 +12,7 @@ import yaml
 from experiment.compare import runner as compare
 from experiment.compare.comparison import read_comparison, read_yaml
 from experiment.pages.summary import read_metrics
-from lm.data.module import TinyStories
+from lm.data.module import TextDataModule
 from tests.classify.conftest import save_tiny_bert
 from tests.processes import Commands
 from tests.runs import TINY, write_stories
@@ -77,7 +77,7 @@ def test_budget_of_tokens_is_met_and_rows_that_are_judged_by_other_text_are_refu
     }  # fmt: skip
     Path("lm.yaml").write_text(yaml.safe_dump(content))
     flags = [flag for flag in SHRUNK["lm"][:-3] if "decoder.dropout" not in flag]
-    data = TinyStories(path="stories", vocab_size=345, sequence_length=16, batch_size=4)
+    data = TextDataModule(path="stories", vocab_size=345, sequence_length=16, batch_size=4)
     epoch = sum(int(batch["loss_mask"].sum()) for batch in data.train_dataloader())  # padding is not counted
     compare.main(["lm.yaml", *flags, "--budget", f"tokens={2 * epoch}", "points=2"])
     (line,) = compare.read_results(Path("runs/comparisons")).values()

@@ -79,8 +79,8 @@ OWN = {
              "model.optimizer.muon_learning_rate", "model.optimizer.weight_decay", "model.optimizer.eps",
              "model.optimizer.warmup_steps", "model.optimizer.final_ratio", "model.generation.temperature",
              "model.generation.top_p", "model.generation.seed", "samples.temperature"), NUMBERS),
-        **dict.fromkeys(("data.packing", "data.streaming", "data.beginnings", "model.decoder.query_key_norm"), BOOLS),
-        **dict.fromkeys(("model.optimizer.schedule", "data.evaluation", "model.generation.weights", "model", "data"), WORDS),
+        **dict.fromkeys(("data.packing", "data.streaming", "data.extra_first_windows", "model.decoder.query_key_norm"), BOOLS),
+        **dict.fromkeys(("model.optimizer.schedule", "data.evaluation", "model.generation.weight_dtype", "model", "data"), WORDS),
         **dict.fromkeys(("data.prompts", "samples.prompts"), TEXTS),
     },
     "classify": {

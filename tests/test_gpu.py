@@ -1,4 +1,4 @@
-"""On a CUDA GPU everything gives what it gives on a processor; skipped where there is none."""
+"""On a CUDA GPU everything gives what it gives on a CPU; skipped where there is none."""
 
 import copy
 import warnings

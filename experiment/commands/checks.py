@@ -27,14 +27,14 @@ def _problems(trainer: Trainer, data: ResumableDataModule) -> Iterator[str]:
             f"trainer.reload_dataloaders_every_n_epochs {trainer.reload_dataloaders_every_n_epochs}: workers would "
             "begin each epoch twice; give data.num_workers 0"
         )
-    if data.train_schedule is None:  # a stream, which has no epochs
+    if data.train_sampler is None:  # a stream, which has no epochs
         if trainer.max_steps < 0:
             yield "trainer.max_steps is not given: data.streaming has no last story, so it must end the run"
         if trainer.overfit_batches:
             found = f"trainer.overfit_batches {trainer.overfit_batches}"
             yield f"{found}: a stream has no batches to come back to; give data.streaming false"
         return
-    total, processes = len(data.train_schedule.plan(0)), trainer.world_size
+    total, processes = len(data.train_sampler.epoch_batches(0)), trainer.world_size
     batches = -(-total // processes)
     if total < processes:
         yield (

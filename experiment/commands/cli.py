@@ -30,6 +30,7 @@ from experiment.pages.report import write_report
 from experiment.pages.wandb_logger import WandbLogger
 from experiment.progress import RunProgressBar, console, validation_results
 from experiment.quiet import quiet_libraries
+from experiment.renamed import current_arguments
 from experiment.runs.checkpoints import BestCheckpoint, ExactResume, StepCheckpoint
 from experiment.runs.finite import FiniteLoss
 from experiment.runs.interruption import Interrupted
@@ -164,7 +165,7 @@ class ExperimentCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
         """As Lightning's, without its warning where a caller gives the arguments: the tests and tables do."""
-        given = sys.argv[1:] if args is None else args
+        given = current_arguments(sys.argv[1:] if args is None else args)
         # Text that the locale could not read, but no name of a file, whose bytes must stay as they are.
         given = [argument if os.path.exists(argument) else repaired(argument) for argument in given]
         self.flags = {flag.removeprefix("--").partition("=")[0] for flag in given if flag.startswith("--")}

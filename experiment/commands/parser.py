@@ -11,6 +11,7 @@ from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from experiment.errors import InputError
+from experiment.renamed import current_config
 
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
 KIND = re.compile(rf"(typing\.)?Literal\[(?P<values>[^\]]*)\]|<class '(?P<name>{'|'.join(KINDS)})'>")
@@ -25,7 +26,9 @@ class RepeatedKey(yaml.YAMLError):
 
 def load_yaml(text: str) -> Any:
     """As jsonargparse's loader, but a key that stands twice is an error that names its lines, and in a list no, yes, on
-    and off are words: to YAML 1.1 they are false and true, and classes of these names were lost."""
+    and off are words: to YAML 1.1 they are false and true, and classes of these names were lost.
+
+    Names of the last release become today's."""
     words = []
     nodes = [yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))]
     while nodes:
@@ -45,7 +48,8 @@ def load_yaml(text: str) -> Any:
     for word in sorted(words, key=lambda word: -word.start_mark.index):
         begin, end = word.start_mark.index, word.end_mark.index
         text = f"{text[:begin]}'{word.value}'{text[end:]}"
-    return _load_yaml(text)
+    loaded = _load_yaml(text)
+    return current_config(loaded) if isinstance(loaded, dict) else loaded
 
 
 _load_yaml = get_loader("yaml")

@@ -33,6 +33,7 @@ from typing import Any
 import yaml
 
 from experiment.errors import InputError
+from experiment.renamed import current_file
 
 Values = Mapping[str, Any]
 OWN_FLAGS = ("run_dir", "ckpt_path", "seed_everything")  # each run has its own
@@ -154,7 +155,7 @@ def merged(configs: Sequence[str], flags: Values) -> dict[str, Any]:
 def read_yaml(file: str | Path) -> dict[str, Any]:
     """The content of a YAML file; an InputError where there is none, or no names with values in it."""
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        content = yaml.safe_load(Path(current_file(str(file))).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"{file} cannot be read ({error}): run this where configs/ lies") from error
     if not isinstance(content, dict):

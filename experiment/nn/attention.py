@@ -1,4 +1,4 @@
-"""Attention of short sequences in bfloat16 on a processor, with its gradient written out.
+"""Attention of short sequences in bfloat16 on a CPU, with its gradient written out.
 
 `scaled_dot_product_attention` is the fast kernel everywhere but there: its backward pass in bfloat16 takes up to four
 times as long as the same in plain products (one core with AVX512-BF16, 32 x 6 heads of 128 tokens: 70 ms forward and
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 LONGEST = 512  # tokens; twice as many would keep four times the probabilities
 
 
-def by_hand(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def uses_manual_backward(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `attention` of these takes the written-out gradient; else it is torch's kernel."""
     return (
         query.dtype == key.dtype == value.dtype == torch.bfloat16
@@ -40,7 +40,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
     Returns:
         (B, heads, T, head_dim).
     """
-    if by_hand(query, key, value):
+    if uses_manual_backward(query, key, value):
         return _Attention.apply(query, key, value, mask, causal)
     grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped)

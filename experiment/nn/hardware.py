@@ -1,4 +1,4 @@
-"""What the machine at hand is good at."""
+"""Hardware capabilities."""
 
 import functools
 
@@ -8,8 +8,8 @@ import torch
 def fast_bfloat16(accelerator: str = "auto") -> bool:
     """Whether bfloat16 matrix products are faster than float32 ones where the training will run.
 
-    True for a CUDA GPU with native bfloat16 (Ampere and later), for a processor with AMX, and for one with AVX512-BF16
-    that is not Intel's. The one Intel processor tried without AMX (an Emerald Rapids in a virtual machine that hides
+    True for a CUDA GPU with native bfloat16 (Ampere and later), for a CPU with AMX, and for one with AVX512-BF16
+    that is not Intel's. The one Intel CPU tried without AMX (an Emerald Rapids in a virtual machine that hides
     it) trained 1.5 times as fast in float32; products on an AMD Zen 4 are 2.2 times as fast in bfloat16. Without these
     instructions a CPU emulates bfloat16.
     """
@@ -34,7 +34,7 @@ def default_precision(accelerator: str = "auto") -> str:
 
 @functools.cache
 def can_compile(device_type: str) -> bool:
-    """Whether torch.compile finds what it needs here: a C++ compiler and Python's headers for a processor, Triton for a
+    """Whether torch.compile finds what it needs here: a C++ compiler and Python's headers for a CPU, Triton for a
     GPU. It is tried, which takes some seconds the first time."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device_type))

@@ -28,7 +28,7 @@ def command_line(package: str, args: Sequence[str]) -> str:
     return repaired(f"python -m {package} {shlex.join(args)}")
 
 
-def processor_name() -> str:
+def cpu_name() -> str:
     """The CPU's own name where the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -52,7 +52,7 @@ def environment(trainer: "Trainer") -> dict[str, Any]:
     import torch
 
     found: dict[str, Any] = {
-        "processor": processor_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "accelerator": type(trainer.accelerator).__name__.removesuffix("Accelerator").lower(),

@@ -18,6 +18,7 @@ from lightning.pytorch import LightningModule
 from experiment.runs import sharding
 from experiment.console import console
 from experiment.errors import InputError
+from experiment.renamed import current_checkpoint
 from experiment.runs.launch import agreed, is_child
 from experiment.sources.paths import user_path
 from experiment.runs.sharding import Part, is_sharded
@@ -255,6 +256,8 @@ def read_checkpoint(file: Path, part: Part = "weights") -> dict[str, Any]:
             checkpoint = sharding.read(file, part)
         else:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            if isinstance(checkpoint, dict):
+                current_checkpoint(checkpoint)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"ckpt_path {file} is refused: it is no checkpoint, or holds objects that would run code when loaded; "

@@ -26,6 +26,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from experiment.renamed import current_checkpoint
+
 Part = Literal["all", "weights", "outline"]
 CHECKSUMS, META = "checksums.json", "meta.pt"
 RECORDS = {  # what .metadata consists of beside plain values
@@ -144,7 +146,9 @@ def _with_lists(value: Any) -> Any:
 
 
 def _lightnings_part(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / META, map_location="cpu", weights_only=True)
+    part = torch.load(folder / META, map_location="cpu", weights_only=True)
+    current_checkpoint(part)
+    return part
 
 
 def _seal(folder: Path, rank: int, processes: int) -> None:

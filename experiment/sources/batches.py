@@ -18,7 +18,7 @@ Batches = Sequence[Sequence[int]]
 
 
 def rank_and_processes() -> tuple[int, int]:
-    """To be asked late, since the process group starts after the data module is made."""
+    """Call lazily: the process group is initialised after the data module."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
@@ -38,23 +38,23 @@ def rounded_width(longest: int, limit: int) -> int:
     return min(-(-longest // step) * step, limit)
 
 
-class BatchSchedule(SequentialSampler):
+class EpochBatchSampler(SequentialSampler):
     """Yields the index lists of one epoch's batches; to be used as ``DataLoader(data, sampler=it, batch_size=None)``.
 
-    Process r of w takes the batches r, r + w, r + 2w, … of the plan, so the same plan with w processes and batches
-    of B is the plan of one process with batches of w B. The processes for which no batch is left in the end get an
+    Process r of w takes the batches r, r + w, r + 2w, … of an epoch, so w processes with batches of B take the
+    steps of one process with batches of w B. The processes for which no batch is left in the end get an
     empty one: all take as many steps, since a step may be a collective, in which one that is alone waits for ever.
 
     Args:
-        plan: Gives all batches of an epoch, the same whenever it is asked, and the same number for every epoch.
+        epoch_batches: Gives all batches of an epoch: always the same, and as many in every epoch.
 
     For Lightning it is sequential: with ``overfit_batches`` any other sampler is replaced by one of single samples.
-    Epochs are counted here, one each time the schedule is gone through: Lightning's own count jumps where a run that
+    Epochs are counted here, one each time the sampler is gone through: Lightning's own count jumps where a run that
     ended within an epoch is given more steps.
     """
 
-    def __init__(self, plan: Callable[[int], Batches]) -> None:
-        self.plan = plan
+    def __init__(self, epoch_batches: Callable[[int], Batches]) -> None:
+        self.epoch_batches = epoch_batches
         self.epoch = 0  # the one that is being, or will first be, gone through
         self.start = 0  # batches of it that were done before a resume
         self._begun = False
@@ -65,14 +65,14 @@ class BatchSchedule(SequentialSampler):
 
     def __len__(self) -> int:
         _, world = self._share
-        return -(-len(self.plan(self.epoch)) // world)
+        return -(-len(self.epoch_batches(self.epoch)) // world)
 
     def __iter__(self) -> Iterator[Sequence[int]]:
         rank, world = self._share
         if self._begun:
             self.epoch += 1
         self._begun = True
-        own = self.plan(self.epoch)[rank::world]
+        own = self.epoch_batches(self.epoch)[rank::world]
         start, self.start = self.start, 0
         yield from [*own, []][start : len(self)]
 
@@ -129,10 +129,10 @@ class ResumableDataModule(LightningDataModule):
 
     Lightning offers the same through loaders with a state, but forgets that state once the number of steps has been
     asked for, which every cosine schedule does (pytorch-lightning#20550); the data module's own state it always
-    keeps. Subclasses set ``train_schedule`` in ``train_dataloader``.
+    keeps. Subclasses set ``train_sampler`` in ``train_dataloader``.
     """
 
-    train_schedule: BatchSchedule | None = None
+    train_sampler: EpochBatchSampler | None = None
     step_parts: Mapping[str, int]  # what one process trains in one batch, such as 32 sequences of 128 tokens
     global_batch: tuple[str, int | None]  # the option that sets what an optimizer step trains, and its value
 
@@ -152,7 +152,7 @@ class ResumableDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The position to go on from: the epoch, and the batches of it that each process has done."""
-        batches, epoch = self.trainer.fit_loop.epoch_loop.batch_progress, self.train_schedule.epoch
+        batches, epoch = self.trainer.fit_loop.epoch_loop.batch_progress, self.train_sampler.epoch
         epochs = self.trainer.fit_loop.epoch_progress.current
         # A batch that has begun but is not processed yet comes again.
         done = batches.current.processed
@@ -166,7 +166,7 @@ class ResumableDataModule(LightningDataModule):
 
     def _sizes(self, epoch: int) -> list[int]:
         """Samples in each batch of an epoch, those of all processes."""
-        return [len(batch) for batch in self.train_schedule.plan(epoch)]
+        return [len(batch) for batch in self.train_sampler.epoch_batches(epoch)]
 
     def accumulation(self, processes: int, given: int) -> int:
         """Micro-batches of an optimizer step: as many as the global batch takes, ``given`` where it is not set.
@@ -205,19 +205,19 @@ class ResumableDataModule(LightningDataModule):
 
     def describe_batch(self, index: int) -> str:
         """Which samples the batch of that number in the current epoch holds, for people."""
-        schedule = self.train_schedule
-        if schedule is None:  # a stream, whose samples have no numbers
+        sampler = self.train_sampler
+        if sampler is None:  # a stream, whose samples have no numbers
             return f"batch {index}"
-        rank, world = schedule._share
-        samples = [int(sample) for sample in schedule.plan(schedule.epoch)[index * world + rank]]
+        rank, world = sampler._share
+        samples = [int(sample) for sample in sampler.epoch_batches(sampler.epoch)[index * world + rank]]
         shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
-        return f"batch {index} of epoch {schedule.epoch} (samples {shown})"
+        return f"batch {index} of epoch {sampler.epoch} (samples {shown})"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "epoch" not in state_dict:
             raise InputError("this run has streamed its data: resume it with --data.streaming true")
         epoch, done = int(state_dict["epoch"]), int(state_dict["batches_done"])
-        if self.train_schedule is None:  # no training, or its loader is still to be made
+        if self.train_sampler is None:  # no training, or its loader is still to be made
             self._position = epoch, done
             return
         before, sizes = state_dict.get("batches"), self._sizes(epoch)
@@ -232,20 +232,20 @@ class ResumableDataModule(LightningDataModule):
                 batches = bisect_right(list(accumulate(sizes)), state_dict["samples_done"])
                 self.rescaled = done = batches // self.trainer.world_size
         self._position = epoch, done
-        self.train_schedule.epoch, self.train_schedule.start = self._position
+        self.train_sampler.epoch, self.train_sampler.start = self._position
 
-    def resumable(self, schedule: BatchSchedule) -> BatchSchedule:
-        """Register the schedule of the training loader, so that it starts where the checkpoint left off, or goes on
+    def resumable(self, sampler: EpochBatchSampler) -> EpochBatchSampler:
+        """Register the sampler of the training loader, so that it starts where the checkpoint left off, or goes on
         after the epochs of the loader that it replaces."""
         if self.trainer is not None and self.trainer.overfit_batches:
-            always = schedule.plan(0)  # the same batches in each epoch
-            schedule.plan = lambda epoch: always
-        if (before := self.train_schedule) is not None:
-            schedule.epoch, schedule.start, schedule._begun = before.epoch, before.start, before._begun
+            always = sampler.epoch_batches(0)  # the same batches in each epoch
+            sampler.epoch_batches = lambda epoch: always
+        if (before := self.train_sampler) is not None:
+            sampler.epoch, sampler.start, sampler._begun = before.epoch, before.start, before._begun
         else:
-            schedule.epoch, schedule.start = self._position
-        self.train_schedule = schedule
-        return schedule
+            sampler.epoch, sampler.start = self._position
+        self.train_sampler = sampler
+        return sampler
 
 
 def validate_by_steps(trainer: Trainer) -> None:

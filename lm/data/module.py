@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from experiment.errors import InputError
 from experiment.progress import console, progress
-from experiment.sources.batches import BatchSchedule, ResumableDataModule, rank_and_processes
+from experiment.sources.batches import EpochBatchSampler, ResumableDataModule, rank_and_processes
 from experiment.sources.cache import cached_folder
 from experiment.sources.files import datasets_library, load_texts, local_files, source_fingerprint
 from experiment.sources.rows import layout_note
@@ -42,13 +42,13 @@ from lm.data.tokenizer_files import load_tokenizer
 if TYPE_CHECKING:
     from datasets import Dataset as Texts
 
-Evaluation = Literal["full", "report"]
+Evaluation = Literal["full", "first_window"]
 FORMAT = 2  # of the cached folders; raise it when what is written, or what decides it, changes
 TRAINING_STORIES = 200_000  # that a tokenizer is trained on, at most
 HELD_OUT = 100  # one story in so many becomes validation where the source has none
 
 
-class TinyStories(ResumableDataModule):
+class TextDataModule(ResumableDataModule):
     """The stories, and how they become sequences of tokens.
 
     Args:
@@ -60,15 +60,15 @@ class TinyStories(ResumableDataModule):
         sequence_length: Tokens that the model sees at once.
         packing: Join the training stories into full sequences, so that no token is lost. Otherwise each story is
             a sequence of its own, cut off or padded.
-        beginnings: With packing, train each story's first sequence_length tokens as a sequence of its own, too: an
-            epoch is then the whole text and after it, once more, what ``report`` evaluates; the second epoch begins
+        extra_first_windows: With packing, also train each story's first sequence_length tokens as a sequence of its
+            own: an epoch is the whole text, then once more what ``first_window`` evaluates; the second epoch begins
             with the latter.
         batch_size: Training sequences a step and process.
         global_batch_tokens: Tokens that an optimizer step trains, pads included: sequences x length x processes x
             micro-batches. From it follows trainer.accumulate_grad_batches, so that any number of processes makes the
             same steps.
         eval_batch_size: Sequences a step and process of validation, test and prediction; results do not depend on it.
-        evaluation: ``full``, every token of every story predicted exactly once, or ``report``, only the first
+        evaluation: ``full``, every token of every story predicted exactly once, or ``first_window``, only the first
             sequence_length tokens of each story.
         prompts: Beginnings of stories for ``predict``: a list, or a text file with one a line, or a JSON or JSON
             lines file of strings or of objects with a ``prompt``.
@@ -92,7 +92,7 @@ class TinyStories(ResumableDataModule):
         vocab_size: int = 32768,
         sequence_length: int = 128,
         packing: bool = False,
-        beginnings: bool = False,
+        extra_first_windows: bool = False,
         batch_size: int = 32,
         global_batch_tokens: int | None = None,
         eval_batch_size: int = 64,
@@ -112,17 +112,17 @@ class TinyStories(ResumableDataModule):
                 raise InputError(f"data.{name} {value}: expected at least {minimum}")
         if evaluation not in get_args(Evaluation):
             raise InputError(f"data.evaluation {evaluation!r}: expected {' or '.join(get_args(Evaluation))}")
-        if beginnings and (streaming or not packing):
+        if extra_first_windows and (streaming or not packing):
             raise InputError(
-                f"data.beginnings true adds to packed text that is not streamed, but data.packing is {packing} and "
-                f"data.streaming {streaming}: change them, or leave out data.beginnings"
+                f"data.extra_first_windows true needs data.packing true and data.streaming false, not {packing} and "
+                f"{streaming}: change them, or leave it out"
             )
         self.path = path
         self.tokenizer_name = tokenizer
         self.vocab_size = vocab_size
         self.sequence_length = sequence_length
         self.packing = packing
-        self.beginnings = beginnings
+        self.extra_first_windows = extra_first_windows
         self.batch_size = batch_size
         self.step_parts = {"sequences": batch_size, "tokens": sequence_length}
         self.global_batch = "global_batch_tokens", global_batch_tokens
@@ -176,7 +176,7 @@ class TinyStories(ResumableDataModule):
         if not self.streaming:
             windows = self.train_dataloader().dataset.windows
             facts |= {"tokens_per_epoch": int((windows.length - 1).sum())}
-            facts |= {"batches_per_epoch": len(self.train_schedule.plan(0))}
+            facts |= {"batches_per_epoch": len(self.train_sampler.epoch_batches(0))}
         return facts
 
     def _train_tokenizer(self, folder: Path) -> None:
@@ -273,18 +273,18 @@ class TinyStories(ResumableDataModule):
             return self._stream()
         corpus = self.corpus("train")
         kinds = [packed_windows(len(corpus.tokens), self.sequence_length)] if self.packing else []
-        if self.beginnings or not self.packing:
+        if self.extra_first_windows or not self.packing:
             kinds.append(first_windows(corpus.offsets, self.sequence_length))
         data = WindowBatches(corpus, join_windows(*kinds), self.tokenizer, self.sequence_length)
 
         @lru_cache(maxsize=1)  # it is asked for its length many times
         def shuffled(epoch: int) -> list[np.ndarray]:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(data))
-            if self.beginnings:  # the order turns each epoch, so that a little more than one still ends on beginnings
+            if self.extra_first_windows:  # in turns, so that a little more than one epoch still ends on first windows
                 order = order[np.argsort((order >= len(kinds[0].start)) ^ (epoch % 2 == 1), kind="stable")]
             return _in_batches(order, self.batch_size)
 
-        return self._loader(data, self.resumable(BatchSchedule(shuffled)))
+        return self._loader(data, self.resumable(EpochBatchSampler(shuffled)))
 
     def _stream(self) -> DataLoader:
         stream = StoryStream(
@@ -339,10 +339,10 @@ class TinyStories(ResumableDataModule):
         self.stream_progress.load(state_dict["processes"][self.trainer.global_rank])
 
     @cached_property
-    def _second(self) -> "TinyStories | None":
+    def _second(self) -> "TextDataModule | None":
         if self.second_path is None:
             return None
-        second = TinyStories(
+        second = TextDataModule(
             self.second_path,
             sequence_length=self.sequence_length,
             eval_batch_size=self.eval_batch_size,
@@ -362,7 +362,7 @@ class TinyStories(ResumableDataModule):
     def predict_dataloader(self) -> DataLoader:
         data = PromptBatches(read_prompts(self.prompts), self.tokenizer)
         batches = _in_batches(np.arange(len(data)), self.eval_batch_size)
-        return self._loader(data, BatchSchedule(lambda epoch: batches))
+        return self._loader(data, EpochBatchSampler(lambda epoch: batches))
 
     def _eval_loader(self, split: str) -> DataLoader:
         corpus = self.corpus(split)
@@ -372,11 +372,11 @@ class TinyStories(ResumableDataModule):
         # Rows of like length together, so that little is padded; the longest first, so that memory fails at once.
         size = min(self.eval_batch_size, -(-len(data) // rank_and_processes()[1]))
         batches = _in_batches(np.argsort(-windows.length, kind="stable"), size)
-        return self._loader(data, BatchSchedule(lambda epoch: batches))
+        return self._loader(data, EpochBatchSampler(lambda epoch: batches))
 
-    def _loader(self, data: Dataset, schedule: BatchSchedule) -> DataLoader:
+    def _loader(self, data: Dataset, sampler: EpochBatchSampler) -> DataLoader:
         workers = self.num_workers
-        return self.device_loader(data, sampler=schedule, num_workers=workers, persistent_workers=workers > 0)
+        return self.device_loader(data, sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
 
 
 def _stories_in(chunks: Iterable[Sequence[str | None]], advance: Callable[[int], None]) -> Iterator[str]:

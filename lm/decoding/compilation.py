@@ -1,6 +1,6 @@
 """The decoding step of one token as compiled code.
 
-For one story on a processor a step of a small decoder takes about a millisecond, and torch.compile's way from Python to
+For one story on a CPU a step of a small decoder takes about a millisecond, and torch.compile's way from Python to
 the compiled code and back takes half a millisecond more. There the step is machine code that AOTInductor makes once for
 a shape of decoder and keeps in tinylab's cache folder, where later processes find it ready; it reads the decoder's own
 weights, and takes from Python one call with the tensors that change. Several stories at a time, a GPU, autocast and
@@ -29,8 +29,8 @@ import lm.model.decoder
 import lm.model.functional
 import lm.model.kv_cache
 from experiment.sources.cache import cached_folder
-from lm.decoding.quantization import WeightFormat, prepare, weight_format
-from lm.decoding.sampling import likeliest
+from lm.decoding.quantization import WeightDtype, prepare_for_decoding, weight_dtype
+from lm.decoding.sampling import argmax
 from lm.model.decoder import Decoder
 from lm.model.kv_cache import KeyValueCache
 
@@ -65,10 +65,10 @@ class CompilationError(ValueError):
 
 
 class CompiledStep:
-    """Logits (B, V) of the next tokens, float32, and the likeliest of each row (B,) as `likeliest` gives them.
+    """Logits (B, V) of the next tokens, float32, and the likeliest of each row (B,) as `argmax` gives them.
 
     Args:
-        decoder: In eval mode; as `prepare` lays it out, or as it is.
+        decoder: In eval mode; as `prepare_for_decoding` lays it out, or as it is.
         num_rows: How many stories the decoding begins with.
 
     Raises:
@@ -80,7 +80,7 @@ class CompiledStep:
         self.decoder = decoder
         weight = decoder.embedding.weight
         plain = (weight.dtype, weight.device.type) == (torch.float32, "cpu") and not torch.is_autocast_enabled("cpu")
-        self.format = weight_format(decoder) if plain and num_rows == 1 else None
+        self.format = weight_dtype(decoder) if plain and num_rows == 1 else None
         self.known: tuple[KeyValueCache | None, int, int] = (None, 0, 0)
         if self.format is not None:
             self.code = _machine_code(_package(decoder, self.format))
@@ -113,13 +113,13 @@ def one_token(
     """What is compiled: see `CompiledStep`; slots as in `KeyValueCache.next_span`."""
     logits = decoder.logits(decoder.run(input_ids, cache, cache.next_span(slots))[:, -1]).float()
     cache.lengths += 1
-    return logits, likeliest(logits)
+    return logits, argmax(logits)
 
 
 @functools.cache
 def compiled_step(device_type: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """`one_token` by torch.compile, once a process, for every decoder."""
-    # On a processor a step is so short that allocating its results from Python takes a tenth of it.
+    # On a CPU a step is so short that allocating its results from Python takes a tenth of it.
     return torch.compile(one_token, options={"cpp_wrapper": True} if device_type == "cpu" else None)
 
 
@@ -164,13 +164,13 @@ def _weights(decoder: Decoder, loader: torch._C._aoti.AOTIModelPackageLoader) ->
     return {name: tensors[name].detach().contiguous() for name in loader.get_constant_fqns()}
 
 
-def _package(decoder: Decoder, format: WeightFormat) -> Path:
+def _package(decoder: Decoder, format: WeightDtype) -> Path:
     """The machine code for decoders of this shape, without weights: in the cache, made if need be."""
     key = {
         "decoder": asdict(decoder.config),
         "weights": format,
         "threads": torch.get_num_threads(),
-        "processor": dict(torch.cpu.get_capabilities()),
+        "cpu": dict(torch.cpu.get_capabilities()),
         "torch": str(torch.__version__),
         "source": DIGEST,
     }
@@ -179,10 +179,10 @@ def _package(decoder: Decoder, format: WeightFormat) -> Path:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _build(decoder: Decoder, format: WeightFormat, package: Path) -> None:
+def _build(decoder: Decoder, format: WeightDtype, package: Path) -> None:
     # Weights of its own, since export cannot look at those that were made in inference mode.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        step = _Step(prepare(Decoder(decoder.config).float().eval(), format))
+        step = _Step(prepare_for_decoding(Decoder(decoder.config).float().eval(), format))
     cache = KeyValueCache(decoder.config, 1, 2)
     slots = torch.export.Dim("slots", min=3)
     inputs = (torch.zeros(1, 1, dtype=torch.int64), cache.lengths, cache.buffers)

@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import get_args
 
-from lm.decoding.quantization import WeightFormat
+from lm.decoding.quantization import WeightDtype
 
 
 @dataclass
@@ -23,11 +24,11 @@ class GenerationConfig:
         use_cache: Keep keys and values; without, the whole sequence is recomputed for each token.
         sliding_window: Go on past the decoder's context with the newest half of it, instead of stopping.
         stop: Strings that end a story as soon as they occur in its new text.
-        weights: How the decoder's matrices are stored while decoding, on a processor: "bfloat16" and "int8" read a
+        weight_dtype: How the decoder's matrices are stored while decoding, on a CPU: "bfloat16" and "int8" read a
             half and a quarter of the bytes and change the story a little (see quantization.py); null leaves them.
         compile: Compile the step of one token with torch.compile: fewer and faster kernels, the same tokens. Needs a
             C++ compiler (Triton on a GPU), the cache, and about half a minute: once for one story at a time on a
-            processor, whose code is kept (see lm/decoding/compilation.py), else in each process.
+            CPU, whose code is kept (see lm/decoding/compilation.py), else in each process.
 
     Raises:
         ValueError: If a number is out of range.
@@ -43,7 +44,7 @@ class GenerationConfig:
     use_cache: bool = True
     sliding_window: bool = False
     stop: list[str] = field(default_factory=list)
-    weights: WeightFormat | None = None
+    weight_dtype: WeightDtype | None = None
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -55,7 +56,7 @@ class GenerationConfig:
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "a fraction in [0, 1], or null for no limit"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a positive number; 1 turns it off"),
             ("stop", "" not in self.stop, "no empty string, which would stop every story at once"),
-            ("weights", self.weights in (None, "float32", "bfloat16", "int8"), "float32, bfloat16, int8 or null"),
+            ("weight_dtype", self.weight_dtype in (None, *get_args(WeightDtype)), "float32, bfloat16, int8 or null"),
             ("compile", self.use_cache or not self.compile, "false without a cache; set use_cache"),
         ):
             if not valid:

@@ -153,9 +153,9 @@ class GraphSteps:
         self.graphs[visible] = graph
         return True
 
-    def _choose(self, logits: Tensor, likeliest: Tensor) -> None:
+    def _choose(self, logits: Tensor, argmax: Tensor) -> None:
         draws = None if self.draws is None else self.draws.index_select(0, self.step)[0]
-        tokens = choose(logits, likeliest, draws, self.held, self.config)
+        tokens = choose(logits, argmax, draws, self.held, self.config)
         self.tokens.index_copy_(0, self.step, tokens[None])
         known = tokens.clamp(min=0)[:, None]  # -1 is none that could be looked up
         self.input_ids.copy_(known)

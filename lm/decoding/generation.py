@@ -23,7 +23,7 @@ from torch import Tensor
 from lm.decoding.config import GenerationConfig
 from lm.decoding.cuda_graphs import can_run_ahead, steps_for
 from lm.decoding.sampling import LARGEST_DRAW, choose
-from lm.decoding.steps import Cached, Recomputed, laid_out
+from lm.decoding.steps import Cached, Recomputed, prepare_if_faster
 from lm.model.decoder import Decoder
 from lm.model.variants import VariantDecoder
 
@@ -84,7 +84,7 @@ def generate(
     training = decoder.training
     decoder.eval()
     try:
-        fast = laid_out(decoder, len(rows), config.max_new_tokens, config.weights, config.compile)
+        fast = prepare_if_faster(decoder, len(rows), config.max_new_tokens, config.weight_dtype, config.compile)
         if rows and config.use_cache and on_logits is None and can_run_ahead(fast):
             steps = _ahead(fast, rows, config)
         else:

@@ -4,7 +4,7 @@ Decoding one story reads every matrix once for each token and multiplies it with
 memory's. Three things are done about that, all to the matrices alone (norms and the embedding's rows stay float32):
 
 - float32: one row is multiplied in compiled code that reads four parts of the matrix at once, since one stream of
-  addresses does not fill a processor's memory bandwidth (the head alone, on two cores with AVX2: 43 GB/s instead of
+  addresses does not fill a CPU's memory bandwidth (the head alone, on two cores with AVX2: 43 GB/s instead of
   18); else oneDNN has a matrix packed once, 1.8 to 2.5 times as fast as `F.linear` at 8 to 32 rows, and on an AMD
   CPU, where `F.linear` is slow (see docs/speed.md), three times with one row.
 - bfloat16: rounded, multiplied in float32 where compiled.
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lm.model.decoder import Decoder
 
-WeightFormat = Literal["float32", "bfloat16", "int8"]
+WeightDtype = Literal["float32", "bfloat16", "int8"]
 STREAMS = 4  # more are no faster
 BLOCK = 32  # int8 elements
 
@@ -59,7 +59,7 @@ class DecodingLinear(nn.Module):
         format: See the module's docstring.
     """
 
-    def __init__(self, weight: Tensor, format: WeightFormat) -> None:
+    def __init__(self, weight: Tensor, format: WeightDtype) -> None:
         super().__init__()
         self.format = format
         self.packed: Tensor | None = None
@@ -95,30 +95,30 @@ class DecodingLinear(nn.Module):
         return product.view(*x.shape[:-1], -1)
 
 
-def weight_format(decoder: Decoder) -> WeightFormat | None:
-    """How a decoder that `prepare` made stores its matrices; None of any other."""
+def weight_dtype(decoder: Decoder) -> WeightDtype | None:
+    """How a decoder that `prepare_for_decoding` made stores its matrices; None of any other."""
     layer = decoder.blocks[0].attention.qkv
     return layer.format if isinstance(layer, DecodingLinear) else None
 
 
-def prepare(decoder: Decoder, format: WeightFormat = "float32", pack: bool = False) -> Decoder:
+def prepare_for_decoding(decoder: Decoder, format: WeightDtype = "float32", pack: bool = False) -> Decoder:
     """A decoder of the same weights that decodes faster, and does nothing else.
 
     Args:
-        decoder: On a processor, in float32; left as it is. One that is prepared already comes back, in its own format.
+        decoder: On a CPU, in float32; left as it is. One that is prepared already comes back, in its own format.
         format: How its matrices are stored: float32 is exact, and shares them.
         pack: Whether several rows and plain code shall be fast too, in float32: a copy of the matrices, 2 ms a million
             weights.
 
     Raises:
-        ValueError: If the weights are not float32 on a processor.
+        ValueError: If the weights are not float32 on a CPU.
     """
-    if weight_format(decoder) is None:
+    if weight_dtype(decoder) is None:
         weight = decoder.embedding.weight
         if (weight.dtype, weight.device.type) != (torch.float32, "cpu"):
             raise ValueError(
-                f"weights={format}: the decoder is {weight.dtype} on {weight.device.type}, expected float32 on a "
-                "processor; leave weights out"
+                f"weight_dtype={format}: the decoder is {weight.dtype} on {weight.device.type}, expected float32 on a "
+                "CPU; leave weight_dtype out"
             )
         shared = {id(tensor): tensor for tensor in (*decoder.parameters(), *decoder.buffers())}
         head_weight = decoder.head_weight

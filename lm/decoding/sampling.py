@@ -13,11 +13,11 @@ NUCLEUS = 256  # tokens that are looked at first
 LARGEST_DRAW = 1 - 2**-22  # in float32, for not every device has float64, more times a sum may round up to that sum
 
 
-def likeliest(logits: Tensor, block_size: int = 64) -> Tensor:
+def argmax(logits: Tensor, block_size: int = 64) -> Tensor:
     """The token (B,) of the largest of logits (B, V), the first of equals; -1 where that is not finite.
 
     Of blocks first, since torch compares the elements of a row one by one, but takes the maxima of many short rows at
-    the processor's full width.
+    the CPU's full width.
     """
     if logits.shape[-1] % block_size:
         highest, token = logits.max(-1)
@@ -75,16 +75,16 @@ def penalize_repetition(logits: Tensor, held: Tensor, penalty: float) -> Tensor:
 
 
 def choose(
-    logits: Tensor, likeliest: Tensor, draws: Tensor | None, held: Tensor | None, config: "GenerationConfig"
+    logits: Tensor, argmax: Tensor, draws: Tensor | None, held: Tensor | None, config: "GenerationConfig"
 ) -> Tensor:
-    """The next token (B,) of each row; -1 where `likeliest` says that its logits are not finite.
+    """The next token (B,) of each row; -1 where `argmax` says that its logits are not finite.
 
     On a GPU the host does not wait for it, and what is computed depends on the configuration alone, so that it can be
     part of a CUDA graph.
 
     Args:
         logits: (B, V), float32.
-        likeliest: (B,), of `likeliest`.
+        argmax: (B,), of `argmax`.
         draws: (B,) random numbers in [0, `LARGEST_DRAW`], one a row; None where temperature is 0.
         held: (B, V), True for the tokens that a row holds; None where there is no penalty.
         config: Temperature, filters and penalty.
@@ -94,10 +94,10 @@ def choose(
     if config.temperature > 0:
         tokens = sample(logits, draws, config)
     elif config.repetition_penalty == 1:
-        return likeliest
+        return argmax
     else:
         tokens = logits.argmax(-1)
-    return tokens.where(likeliest >= 0, -1)
+    return tokens.where(argmax >= 0, -1)
 
 
 def sample(logits: Tensor, draws: Tensor, config: "GenerationConfig") -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lm.decoding.compilation import CompiledStep
-from lm.decoding.quantization import WeightFormat, prepare
-from lm.decoding.sampling import likeliest
+from lm.decoding.quantization import WeightDtype, prepare_for_decoding
+from lm.decoding.sampling import argmax
 from lm.model.decoder import Decoder
 from lm.model.kv_cache import KeyValueCache
 
@@ -19,13 +19,13 @@ STEPPED = 4  # tokens of a prompt that compiled code takes one by one sooner tha
 PACKED_FROM = 16  # tokens to come, from which laying out the matrices anew pays for itself
 
 
-def laid_out(
-    decoder: Decoder, num_rows: int, max_new_tokens: int, weights: WeightFormat | None, compile: bool
+def prepare_if_faster(
+    decoder: Decoder, num_rows: int, max_new_tokens: int, weights: WeightDtype | None, compile: bool
 ) -> Decoder:
     """The decoder with its matrices laid out for decoding in the format `weights`, or as is where that does not pay.
 
     Raises:
-        ValueError: `weights` is given for a decoder that is not float32 on a processor.
+        ValueError: `weights` is given for a decoder that is not float32 on a CPU.
     """
     weight = decoder.embedding.weight
     # A subclass is how FSDP marks a decoder whose weights are not all here.
@@ -35,7 +35,7 @@ def laid_out(
     pack = max_new_tokens >= PACKED_FROM and not (compile and num_rows == 1)
     if weights is None and not compile and not pack:
         return decoder
-    return prepare(decoder, weights or "float32", pack)
+    return prepare_for_decoding(decoder, weights or "float32", pack)
 
 
 class Recomputed:
@@ -86,8 +86,8 @@ class Cached:
                 places = {row: place for place, row in enumerate(self.held)}
                 self.cache.keep([places[row] for row in windows])
         self.held = {row: len(window) for row, window in windows.items()}
-        on_processor = self.decoder.embedding.weight.device.type == "cpu"
-        short = on_processor and len(new) == 1 and len(new[0]) <= min(STEPPED, self.capacity - 1)
+        on_cpu = self.decoder.embedding.weight.device.type == "cpu"
+        short = on_cpu and len(new) == 1 and len(new[0]) <= min(STEPPED, self.capacity - 1)
         if self.compile and (short or not refilled):
             for tokens in zip(*new, strict=True):
                 result = self._step(tokens)
@@ -141,4 +141,4 @@ def last_logits(decoder: Decoder, hidden: Tensor, lengths: Tensor | None) -> tup
     rows = torch.arange(len(hidden), device=hidden.device)
     last = hidden[:, -1] if lengths is None else hidden[rows, lengths - 1]
     logits = decoder.logits(last).float()
-    return logits, likeliest(logits)
+    return logits, argmax(logits)

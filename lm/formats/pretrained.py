@@ -143,7 +143,7 @@ def save_base(config: DecoderConfig, weights: dict[str, torch.Tensor], folder: P
 
 def _tokenizer_of(checkpoint: Path) -> StoryTokenizer:
     from experiment.runs.run import CONFIG
-    from lm.data.module import TinyStories
+    from lm.data.module import TextDataModule
 
     run = checkpoint.resolve().parent.parent
     if (own := run / "tokenizer").is_dir():
@@ -154,7 +154,7 @@ def _tokenizer_of(checkpoint: Path) -> StoryTokenizer:
         named = {name: data[name] for name in ("path", "tokenizer", "vocab_size") if name in data}
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise InputError(f"{file} does not tell the tokenizer of {checkpoint}; give it with --tokenizer") from error
-    return TinyStories(**named).tokenizer
+    return TextDataModule(**named).tokenizer
 
 
 def _tokenizer_beside(file: Path) -> Path:

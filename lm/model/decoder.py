@@ -12,7 +12,7 @@ Two choices differ from the reference in form, not in value:
 - what stands between the products (`lm.model.functional`) has its gradient written out and keeps less for it.
 
 Training calls `scaled_dot_product_attention` with `is_causal` and no mask, which keeps it on the fused kernel of every
-device (but for bfloat16 on a processor: see experiment/nn/attention.py); dropout stands on the residual branches only:
+device (but for bfloat16 on a CPU: see experiment/nn/attention.py); dropout stands on the residual branches only:
 on attention weights it would leave that kernel.
 """
 

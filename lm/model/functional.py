@@ -72,8 +72,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Te
 
 
 def _call(function: type[torch.autograd.Function], *args: Any) -> Any:
-    by_hand = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return function.apply(*args) if by_hand else function.forward(*args)
+    by_autograd_function = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return function.apply(*args) if by_autograd_function else function.forward(*args)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -5,7 +5,7 @@ in float32, and autograd keeps several of that size. Here losses and both gradie
 made in the forward pass; backward only scales what is already there. It is the idea of Cut Your Losses (Wijmans et
 al. 2024, arXiv:2411.09009) and of Liger's kernel (Hsu et al. 2024, arXiv:2410.10989) in plain torch, for every device.
 
-On a processor a chunk goes over the vocabulary in blocks whose logits stay in the cache until their softmax is taken
+On a CPU a chunk goes over the vocabulary in blocks whose logits stay in the cache until their softmax is taken
 and multiplied by the matrix again; the blocks' sums are joined as in online softmax (Milakov & Gimelshein 2018,
 arXiv:1805.02867). Rows of probabilities are kept for one chunk, since the gradient of the matrix needs the whole sum.
 For a GPU such a block is too little work: there chunks are larger, and each takes the whole vocabulary at once.
@@ -42,8 +42,8 @@ def linear_cross_entropy(
         targets: (N,) int64 in [0, V), also where the weight is 0.
         weights: (N,) float weight of each token; 0 ignores it. None weighs all 1. Not differentiated.
         chunk_size: Rows whose probabilities exist at one time; memory beyond the gradients is little more than
-            chunk_size * V numbers of the products' type on a processor, with some of float32 beside them on a GPU.
-            None: 512 on a processor, 4,096 on a GPU.
+            chunk_size * V numbers of the products' type on a CPU, with some of float32 beside them on a GPU.
+            None: 512 on a CPU, 4,096 on a GPU.
 
     Returns:
         The weighted sum, a scalar; divide by the sum of weights for a mean.
@@ -52,7 +52,7 @@ def linear_cross_entropy(
         ValueError: If the shapes do not fit or chunk_size is not positive.
     """
     if chunk_size is None:
-        chunk_size = CHUNK_SIZE if _on_processor(hidden) else GPU_CHUNK_SIZE
+        chunk_size = CHUNK_SIZE if _on_cpu(hidden) else GPU_CHUNK_SIZE
     _check(hidden, weight, targets, weights, chunk_size)
     if not torch.is_grad_enabled():
         losses = token_losses(hidden, weight, targets, chunk_size)
@@ -65,10 +65,10 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: in
     """`-log softmax(hidden @ weight.T)[target]` in nats of each token, (N,) in float32 (float64 for float64).
 
     Without gradient, for evaluation. Arguments, types and errors as in `linear_cross_entropy`, but for chunks half as
-    large on a processor.
+    large on a CPU.
     """
     if chunk_size is None:
-        chunk_size = CHUNK_SIZE // 2 if _on_processor(hidden) else GPU_CHUNK_SIZE
+        chunk_size = CHUNK_SIZE // 2 if _on_cpu(hidden) else GPU_CHUNK_SIZE
     _check(hidden, weight, targets, None, chunk_size)
     dtype = _product_dtype(hidden)
     wide = torch.promote_types(dtype, torch.float32)
@@ -89,7 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(matrix.dtype, torch.float32)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-        add_up = _by_blocks if _on_processor(hidden) else _at_once
+        add_up = _vocabulary_blocks if _on_cpu(hidden) else _whole_vocabulary
         with torch.autocast(hidden.device.type, enabled=False):
             loss = add_up(hidden, matrix, targets, weights, chunk_size, grad_hidden, grad_weight)
         if needs_weight:
@@ -104,7 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def _by_blocks(
+def _vocabulary_blocks(
     hidden: Tensor,
     matrix: Tensor,
     targets: Tensor,
@@ -113,7 +113,7 @@ def _by_blocks(
     grad_hidden: Tensor | None,
     grad_weight: Tensor | None,
 ) -> Tensor:
-    """The loss on a processor, its gradients written into grad_hidden (N, H) and grad_weight (V, H) where given."""
+    """The loss on a CPU, its gradients written into grad_hidden (N, H) and grad_weight (V, H) where given."""
     dtype, wide = matrix.dtype, torch.promote_types(matrix.dtype, torch.float32)
     # Sorted by target, so that few chunks have targets in a block; and only the tokens that count.
     order = targets.argsort(stable=True)
@@ -179,7 +179,7 @@ def _by_blocks(
     return loss
 
 
-def _at_once(
+def _whole_vocabulary(
     hidden: Tensor,
     matrix: Tensor,
     targets: Tensor,
@@ -188,7 +188,7 @@ def _at_once(
     grad_hidden: Tensor | None,
     grad_weight: Tensor | None,
 ) -> Tensor:
-    """As `_by_blocks`, on a GPU: few kernels, none of which adds in an order of its own, and no waiting for one."""
+    """As `_vocabulary_blocks`, on a GPU: few kernels, all deterministic, no synchronisation."""
     dtype, wide = matrix.dtype, torch.promote_types(matrix.dtype, torch.float32)
     loss = hidden.new_zeros((), dtype=wide)
     for rows in _chunks(len(targets), chunk_size):
@@ -214,7 +214,7 @@ def _at_once(
     return loss
 
 
-def _on_processor(hidden: Tensor) -> bool:
+def _on_cpu(hidden: Tensor) -> bool:
     return hidden.device.type == "cpu"
 
 

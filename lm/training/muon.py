@@ -1,6 +1,6 @@
 """Muon: momentum whose every update is made orthogonal (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
-`torch.optim.Muon` computes the same in bfloat16 alone, one matrix after the other: on a processor that emulates
+`torch.optim.Muon` computes the same in bfloat16 alone, one matrix after the other: on a CPU that emulates
 bfloat16, its step takes longer than the forward and backward pass. Here the products are taken in the type that is fast
 on the device, those of equal shape together, and matrices that the model keeps stacked (query, key and value) are
 orthogonalised each by itself.

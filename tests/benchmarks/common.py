@@ -190,20 +190,20 @@ def own_memory() -> float:
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
 
 
-def processor() -> str:
-    """The processor's name as Linux gives it, else as Python does."""
+def cpu_name() -> str:
+    """The CPU's name as Linux gives it, else as Python does."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def machine() -> str:
-    """The GPU, if that is used, processor, threads, and the versions of what is measured."""
+    """The GPU, if that is used, CPU, threads, and the versions of what is measured."""
     gpu = f"{torch.cuda.get_device_name()}; " if DEVICE == "cuda" else ""
     bf16 = "bf16 instructions" if fast_bfloat16() else "no bf16 instructions"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "transformers", "peft", "numpy"))
     return (
-        f"{gpu}{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {bf16}; {platform.system()}, "
+        f"{gpu}{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {bf16}; {platform.system()}, "
         f"Python {platform.python_version()}, {packages}"
     )
 

@@ -27,14 +27,14 @@ from lm.convert import llama2c_tokenizer_path, to_llama2c
 from lm.data.tokenizer_files import load_tokenizer
 from lm.decoding.config import GenerationConfig
 from lm.decoding.generation import generate
-from lm.decoding.quantization import WeightFormat, prepare
+from lm.decoding.quantization import WeightDtype, prepare_for_decoding
 from lm.formats.hugging_face import split_weights
 from lm.model.config import DecoderConfig
 from lm.model.decoder import Decoder
 
 SHAPE = DecoderConfig(max_sequence_length=256)  # 15.4 million weights
 BOS = 1
-FORMATS: dict[str, WeightFormat] = {"float32": "float32", "bf16": "bfloat16", "int8": "int8"}
+FORMATS: dict[str, WeightDtype] = {"float32": "float32", "bf16": "bfloat16", "int8": "int8"}
 
 
 def make_decoder(config: DecoderConfig = SHAPE) -> Decoder:
@@ -67,9 +67,9 @@ def make_transformers(decoder: Decoder, dtype: torch.dtype = torch.float32) -> L
 
 
 def on_gpu(decoder: Decoder, format: str) -> Decoder:
-    """The decoder in float32 or, a copy, in bf16: fewer bits are for a processor."""
+    """The decoder in float32 or, a copy, in bf16: fewer bits are for a CPU."""
     if format == "int8":
-        raise RuntimeError("int8 is decoded on a processor: leave it out of --formats")
+        raise RuntimeError("int8 is decoded on a CPU: leave it out of --formats")
     return decoder if format == "float32" else copy.deepcopy(decoder).to(torch.bfloat16)
 
 
@@ -156,7 +156,7 @@ def decode_contenders(
         contenders["ours float32 eager"] = ours(decoder, prompts, new_tokens, tokens)
     for name in formats:
         expected = tokens if name == "float32" else None
-        prepared = prepare(decoder, FORMATS[name]) if DEVICE == "cpu" else on_gpu(decoder, name)
+        prepared = prepare_for_decoding(decoder, FORMATS[name]) if DEVICE == "cpu" else on_gpu(decoder, name)
         contenders[f"ours {name}"] = ours(prepared, prompts, new_tokens, expected, compile=True)
     for measure in contenders.values():
         measure()

@@ -22,7 +22,7 @@ from rich.table import Table
 from experiment.console import console
 from lm.decoding.config import GenerationConfig
 from lm.decoding.generation import generate
-from lm.decoding.quantization import prepare
+from lm.decoding.quantization import prepare_for_decoding
 
 SHAPES = {"head": (32768, 288), "qkv": (864, 288), "out": (288, 288), "gate_up": (1536, 288), "down": (288, 768)}
 BEYOND_CACHE = 400e6  # bytes
@@ -91,7 +91,7 @@ def main(stories: int = 32) -> None:
         table.add_row(name, str(rows), *cells)
     console.print(table)
     training_bound()
-    decoder, prompts = prepare(make_decoder()), make_prompts(stories)
+    decoder, prompts = prepare_for_decoding(make_decoder()), make_prompts(stories)
     config = GenerationConfig(max_new_tokens=100, temperature=0, compile=True)
     generate(decoder, prompts, config)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

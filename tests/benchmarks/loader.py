@@ -8,7 +8,7 @@ import time
 from common import machine
 from jsonargparse import auto_cli
 
-from lm.data.module import TinyStories
+from lm.data.module import TextDataModule
 
 
 def main(
@@ -22,7 +22,7 @@ def main(
     seconds: float = 5.0,
 ) -> None:
     """Goes through epochs of the training loader for some seconds and prints the tokens that count, per second."""
-    data = TinyStories(
+    data = TextDataModule(
         path, tokenizer, vocab_size, sequence_length, packing, batch_size=batch_size, num_workers=num_workers
     )
     data.setup("fit")

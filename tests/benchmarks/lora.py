@@ -32,7 +32,7 @@ from common import (
 )
 from lightning.pytorch import Callback, Trainer, seed_everything
 
-from classify.data import IMDB
+from classify.data import TextClassificationDataModule
 from classify.module import ReviewClassifier
 from classify.pretrained import resolve
 from experiment.nn.hardware import default_precision, fast_bfloat16
@@ -59,9 +59,9 @@ class Work:
     def steps(self) -> int:
         return self.reviews // self.batch_size
 
-    def data(self) -> IMDB:
+    def data(self) -> TextClassificationDataModule:
         path = str(REAL) if REAL.is_dir() else "demo"
-        return IMDB(
+        return TextClassificationDataModule(
             path,
             self.model,
             train_size=self.reviews,
@@ -204,7 +204,7 @@ def lora_default() -> list[Row]:
 
 
 def lora_bf16() -> list[Row]:
-    """Both in bfloat16; where the processor has no instructions for it and emulates it, on a few reviews."""
+    """Both in bfloat16; where the CPU has no instructions for it and emulates it, on a few reviews."""
     fast = fast_bfloat16()
     work = Work(precision="bf16-mixed") if fast else Work(reviews=2, batch_size=2, precision="bf16-mixed")
     return [

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/quantization.py --run runs/lm/stories260K --path ../shared/data/tinystories
 
-The formats are those of `--model.generation.weights`; each story counts up to the model's context.
+The formats are those of `--model.generation.weight_dtype`; each story counts up to the model's context.
 """
 
 import math
@@ -18,7 +18,7 @@ from experiment.console import console
 from experiment.runs.run import find_checkpoint
 from experiment.sources.files import load_texts
 from lm.convert import load_checkpoint
-from lm.decoding.quantization import WeightFormat, prepare
+from lm.decoding.quantization import WeightDtype, prepare_for_decoding
 
 
 @torch.inference_mode()
@@ -36,8 +36,8 @@ def main(run: Path, path: str, stories: int = 300) -> None:
     rows = [torch.tensor([[tokenizer.bos_id, *tokenizer.encode(text)][:context]]) for text in texts]
     tokens = sum(row.numel() - 1 for row in rows)
     table = Table("weights", "perplexity", title=f"{len(rows)} stories, {tokens:,} tokens", title_justify="left")
-    for weights in get_args(WeightFormat):
-        prepared = prepare(decoder, weights)
+    for weights in get_args(WeightDtype):
+        prepared = prepare_for_decoding(decoder, weights)
         losses = [F.cross_entropy(prepared(row[:, :-1])[0], row[0, 1:], reduction="sum").item() for row in rows]
         table.add_row(weights, f"{math.exp(sum(losses) / tokens):.4f}")
     console.print(table)

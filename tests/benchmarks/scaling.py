@@ -23,7 +23,7 @@ from common import BENCH, Worker, machine, own_memory
 from experiment.console import console
 from experiment.nn.hardware import fast_bfloat16
 from lm.data.demo_stories import write_story
-from lm.data.module import TinyStories
+from lm.data.module import TextDataModule
 from lm.data.tokenizer import train_tokenizer
 from lm.model.config import DecoderConfig
 from lm.model.decoder import Decoder
@@ -79,7 +79,7 @@ def start(measured: Callable[..., None], folder: str, tokenizer: str) -> None:
     os.environ["HF_DATASETS_CACHE"] = f"{folder}/datasets"
     measured(None)
     begin = time.perf_counter()
-    data = TinyStories(folder, tokenizer, sequence_length=128, batch_size=32)
+    data = TextDataModule(folder, tokenizer, sequence_length=128, batch_size=32)
     data.prepare_data()
     data.setup("fit")
     loader = data.train_dataloader()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from classify.data import IMDB, TokenizedReviews, training_plan
+from classify.data import TextClassificationDataModule, TokenizedReviews, training_plan
 from experiment.errors import InputError
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, size=1000)
@@ -56,7 +56,7 @@ def test_truncation_keeps_the_head_the_tail_or_both_ends(truncation, kept):
 
 
 def test_evaluation_may_read_more_of_a_review_than_training(tiny_bert):
-    data = IMDB("demo", str(tiny_bert), 48, 21, 12, max_length=10, eval_max_length=24)
+    data = TextClassificationDataModule("demo", str(tiny_bert), 48, 21, 12, max_length=10, eval_max_length=24)
     widths = {split: data.dataset(split).lengths.max() for split in ("train", "validation", "test")}
     assert widths == {"train": 10, "validation": 24, "test": 24}
 
@@ -88,8 +88,10 @@ def test_two_processes_take_together_what_one_takes_with_twice_the_batch(lengths
 
 
 @pytest.fixture
-def data(tiny_bert) -> IMDB:
-    return IMDB("demo", str(tiny_bert), train_size=48, validation_size=21, test_size=12, max_length=40, batch_size=8)
+def data(tiny_bert) -> TextClassificationDataModule:
+    return TextClassificationDataModule(
+        "demo", str(tiny_bert), train_size=48, validation_size=21, test_size=12, max_length=40, batch_size=8
+    )
 
 
 def test_the_data_module_gives_the_splits_as_batches(data):
@@ -112,8 +114,10 @@ def test_tokens_are_those_of_the_tokenizer_and_special_tokens_in_a_review_are_te
 
 def test_tokens_are_made_once_for_all_lengths(data, tiny_bert, monkeypatch):
     folder = data.folder
-    monkeypatch.setattr(IMDB, "_build", lambda *args: pytest.fail("tokenised again"))
-    other = IMDB("demo", str(tiny_bert), 48, 21, 12, max_length=20, padding="max_length", truncation="both")
+    monkeypatch.setattr(TextClassificationDataModule, "_build", lambda *args: pytest.fail("tokenised again"))
+    other = TextClassificationDataModule(
+        "demo", str(tiny_bert), 48, 21, 12, max_length=20, padding="max_length", truncation="both"
+    )
     assert other.folder == folder
     assert other.dataset("train")[[0, 1]]["input_ids"].shape == (2, 20)
 
@@ -124,7 +128,7 @@ def test_tokens_are_made_once_for_all_lengths(data, tiny_bert, monkeypatch):
 )
 def test_options_out_of_range_are_refused_by_name(option, value):
     with pytest.raises(InputError, match=f"data.{option}"):
-        IMDB("demo", **{option: value})
+        TextClassificationDataModule("demo", **{option: value})
 
 
 def test_a_batch_larger_than_the_training_split_is_refused(data):

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 
 from classify.__main__ import main
 from classify.callbacks import _base_in_python
-from classify.data import IMDB
+from classify.data import TextClassificationDataModule
 from classify.module import ReviewClassifier
 from experiment.errors import InputError
 from tests.experiment.adapted import trained_weights
@@ -26,7 +26,7 @@ from tests.experiment.adapted import trained_weights
 # transformers 5.23 deprecates a property that peft 0.21 asks for.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
-ADAPTERS = ("custom", "peft", "head", "none")
+ADAPTERS = ("custom", "peft", "head", "full")
 FLAGS = ["--trainer.check_val_every_n_epoch=null", "--trainer.val_check_interval=4", "--trainer.log_every_n_steps=1"]
 
 
@@ -104,7 +104,7 @@ def test_the_inner_model_trains_in_training_mode_and_evaluates_in_eval_mode(tiny
 
     for active in (True, False):
         modes.clear()
-        data = IMDB("demo", str(tiny_bert), 32, 10, 10, max_length=32, batch_size=8)
+        data = TextClassificationDataModule("demo", str(tiny_bert), 32, 10, 10, max_length=32, batch_size=8)
         trainer = Trainer(
             max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, callbacks=[Watch()], val_check_interval=2, default_root_dir=tmp_path,
@@ -134,7 +134,7 @@ def test_a_frozen_random_head_is_kept_since_no_file_has_it(tiny_bert):
 
 
 def test_biases_norms_and_magnitudes_do_not_decay_and_the_rate_rises_and_falls(tiny_bert):
-    module = ReviewClassifier(str(tiny_bert), adapter="none", warmup=0.25, learning_rate=1.0, weight_decay=0.1)
+    module = ReviewClassifier(str(tiny_bert), adapter="full", warmup=0.25, learning_rate=1.0, weight_decay=0.1)
     module.trainer = type("Steps", (), {"estimated_stepping_batches": 8, "precision": "32-true"})()
     configured = module.configure_optimizers()
     decaying, others = configured["optimizer"].param_groups
@@ -322,7 +322,7 @@ def refused(capsys, *args: str) -> str:
         (["--model.learning_rate=0"], "learning_rate"),
         (["--model.warmup=1"], "warmup"),
         (["--model.loraplus_lr_ratio=0"], "loraplus_lr_ratio"),
-        (["--model.loraplus_lr_ratio=16", "--model.adapter=none"], "loraplus_lr_ratio.*none"),
+        (["--model.loraplus_lr_ratio=16", "--model.adapter=full"], "loraplus_lr_ratio.*full"),
         (["--data.max_length=65"], "max_length 65.*64 positions"),
         (["--data.eval_max_length=65"], "eval_max_length 65.*64 positions"),
         (["--data.train_size=100000"], "train_size"),
@@ -351,7 +351,7 @@ def test_a_checkpoint_of_another_rank_adapter_or_base_model_is_refused(tmp_path,
     fit(tmp_path / "run", small_run)
     config = f"--config={tmp_path / 'run' / 'config.yaml'}"
     other = make_bert(seed=1)
-    for flags in (["--model.r=4"], ["--model.adapter=peft"], ["--model.adapter=none"]):
+    for flags in (["--model.r=4"], ["--model.adapter=peft"], ["--model.adapter=full"]):
         assert "another architecture" in refused(capsys, "validate", config, "--ckpt_path=best", *flags)
     message = refused(capsys, "validate", config, "--ckpt_path=best", f"--model.name={other}")
     assert "another base model" in message

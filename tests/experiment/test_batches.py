@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiment.sources.batches import BatchSchedule, rounded_width
+from experiment.sources.batches import EpochBatchSampler, rounded_width
 
 
 def plan(epoch: int) -> list[list[int]]:
@@ -11,7 +11,7 @@ def plan(epoch: int) -> list[list[int]]:
     return [list(order[start : start + 4]) for start in range(0, 22, 4)]
 
 
-class Share(BatchSchedule):
+class Share(EpochBatchSampler):
     """A schedule as process ``rank`` of ``world`` sees it."""
 
     def __init__(self, rank: int, world: int) -> None:
@@ -24,7 +24,7 @@ class Share(BatchSchedule):
 
 
 def test_resumed_schedule_goes_on_where_it_stopped() -> None:
-    resumed = BatchSchedule(plan)
+    resumed = EpochBatchSampler(plan)
     resumed.epoch, resumed.start = 3, 2
     assert list(resumed) == plan(3)[2:]
     assert list(resumed) == plan(4)

@@ -27,7 +27,7 @@ def write_run(folder: Path, columns: list[str], rows: list[list], **config: obje
         json.dumps(
             {
                 "parameters": {"trainable": 10, "total": 935_040},
-                "environment": {"processor": "A processor", "torch": "2.13.0"},
+                "environment": {"cpu": "A CPU", "torch": "2.13.0"},
                 "calls": [
                     {"command": "python -m lm fit --seed_everything 1", "started": "2026-01-02 03:04:05 +0000",
                      "from_step": 0, "to_step": 100, "seconds": 75.0}
@@ -92,7 +92,7 @@ def test_report_shows_figures_samples_configuration_and_command(language_run: Pa
     assert page == language_run / "report.html"
     text = text_of(page)
     for expected in (
-        "2.9", "best, at step 100", "935 k", "1 min", "205 k tokens", "A processor", "num_layers", "there was step 10.",
+        "2.9", "best, at step 100", "935 k", "1 min", "205 k tokens", "A CPU", "num_layers", "there was step 10.",
         "there was step 100.", "python -m lm fit --seed_everything 1",
     ):  # fmt: skip
         assert expected in text, expected

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiment.runs.step_sums import StepModule, StepSums
 from lm.__main__ import main
-from lm.data.module import TinyStories
+from lm.data.module import TextDataModule
 from lm.model import loss
 from lm.model.config import DecoderConfig
 from lm.training.module import LanguageModel
@@ -90,7 +90,7 @@ def test_the_host_waits_for_the_device_at_logged_steps_only(
     extra: list[str], in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = [f"--data.path={write_stories(in_tmp / 'stories')}", *TINY, *RUN, *extra]
-    monkeypatch.setattr(loss, "_on_processor", lambda hidden: False)
+    monkeypatch.setattr(loss, "_on_cpu", lambda hidden: False)
     steps = events_of_steps(arguments, monkeypatch)
     assert list(steps) == list(range(1, 13))
     for step in range(2, 13):  # before the first, everything is set up
@@ -139,7 +139,7 @@ class Seen(Callback):
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_callback_sees_the_loss_and_the_gradients_of_the_mean(accumulate: int, in_tmp: Path) -> None:
     torch.manual_seed(0)
-    data = TinyStories(str(write_stories(in_tmp / "stories")), vocab_size=345, sequence_length=64, batch_size=2)
+    data = TextDataModule(str(write_stories(in_tmp / "stories")), vocab_size=345, sequence_length=64, batch_size=2)
     model = LanguageModel(DecoderConfig(data.num_tokens, 16, 24, 1, 2, max_sequence_length=64))
     seen = Seen()
     trainer = Trainer(

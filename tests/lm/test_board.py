@@ -23,7 +23,7 @@ LINE = {
     "row": "mine", "seed": 1, "budget": {"tokens": 4e6, "points": 8}, "evaluated": "every token of every story of abc",
     "config": {"data": {"path": "here", "vocab_size": 345}},
     "curve": {"val/bits_per_byte": [2.0, 1.5], "tokens": [1, 4e6]},
-    "environment": {"processor": "CPU", "cores": 2, "source": "0123456", "precision": "32-true"},
+    "environment": {"cpu": "CPU", "cores": 2, "source": "0123456", "precision": "32-true"},
     "date": "2026-11-27",
 }  # fmt: skip
 

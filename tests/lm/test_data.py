@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from experiment.errors import InputError
 from lm.data.corpus import Corpus, WindowBatches, first_windows, packed_windows, sliding_windows, write_corpus
 from lm.data.demo_stories import demo_texts
-from lm.data.module import TinyStories
+from lm.data.module import TextDataModule
 from lm.data.prompts import read_prompts
 from lm.data.tokenizer import train_tokenizer
 from tests.windows import unpacked
@@ -49,8 +49,8 @@ def source(tmp_path) -> Path:
 
 @pytest.fixture
 def module(source, tokenizer_folder):
-    def make(**options) -> TinyStories:
-        return TinyStories(**{"path": str(source), "tokenizer": tokenizer_folder, "batch_size": 4} | options)
+    def make(**options) -> TextDataModule:
+        return TextDataModule(**{"path": str(source), "tokenizer": tokenizer_folder, "batch_size": 4} | options)
 
     return make
 
@@ -186,11 +186,11 @@ def test_epoch_with_beginnings_is_all_text_and_each_beginning_once_more(module, 
         return counted(data.train_dataloader())
 
     expected = epoch(packing=True) + epoch(packing=False)
-    assert sorted(epoch(packing=True, beginnings=True)) == sorted(expected)
+    assert sorted(epoch(packing=True, extra_first_windows=True)) == sorted(expected)
 
 
 def test_beginnings_end_the_first_epoch_and_begin_the_second(module, source):
-    data = module(sequence_length=48, packing=True, beginnings=True, batch_size=1)
+    data = module(sequence_length=48, packing=True, extra_first_windows=True, batch_size=1)
     data.setup("fit")
     loader = data.train_dataloader()
     starts = {tuple(story[:4]) for story in story_ids(source, "train")}
@@ -199,7 +199,7 @@ def test_beginnings_end_the_first_epoch_and_begin_the_second(module, source):
     assert not all(first[:20]) and not all(second[-20:])
 
 
-@pytest.mark.parametrize("evaluation", ["full", "report"])
+@pytest.mark.parametrize("evaluation", ["full", "first_window"])
 def test_evaluation_does_not_depend_on_batch_size(module, evaluation):
     results = []
     for size in (1, 3, 64):
@@ -222,7 +222,7 @@ def test_full_evaluation_covers_every_story_and_every_byte_of_text(module, sourc
 
 
 def test_report_evaluation_counts_the_first_tokens_only(module, source):
-    data = module(sequence_length=48, evaluation="report")
+    data = module(sequence_length=48, evaluation="first_window")
     data.setup("validate")
     expected = sorted(token for story in story_ids(source, "validation") for token in story[1:49])
     assert sorted(target for _, target in counted(data.val_dataloader())) == expected
@@ -338,15 +338,15 @@ def test_corpus_is_the_same_whatever_the_chunks(tmp_path, monkeypatch):
 
 
 def test_trained_tokenizer_is_cached_and_sets_the_vocabulary(source):
-    data = TinyStories(str(source), "train", vocab_size=400)
+    data = TextDataModule(str(source), "train", vocab_size=400)
     assert data.num_tokens == 400
-    assert TinyStories(str(source), "train", vocab_size=400).tokenizer.fingerprint == data.tokenizer.fingerprint
-    assert TinyStories(str(source), "train", vocab_size=401).num_tokens == 401
+    assert TextDataModule(str(source), "train", vocab_size=400).tokenizer.fingerprint == data.tokenizer.fingerprint
+    assert TextDataModule(str(source), "train", vocab_size=401).num_tokens == 401
 
 
 def test_source_without_validation_holds_out_training_stories(tmp_path, tokenizer_folder, capsys):
     jsonl(tmp_path / "train.jsonl", STORIES)
-    data = TinyStories(str(tmp_path), tokenizer_folder)
+    data = TextDataModule(str(tmp_path), tokenizer_folder)
     data.setup("fit")
     assert "1 of the training stories held out" in capsys.readouterr().out
     train, validation = data.corpus("train"), data.corpus("validation")
@@ -358,7 +358,7 @@ def test_source_without_validation_holds_out_training_stories(tmp_path, tokenize
     assert len(texts(validation)) == 1
     assert not texts(train) & texts(validation)
     assert texts(train) | texts(validation) == set(STORIES)
-    other_seed = TinyStories(str(tmp_path), tokenizer_folder, seed=7)
+    other_seed = TextDataModule(str(tmp_path), tokenizer_folder, seed=7)
     assert texts(other_seed.corpus("validation")) == texts(validation)
 
 
@@ -373,7 +373,7 @@ def test_source_without_test_split_is_tested_on_validation(module, capsys):
 def test_empty_stories_are_left_out_and_counted(tmp_path, tokenizer_folder, capsys):
     jsonl(tmp_path / "train.jsonl", [STORIES[0], "", None, " \n", STORIES[1]])
     jsonl(tmp_path / "validation.jsonl", [STORIES[2]])
-    data = TinyStories(str(tmp_path), tokenizer_folder)
+    data = TextDataModule(str(tmp_path), tokenizer_folder)
     data.setup("fit")
     assert len(data.corpus("train").offsets) == 3
     assert "3 empty stories left out" in capsys.readouterr().out
@@ -382,7 +382,7 @@ def test_empty_stories_are_left_out_and_counted(tmp_path, tokenizer_folder, caps
 def test_one_long_text_is_trained_on_and_its_end_held_out(tmp_path, tokenizer_folder, capsys):
     lines = [f"Line {i} of the poem, and no line is blank." for i in range(200)]
     (tmp_path / "poem.txt").write_text("\n".join(lines) + "\n")
-    data = TinyStories(str(tmp_path / "poem.txt"), tokenizer_folder)
+    data = TextDataModule(str(tmp_path / "poem.txt"), tokenizer_folder)
     data.setup("fit")
     train, validation = (TOKENIZER.decode(data.corpus(split).tokens.tolist()) for split in ("train", "validation"))
     assert f"{train}{validation}" == "\n".join(lines)
@@ -394,10 +394,10 @@ def test_one_long_text_is_trained_on_and_its_end_held_out(tmp_path, tokenizer_fo
 
 def test_corpus_that_yields_few_tokens_gives_what_it_yields(tmp_path, capsys):
     jsonl(tmp_path / "train.jsonl", ["Tom has a red ball and the dog has it too."] * 400)
-    data = TinyStories(str(tmp_path), "train", vocab_size=500)
+    data = TextDataModule(str(tmp_path), "train", vocab_size=500)
     assert 259 < data.num_tokens < 323
     assert f"yield {data.num_tokens}" in capsys.readouterr().out
-    assert TinyStories(str(tmp_path), "train", vocab_size=280).num_tokens == 280
+    assert TextDataModule(str(tmp_path), "train", vocab_size=280).num_tokens == 280
 
 
 def test_line_separators_within_a_prompt_do_not_end_it(module, tmp_path):
@@ -420,7 +420,7 @@ def test_prompt_that_is_longer_than_a_file_name_is_no_file(module):
 
 
 def test_demo_corpus_needs_nothing(tokenizer_folder):
-    data = TinyStories("demo", tokenizer_folder, sequence_length=64)
+    data = TextDataModule("demo", tokenizer_folder, sequence_length=64)
     data.setup("validate")
     assert len(data.corpus("validation").offsets) == 501
 
@@ -477,8 +477,8 @@ def test_values_out_of_range_are_refused(module, option, value):
 
 @pytest.mark.parametrize("options", [{"packing": False}, {"packing": True, "streaming": True}])
 def test_beginnings_are_refused_where_they_would_be_dropped(module, options):
-    with pytest.raises(InputError, match=r"data\.beginnings true"):
-        module(beginnings=True, **options)
+    with pytest.raises(InputError, match=r"data\.extra_first_windows true"):
+        module(extra_first_windows=True, **options)
 
 
 def test_sources_that_cannot_be_used_are_refused(tmp_path, tokenizer_folder):
@@ -498,15 +498,15 @@ def test_sources_that_cannot_be_used_are_refused(tmp_path, tokenizer_folder):
     ]
     for source in sources:
         with pytest.raises(InputError) as error:
-            TinyStories(str(source), tokenizer_folder).setup("fit")
+            TextDataModule(str(source), tokenizer_folder).setup("fit")
         assert "\n" not in str(error.value)
 
 
 def test_real_stories_are_read(shared):
     if not os.access(shared / "data/tinystories/validation.parquet", os.R_OK):
         pytest.skip("the real stories cannot be read")
-    data = TinyStories(
-        str(shared / "data/tinystories"), str(shared / "tokenizers/mistral-v3-32768"), evaluation="report"
+    data = TextDataModule(
+        str(shared / "data/tinystories"), str(shared / "tokenizers/mistral-v3-32768"), evaluation="first_window"
     )
     data.setup("validate")
     batch = unpacked(next(iter(data.val_dataloader())))

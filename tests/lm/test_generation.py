@@ -13,7 +13,7 @@ from lm.decoding.config import GenerationConfig
 from lm.decoding.cuda_graphs import LATE, GraphSteps
 from lm.decoding.generation import generate
 from lm.decoding.quantization import quantize
-from lm.decoding.sampling import filter_logits, likeliest, penalize_repetition
+from lm.decoding.sampling import argmax, filter_logits, penalize_repetition
 from lm.model.config import DecoderConfig
 from lm.model.decoder import Decoder
 from tests.references import in_transformers
@@ -308,10 +308,10 @@ def test_decoding_in_bfloat16_works_with_and_without_cache():
 def test_the_likeliest_token_is_the_first_of_the_largest_logits(vocab_size):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(-50, 50, (7, vocab_size), generator=generator).float()  # many equals
-    assert torch.equal(likeliest(logits), logits.argmax(-1))
+    assert torch.equal(argmax(logits), logits.argmax(-1))
     for row, broken in enumerate((math.nan, math.inf, -math.inf)):
         logits[row, 5 if row < 2 else slice(None)] = broken
-    assert (likeliest(logits) == -1).tolist() == [True] * 3 + [False] * 4
+    assert (argmax(logits) == -1).tolist() == [True] * 3 + [False] * 4
 
 
 def test_the_compiled_step_gives_the_same_tokens(monkeypatch):
@@ -340,18 +340,19 @@ def test_compiled_code_is_made_once_for_a_shape_and_reads_the_weights_of_each_de
 
 
 @pytest.mark.parametrize(
-    ("weights", "changes"), [("bfloat16", {}), ("int8", {}), ("bfloat16", {"num_layers": 2, "value_residual": True})]
+    ("weight_dtype", "changes"),
+    [("bfloat16", {}), ("int8", {}), ("bfloat16", {"num_layers": 2, "value_residual": True})],
 )
-def test_the_compiled_step_reads_weights_of_fewer_bits(weights, changes):
+def test_the_compiled_step_reads_weights_of_fewer_bits(weight_dtype, changes):
     decoder = make_decoder(**{"num_layers": 1, "vocab_size": 64, **changes})
     rounded = copy.deepcopy(decoder)
     with torch.no_grad():
         for name, parameter in rounded.named_parameters():
             if parameter.ndim == 2 and name != "embedding.weight":
                 quantized, scale = quantize(parameter)
-                exact = parameter.bfloat16().float() if weights == "bfloat16" else quantized * scale[:, None]
+                exact = parameter.bfloat16().float() if weight_dtype == "bfloat16" else quantized * scale[:, None]
                 parameter.copy_(exact)
-    assert tokens(decoder, PROMPTS[:1], weights=weights, compile=True) == tokens(rounded, PROMPTS[:1])
+    assert tokens(decoder, PROMPTS[:1], weight_dtype=weight_dtype, compile=True) == tokens(rounded, PROMPTS[:1])
 
 
 def test_a_missing_compiler_is_one_clear_line():
@@ -471,7 +472,7 @@ def test_broken_weights_are_reported(decoder):
         {"min_p": 1.1},
         {"repetition_penalty": 0.0},
         {"stop": ["end", ""]},
-        {"weights": "int4"},
+        {"weight_dtype": "int4"},
     ],
 )
 def test_settings_out_of_range_are_refused(settings):

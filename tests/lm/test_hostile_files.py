@@ -18,7 +18,7 @@ from experiment.errors import InputError
 from experiment.runs.run import check_fits, read_checkpoint
 from lm.convert import from_gguf, from_hugging_face, from_llama2c, to_gguf, to_hugging_face, to_llama2c
 from lm.data.demo_stories import demo_texts
-from lm.data.module import TinyStories
+from lm.data.module import TextDataModule
 from lm.data.prompts import read_prompts
 from lm.data.tokenizer import train_tokenizer
 from lm.data.tokenizer_files import load_tokenizer
@@ -142,7 +142,7 @@ def make(tmp_path: Path, tokenizer, tokenizer_folder: str) -> Callable[[str], Re
         (tmp_path / "validation.jsonl").write_text(jsonl(TEXTS))
 
         def read() -> None:
-            data = TinyStories(str(tmp_path), tokenizer_folder, sequence_length=16, batch_size=4)
+            data = TextDataModule(str(tmp_path), tokenizer_folder, sequence_length=16, batch_size=4)
             data.setup("fit")
             for _ in data.train_dataloader():
                 pass

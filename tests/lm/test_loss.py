@@ -29,7 +29,7 @@ def direct(hidden, weight, targets, weights):
 def block_size(request, monkeypatch):
     """The vocabulary in many blocks, the last of them smaller, in one, and at once, as on a GPU."""
     if request.param is None:
-        monkeypatch.setattr("lm.model.loss._on_processor", lambda hidden: False)
+        monkeypatch.setattr("lm.model.loss._on_cpu", lambda hidden: False)
     else:
         monkeypatch.setattr("lm.model.loss.BLOCK_SIZE", request.param)
 

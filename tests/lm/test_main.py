@@ -250,7 +250,7 @@ def test_text_may_hold_markup_and_special_token_strings(trained: Path) -> None:
         (["--model.generation.temperature=-1"], ["temperature=-1", "expected"]),
         (["--model.optimizer.learning_rate=0"], ["learning_rate 0"]),
         (["--model.optimizer.schedule=linear"], ["linear", "cosine"]),
-        (["--model.generation.weights=int4"], ["weights int4", "expected float32, bfloat16, int8 or null"]),
+        (["--model.generation.weight_dtype=int4"], ["weight_dtype int4", "expected float32, bfloat16, int8 or null"]),
         (["--data.batch_size=2.5"], ["data.batch_size 2.5", "expected a whole number"]),
         (["--model.decoder.hiden_size=3"], ["hiden_size", "did you mean --model.decoder.hidden_size?"]),
         (["--trainer.callbacks=EarlyStoping"], ["trainer.callbacks", "EarlyStoping", "Callback"]),

@@ -5,7 +5,7 @@ import torch
 
 from lm.decoding.config import GenerationConfig
 from lm.decoding.generation import generate
-from lm.decoding.quantization import DecodingLinear, prepare, quantize
+from lm.decoding.quantization import DecodingLinear, prepare_for_decoding, quantize
 from lm.model.config import DecoderConfig
 from lm.model.decoder import Decoder
 
@@ -48,13 +48,13 @@ def test_products_stay_near_those_of_the_plain_matrix(format, tolerance, rows, c
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 def test_a_prepared_decoder_shares_its_weights_and_gives_the_same_logits(tie_embeddings):
     decoder = make_decoder(tie_embeddings=tie_embeddings, num_kv_heads=2)
-    prepared = prepare(decoder, pack=True)
-    assert prepare(prepared, "int8") is prepared
+    prepared = prepare_for_decoding(decoder, pack=True)
+    assert prepare_for_decoding(prepared, "int8") is prepared
     assert prepared.blocks[0].attention.qkv.weight.data_ptr() == decoder.blocks[0].attention.qkv.weight.data_ptr()
     ids = torch.arange(60).view(3, 20)
     with torch.no_grad():
         torch.testing.assert_close(prepared(ids), decoder(ids), rtol=1e-5, atol=1e-5)
-        rounded = prepare(decoder, "int8")(ids)
+        rounded = prepare_for_decoding(decoder, "int8")(ids)
         error = (rounded - decoder(ids)).norm() / decoder(ids).norm()
     assert 1e-4 < error < 0.05
 
@@ -64,7 +64,7 @@ def test_prompts_of_several_rows_and_formats_decode():
     before = {name: value.clone() for name, value in decoder.state_dict().items()}
     stories = {}
     for weights in (None, "float32", "bfloat16", "int8"):
-        config = GenerationConfig(temperature=0, max_new_tokens=20, weights=weights)
+        config = GenerationConfig(temperature=0, max_new_tokens=20, weight_dtype=weights)
         stories[weights] = [result.token_ids for result in generate(decoder, [[1, 2, 3], [1, 7]], config)]
     assert stories[None] == stories["float32"]
     assert all(len(story) == 20 for of_one in stories.values() for story in of_one)
@@ -72,6 +72,6 @@ def test_prompts_of_several_rows_and_formats_decode():
 
 
 def test_a_decoder_of_another_type_is_refused():
-    with pytest.raises(ValueError, match=r"weights=int8: the decoder is torch\.float64") as error:
-        prepare(make_decoder().double(), "int8")
+    with pytest.raises(ValueError, match=r"weight_dtype=int8: the decoder is torch\.float64") as error:
+        prepare_for_decoding(make_decoder().double(), "int8")
     assert "\n" not in str(error.value)

@@ -20,7 +20,7 @@ CASES = {
     "packed": ["--data.packing=true"],
     "muon": [
         "--data.packing=true",
-        "--data.beginnings=true",
+        "--data.extra_first_windows=true",
         "--model.optimizer.muon_learning_rate=0.02",
         "--model.decoder.query_key_norm=true",
         "--model.decoder.value_residual=true",

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from experiment.errors import InputError
 from lm.data import streaming
 from lm.data.demo_stories import demo_texts
-from lm.data.module import TinyStories
+from lm.data.module import TextDataModule
 from lm.data.streaming import StoryStream, StreamProgress
 from lm.data.tokenizer import train_tokenizer
 from tests.windows import unpacked
@@ -147,6 +147,6 @@ def test_source_without_stories_or_column_is_refused(tmp_path: Path) -> None:
 
 def test_streaming_needs_a_validation_split(tmp_path: Path) -> None:
     TOKENIZER.save(tmp_path / "tokenizer")
-    data = TinyStories(write(tmp_path, ".jsonl"), str(tmp_path / "tokenizer"), streaming=True)
+    data = TextDataModule(write(tmp_path, ".jsonl"), str(tmp_path / "tokenizer"), streaming=True)
     with pytest.raises(InputError, match="no validation split"):
         data.setup("fit")

@@ -1,0 +1,90 @@
+"""Names of the last release that this one changes: in commands, YAML files and checkpoints the old ones still work."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+RENAMED = {
+    # options
+    "data.beginnings": "data.extra_first_windows",
+    "model.generation.weights": "model.generation.weight_dtype",
+    # values of options
+    "data.evaluation=report": "data.evaluation=first_window",
+    "model.adapter=none": "model.adapter=full",
+    # classes that a configuration names
+    "experiment.sharding.FullyShardedStrategy": "experiment.runs.sharding.FullyShardedStrategy",
+    "experiment.wandb_logger.WandbLogger": "experiment.pages.wandb_logger.WandbLogger",
+    # files
+    "configs/classify/report.yaml": "configs/classify/paper.yaml",
+    "configs/lm/report.yaml": "configs/lm/paper.yaml",
+}
+DATA_MODULES = {"IMDB": "TextClassificationDataModule", "TinyStories": "TextDataModule"}  # as checkpoints know them
+
+
+def current_arguments(arguments: Sequence[str]) -> list[str]:
+    """The words of a command line with today's names."""
+    words, option = [], ""
+    for word in arguments:
+        flag, separator, value = word.partition("=")
+        if word.startswith("--"):
+            option = _current(flag[2:])
+            words.append(f"--{option}{separator}{_current_word(option, value)}")
+        else:
+            words.append(_current_word(option, word))
+    return words
+
+
+def _current_word(option: str, value: str) -> str:
+    return current_file(value) if option == "config" else _current_value(option.rstrip("+"), value)
+
+
+def current_config(config: Mapping[str, Any], within: str = "", note: bool = True) -> dict[str, Any]:
+    """The content of a YAML file with today's names; `within` are the keys above it, with a dot at the end."""
+    renamed = {}
+    for key, value in config.items():
+        name = _current(f"{within}{key}", note)
+        if isinstance(value, dict):
+            value = current_config(value, f"{name}.", note)
+        elif isinstance(value, str):
+            value = _current_value(name, value, note)
+        elif isinstance(value, list):
+            value = [current_config(item, note=note) if isinstance(item, dict) else item for item in value]
+        renamed[name.removeprefix(within)] = value
+    return renamed
+
+
+def current_file(path: str) -> str:
+    """A configuration file by today's name, where the old one is no longer there."""
+    old = next((file for file in RENAMED if file.endswith(".yaml") and path.endswith(file)), None)
+    return path if old is None or Path(path).exists() else path.removesuffix(old) + _current(old)
+
+
+def current_checkpoint(checkpoint: dict[str, Any]) -> None:
+    """Give what a Lightning checkpoint holds today's names."""
+    for old, new in DATA_MODULES.items():
+        if old in checkpoint:
+            checkpoint[new] = checkpoint.pop(old)
+    if isinstance(given := checkpoint.get("hyper_parameters"), dict):
+        checkpoint["hyper_parameters"] = current_config(given, "model.", note=False)
+
+
+def _current_value(option: str, value: str, note: bool = True) -> str:
+    if option.rpartition(".")[2] in ("class_path", "logger", "strategy"):
+        return _current(value, note)
+    return _current(f"{option}={value}", note).removeprefix(f"{option}=")
+
+
+def _current(name: str, note: bool = True) -> str:
+    if note and name in RENAMED:
+        _note(name)
+    return RENAMED.get(name, name)
+
+
+@cache  # once
+def _note(name: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        new = RENAMED[name]
+        print(f"note: {name} is now {new}; the old name works until the next release", file=sys.stderr)
