@@ -1,23 +1,25 @@
-"""The embedded corpus of the demo: synthetic stories from a seeded generator, for machines without a network.
+"""The demo's corpus: synthetic stories from a seeded generator, for machines without a network.
 
-They are made from the plots and word lists of lm/data/demo_plots.py, in the manner of TinyStories (Eldan & Li 2023,
-arXiv:2305.07759): a child or an animal, a want, an obstacle, some talk, help, and a small lesson, in words that a
-four-year-old knows. They are not TinyStories and no person wrote them one by one; what a model learns from them says
-nothing about real text. They are regular enough for a small model to pick up sentences, dialogue and plots within a
-minute, and varied enough (12,500 distinct ones are drawn, of a great many more) that it cannot learn them by heart.
+Plots and word lists are in demo_stories.yaml, in the manner of TinyStories (Eldan & Li 2023, arXiv:2305.07759): a child
+or an animal, a want, an obstacle, some talk, help, and a small lesson, in words that a four-year-old knows. They are
+not TinyStories; what a model learns from them says nothing about real text. They are regular enough for a small model
+to learn sentences, dialogue and plots within a minute, and too many (12,500 distinct ones) to be memorised.
 """
 
 import random
 import re
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm.data.demo_plots import GROWN_UPS, NAMES, PHRASES, PLOTS, PRONOUNS, WORDS
+import yaml
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+DATA = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+PRONOUNS, GROWN_UPS, WORDS, PLOTS = DATA["pronouns"], DATA["grown_ups"], DATA["words"], DATA["plots"]
 SIZES = {"validation": 500, "train": 12_000}  # in the order in which they are drawn
 SEED = 2023
 
@@ -57,8 +59,8 @@ def _cast(actors: str, draw: random.Random) -> dict[str, str]:
     """The words of one story: a hero (name, kind, he, him, his), a friend (f...), a grown-up (m...), small things."""
     sex, fsex = draw.choice(("girl", "boy")), draw.choice(("girl", "boy"))
     mom = draw.choice(("mom", "mom", *GROWN_UPS))
-    name = draw.choice(NAMES[actors, sex].split())
-    friend = draw.choice([other for other in NAMES[actors, fsex].split() if other != name])
+    name = draw.choice(DATA["names"][f"{actors} {sex}"].split())
+    friend = draw.choice([other for other in DATA["names"][f"{actors} {fsex}"].split() if other != name])
     hobby, hobby2 = draw.sample(WORDS[f"{actors} hobby"].split(","), 2)
     kind, fkind = (sex, fsex) if actors == "child" else draw.sample(WORDS["kind"].split(","), 2)
     words = {"name": name, "friend": friend, "kind": kind, "fkind": fkind, "mom": mom, "hobby": hobby, "hobby2": hobby2}
@@ -88,20 +90,25 @@ def _tell(template: Template, words: dict[str, str], draw: random.Random) -> str
 def write_story(draw: random.Random, plots: Sequence[str] = PLOTS) -> str:
     """One story of 80 to 200 words, a line for each paragraph; of other plots, what these tell."""
     actors, rows, story = _plot(draw.choice(plots))
-    return _tell(story, PHRASES | _cast(draw.choice(actors), draw) | draw.choice(rows), draw)
+    return _tell(story, DATA["phrases"] | _cast(draw.choice(actors), draw) | draw.choice(rows), draw)
 
 
 @cache
 def demo_texts(split: str) -> list[str]:
     """The stories of ``train`` or ``validation``: always the same, all distinct, none in both."""
-    draw, stories, drawn = random.Random(SEED), {}, 0
-    for name, size in SIZES.items():
+    return draw_split(split, SEED, SIZES, PLOTS)
+
+
+def draw_split(split: str, seed: int, sizes: dict[str, int], plots: Sequence[str]) -> list[str]:
+    """The texts of one of the splits that are drawn, one after the other, from plots: all distinct, none in two."""
+    draw, stories, drawn = random.Random(seed), {}, 0
+    for name, size in sizes.items():
         drawn += size
         while len(stories) < drawn:  # a dictionary keeps each story once, in order
-            stories[write_story(draw)] = None
+            stories[write_story(draw, plots)] = None
         if name == split:
             return list(stories)[drawn - size :]
-    raise ValueError(f"split {split!r}: expected one of {', '.join(SIZES)}")
+    raise ValueError(f"split {split!r}: expected one of {', '.join(sizes)}")
 
 
 def demo_stories(split: str) -> "Dataset | None":

@@ -1,12 +1,13 @@
 """The embedded corpus: always the same, distinct, clean English for small children."""
 
+import hashlib
 import re
 from random import Random
 
 import pytest
 
-from lm.data.demo_plots import PLOTS
-from lm.data.demo_stories import SIZES, _plot, demo_stories, demo_texts, write_story
+from lm.data.demo_letters import write_letters
+from lm.data.demo_stories import PLOTS, SIZES, _plot, demo_stories, demo_texts, write_story
 
 TRAIN, VALIDATION = demo_texts("train"), demo_texts("validation")
 EVERY = TRAIN + VALIDATION
@@ -21,6 +22,15 @@ def test_stories_are_the_same_in_every_process():
     assert [write_story(Random(1)) for _ in range(2)] == [write_story(Random(1))] * 2
     demo_texts.cache_clear()
     assert demo_texts("validation") == VALIDATION
+
+
+def test_stories_and_letters_are_those_that_results_were_measured_on():
+    letters = [letter for split in ("train", "validation") for letter in write_letters(split)]
+    stories = "\0".join([*EVERY, *letters])
+    assert (
+        hashlib.sha256(stories.encode()).hexdigest()
+        == "aa4bd9656e9aacbecd0388c3feb9e32f45ce5dc41c1fd8e18bd41f6d518584d3"
+    )
 
 
 def test_data_set_has_a_text_column_and_no_test_split():
