@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def draw_splits(
         InputError: what `load_texts` refuses, an empty review, a label that is no class, too few reviews.
     """
     pools: dict[str, Reviews] = {}
-    seen: set[str] = set()
+    seen: set[bytes] = set()
     names = label_names
     raw = {split: load_texts(path, split, ["text", "label"], synthetic_reviews, revision) for split in SPLITS[:2]}
     try:
@@ -145,12 +146,12 @@ def _class_ids(labels: Sequence[Any], names: list[str], where: str) -> np.ndarra
     return classes
 
 
-def _without_duplicates(texts: list[str], labels: np.ndarray, seen: set[str]) -> Reviews:
+def _without_duplicates(texts: list[str], labels: np.ndarray, seen: set[bytes]) -> Reviews:
     kept = []
     for i, text in enumerate(texts):
-        normal = " ".join(text.casefold().split())
-        if normal not in seen:
-            seen.add(normal)
+        digest = blake2b(" ".join(text.casefold().split()).encode(), digest_size=16).digest()
+        if digest not in seen:
+            seen.add(digest)
             kept.append(i)
     return Reviews([texts[i] for i in kept], labels[kept])
 
