@@ -6,6 +6,7 @@ The model has its initial weights, which changes neither. What is tested are tra
 most 24,800 of its 25,000, for 200 are drawn for the other splits.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,34 +22,32 @@ from experiment.console import console
 REAL = Path("../shared/data/imdb")
 
 
-def measure(reviews: int, config: Path, data: Path, run_dir: Path) -> tuple[float, float]:
-    """Peak memory in MiB and seconds of one evaluation, in a process of its own."""
+def measure(reviews: int, config: Path, data: Path, run_dir: Path) -> tuple[float, float, float]:
+    """Peak memory in MiB, seconds and CPU seconds of one evaluation, in a process of its own."""
     flags = {"config": config, "data.path": data, "data.train_size": 100, "data.validation_size": 100}
     flags |= {"data.test_size": reviews, "run_dir": run_dir}
     command = [sys.executable, "-m", "classify", "test", *(f"--{name}={value}" for name, value in flags.items())]
-    peak, start = 0.0, time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            if "VmHWM:" in status:  # not yet gone
-                peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
-            time.sleep(0.1)
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError("an evaluation has failed; its error stands above")
-    return peak, time.perf_counter() - start
+    return usage.ru_maxrss / 1024, time.perf_counter() - start, usage.ru_utime + usage.ru_stime
 
 
 def main(reviews: list[int] = [1000, 3000], config: Path = Path("configs/classify/best.yaml")) -> None:  # noqa: B006
     """Evaluates each number of reviews once, after one of 100 that fills the caches, and prints a table."""
-    table = Table("reviews", "peak memory, MiB", "seconds", "reviews/s", caption=machine(), caption_justify="left")
+    columns = ("reviews", "peak memory, MiB", "seconds", "CPU seconds", "reviews/s")
+    table = Table(*columns, caption=machine(), caption_justify="left")
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data")
         data.mkdir()
         for split, file in (("train", "test.parquet"), ("test", "train.parquet")):  # there are most to train on
             (data / f"{split}.parquet").symlink_to((REAL / file).resolve())
         for number in (100, *reviews):
-            peak, seconds = measure(number, config, data, Path(folder, "run"))
-            table.add_row(f"{number:,}", f"{peak:,.0f}", f"{seconds:.0f}", f"{number / seconds:.1f}")
+            peak, seconds, cpu = measure(number, config, data, Path(folder, "run"))
+            table.add_row(f"{number:,}", f"{peak:,.0f}", f"{seconds:.0f}", f"{cpu:.0f}", f"{number / seconds:.1f}")
     console.print(table)
 
 
