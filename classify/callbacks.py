@@ -85,8 +85,7 @@ class PredictionWriter(BasePredictionWriter):
         for line in lines[: self.show]:
             text = " ".join(line["text"].split())
             shown = text if len(text) <= 70 else text[:69] + "…"
-            # Text from a file may hold rich's markup or control characters: it is shown as it is, without effect.
-            shown = "".join(c for c in shown if c.isprintable()).replace("[", r"\[")
+            shown = "".join(c for c in shown if c.isprintable())  # a text's control characters have no effect
             table.add_row(line["label"], f"{line['probabilities'][line['label']]:.3f}", shown)
         if self.show:
             console.print(table)

@@ -250,29 +250,21 @@ class ReviewClassifier(StepModule):
                 "trainer.max_epochs -1: the learning rate falls to 0 at the last step; give --trainer.max_steps"
             )
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW; biases, norms and DoRA's magnitudes do not decay; the rate rises, then falls, linearly.
-
-        With LoRA+, B and all vectors train at a multiple of the rate, as PEFT groups them.
-        """
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """AdamW's: biases, norms and DoRA's magnitudes do not decay. With LoRA+, B and all vectors train at a multiple
+        of the rate, as PEFT groups them."""
         rate, decay = self.hparams.learning_rate, self.hparams.weight_decay
         faster = rate * self.hparams.loraplus_lr_ratio
         trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
         vectors = [p for _, p in trained if p.ndim <= 1]
         b = [p for name, p in trained if p.ndim > 1 and "lora_B" in name]
         others = [p for name, p in trained if p.ndim > 1 and "lora_B" not in name]
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": parameters, "lr": group_rate, "weight_decay": group_decay}
-                for parameters, group_rate, group_decay in (
-                    (others, rate, decay),
-                    (b, faster, decay),
-                    (vectors, faster, 0.0),
-                )
-                if parameters
-            ],
-            fused=self.trainer.precision != "16-mixed",
-        )
+        groups = ((others, rate, decay), (b, faster, decay), (vectors, faster, 0.0))
+        return [{"params": some, "lr": own, "weight_decay": decayed} for some, own, decayed in groups if some]
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW whose rate rises, then falls, linearly."""
+        optimizer = torch.optim.AdamW(self.parameter_groups(), fused=self.trainer.precision != "16-mixed")
         steps = int(self.trainer.estimated_stepping_batches)
         rising = round(self.hparams.warmup * steps)
 

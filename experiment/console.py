@@ -8,8 +8,8 @@ from contextlib import suppress
 from rich.console import Console
 
 # Text printed past a live bar would tear it, so nothing is printed past this. It writes to standard output, and draws
-# no bars where that is a pipe or a file.
-console = Console(highlight=False, soft_wrap=True)
+# no bars where that is a pipe or a file. Brackets and colons in paths and texts are no markup: styles are arguments.
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def expect_any_text() -> None:

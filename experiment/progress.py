@@ -21,7 +21,7 @@ def progress(description: str, total: int | None) -> Iterator[Callable[[int], No
 
     Work that goes on after the last item is of unknown length, and the bar then says so.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=total)
 
@@ -90,7 +90,7 @@ class RunProgressBar(ProgressBar):
         if self._enabled and console.is_terminal:
             self._stop()
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),

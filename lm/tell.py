@@ -65,9 +65,9 @@ class Terminal:
             self.ids = self.tokenizer.encode_chat(self.messages)
         elif line.strip():
             self.ids = self.tokenizer.encode_prompt(line)
-            console.print(line, end="", markup=False)
+            console.print(line, end="")
         elif not self.ids:
-            console.print("type a beginning first, such as: Once upon a time", markup=False)
+            console.print("type a beginning first, such as: Once upon a time")
             return True
         self._tell()
         return True
@@ -79,11 +79,11 @@ class Terminal:
             self.forget()
         elif name == "settings":
             for setting in SETTINGS:
-                console.print(f"  {setting} {getattr(self.config, setting)}", markup=False)
+                console.print(f"  {setting} {getattr(self.config, setting)}")
         elif name in SETTINGS:
             self.config, self.told = replace(self.config, **{name: _value(name, value)}), 0
         elif name == "help":
-            console.print(HELP, markup=False)
+            console.print(HELP)
         else:
             raise ValueError(f"/{name}: there is no such command or setting; expected {', '.join(SETTINGS)}, or /help")
         return True
@@ -97,7 +97,7 @@ class Terminal:
             told.append(token)
             text = self.tokenizer.decode(self.ids + told)
             if not text.endswith("\ufffd"):  # else the character is not complete yet
-                console.print(text[len(shown) :], end="", markup=False)
+                console.print(text[len(shown) :], end="")
                 shown = text
 
         ending = "stopped"
@@ -113,7 +113,7 @@ class Terminal:
             self.messages.append({"role": "assistant", "content": self.tokenizer.decode(self.ids)[len(before) :]})
         how = {"eos": "the end", "length": "Enter goes on", "stop": "a stop string"}.get(ending, "stopped")
         speed = len(told) / max(seconds, 1e-9)
-        console.print(f"\n[dim]({how}; {len(told)} tokens, {speed:,.0f} a second)[/dim]")
+        console.print(f"\n({how}; {len(told)} tokens, {speed:,.0f} a second)", style="dim")
 
 
 def _value(name: str, value: str) -> object:
@@ -146,9 +146,9 @@ def main(args: Sequence[str] | None = None) -> None:
         except EOFError:
             break
         except KeyboardInterrupt:
-            console.print("\n(/quit or Ctrl-D ends)", markup=False)
+            console.print("\n(/quit or Ctrl-D ends)")
         except ValueError as error:  # a setting; InputError is one
-            console.print(str(error), markup=False)
+            console.print(str(error))
     console.print()
 
 

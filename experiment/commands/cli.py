@@ -167,7 +167,7 @@ class ExperimentCLI(LightningCLI):
         """As Lightning's, without its warning where a caller gives the arguments: the tests and tables do."""
         given = current_arguments(sys.argv[1:] if args is None else args)
         # Text that the locale could not read, but no name of a file, whose bytes must stay as they are.
-        given = [argument if os.path.exists(argument) else repaired(argument) for argument in given]
+        given = [argument if _names_file(argument) else repaired(argument) for argument in given]
         self.flags = {flag.removeprefix("--").partition("=")[0] for flag in given if flag.startswith("--")}
         ordered = configs_first(given)
         for before, argument in zip(["", *ordered], ordered, strict=False):
@@ -299,6 +299,14 @@ class ExperimentCLI(LightningCLI):
             epochs = stored["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         except (KeyError, TypeError):  # an imported model
             return False
+        groups = [len(group["params"]) for group in self.model.parameter_groups()]
+        states = stored.get("optimizer_states", [])
+        before = [len(group["params"]) for state in states for group in state.get("param_groups", [])]
+        if before not in ([], groups):
+            raise InputError(
+                f"{self.checkpoint} is of another optimizer: its groups hold {before} weights, expected {groups}; give "
+                "the options, and the version of tinylab, that it was trained with, or begin a new run"
+            )
         loop, steps = self.trainer.fit_loop, stored["global_step"]
         if 0 <= self.trainer.max_steps <= steps:
             limit = f"trainer.max_steps {self.trainer.max_steps}"
@@ -362,9 +370,11 @@ class ExperimentCLI(LightningCLI):
             with console.status("drawing the report"):
                 page = write_report([self.run_dir])
             console.print(f"report: {page}")
-        kept = "best" if (self.run_dir / "checkpoints" / "best.ckpt").exists() else "last"
-        command = f"python -m {self.package} predict --config {self.run_dir / CONFIG} --ckpt_path {kept}"
-        console.print(f"next: {command} {self.example}", markup=False)
+        checkpoints = self.run_dir / "checkpoints"
+        if kept := next((name for name in ("best", "last") if (checkpoints / f"{name}.ckpt").exists()), None):
+            config = shlex.quote(str(self.run_dir / CONFIG))
+            command = f"python -m {self.package} predict --config {config} --ckpt_path {kept}"
+            console.print(f"next: {command} {self.example}")
 
     def _wandb_loggers(self) -> list[WandbLogger]:
         return [logger for logger in self.trainer.loggers if isinstance(logger, WandbLogger)]
@@ -384,6 +394,10 @@ def configs_first(args: Sequence[str]) -> list[str]:
         else:
             others.append(argument)
     return [*others[:1], *configs, *others[1:]]  # the first of the others is the command
+
+
+def _names_file(argument: str) -> bool:
+    return os.path.exists(argument) or os.path.exists(argument.partition("=")[2])
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -57,19 +57,22 @@ set_loader("yaml", load_yaml, (yaml.YAMLError,))
 
 
 def check_configuration(file: Path) -> None:
-    """See that a configuration is text in which no key stands twice.
+    """See that a configuration is text that names options, none of them twice.
 
     Raises:
         InputError: It is not; the message names the file.
     """
     try:
-        load_yaml(file.read_text(encoding="utf-8"))
+        options = load_yaml(file.read_text(encoding="utf-8"))
     except RepeatedKey as error:
         raise InputError(f"config {file}: {error}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"config {file} is no text in UTF-8 ({error.reason}): expected a YAML file") from error
     except (OSError, ValueError, yaml.YAMLError):  # which the parser tells
         return
+    if not isinstance(options, dict):
+        found = "nothing" if options is None else f"{str(options)[:40]!r}"
+        raise InputError(f"config {file} holds {found}: expected options, such as seed_everything: 1")
 
 
 class ExperimentParser(LightningArgumentParser):

@@ -118,7 +118,7 @@ def show(comparison: Comparison, results: Results, out: Path) -> None:
         printed.add_column(name, overflow="fold", min_width=max(map(len, " ".join([name, *cells]).split())))
     for name, row in zip([*results, *comparison.quoted], rows, strict=True):
         printed.add_row(*row, style="bold green" if name == best else None)
-    console.print(printed, "\n".join(notes), sep="\n", markup=False)
+    console.print(printed, "\n".join(notes), sep="\n")
     file = folder / comparison.name
     text = [f"| {' | '.join(row)} |\n" for row in (header, ["---"] * len(header), *rows)]
     file.with_suffix(".md").write_text("".join([*text, *(f"\n{note}\n" for note in notes)]), encoding="utf-8")
@@ -132,7 +132,7 @@ def show(comparison: Comparison, results: Results, out: Path) -> None:
         run: row for run, row in runs.items() if (run / "metrics.csv").is_file()
     }:  # not those of other machines
         write_report(list(runs), folder, list(runs.values()))
-    console.print(f"written: tables, plot and page in {folder}; the runs in {out / 'runs'}", markup=False)
+    console.print(f"written: tables, plot and page in {folder}; the runs in {out / 'runs'}")
 
 
 def draw(comparison: Comparison, results: Results, values: Values, file: Path) -> None:

@@ -102,7 +102,7 @@ def make_runs(runs: Sequence[Run], out: Path, tested: bool = False) -> dict[str,
                 if lock is None and not done(line):
                     continue  # another process makes it
                 note = " (done before)" if done(line) else ""
-                console.print(f"[bold]run {number} of {len(runs)}[/bold]: {run.row.name}, seed {run.seed}{note}")
+                console.print(f"run {number} of {len(runs)}: {run.row.name}, seed {run.seed}{note}", style="bold")
                 if not done(line):
                     line = make(run, out / "runs" / run.key, flags[run.row.name], facts[run.row.name], lock, tested)
                     with (out / "results.jsonl").open("ab", buffering=0) as file:  # in one piece, for others write too
@@ -188,7 +188,7 @@ def make(run: Run, run_dir: Path, flags: Sequence[str], facts: Line, lock: int, 
         console.print(STOPPED)
         sys.exit(code)
     if code != 0:
-        console.print(f"[red]{run.row.name}, seed {run.seed}, failed with exit code {code}[/red]: see above")
+        console.print(f"{run.row.name}, seed {run.seed}, failed with exit code {code}: see above", style="red")
         return line | {"failed": code, "ended": time.time()}
     return line | measure(run, run_dir) | ({"test": test(run, run_dir)} if tested else {}) | {"ended": time.time()}
 

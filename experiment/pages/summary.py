@@ -54,12 +54,12 @@ def summarize(runs: list[Path]) -> None:
         if predictions.is_file():
             first = json.loads(predictions.read_text(encoding="utf-8").split("\n")[0])
             label = f" → {first['label']}" if "label" in first else ""
-            console.print(f"\n[dim]{run.name} says:[/dim]")
-            console.print(first["text"] + label, markup=False)
-    console.print("\n[dim]Everything lies in[/dim]")
+            console.print(f"\n{run.name} says:", style="dim")
+            console.print(first["text"] + label)
+    console.print("\nEverything lies in", style="dim")
     for run in runs:
-        files = ", ".join(sorted(path.name for path in run.iterdir() if path.name != "wandb"))
-        console.print(f"  {run}/  [dim]{files}[/dim]")
+        files = ", ".join(sorted(path.name for path in run.iterdir() if path.name != "wandb" and path.name[0] != "."))
+        console.print(f"  {run}/  {files}")
 
 
 def main(args: Sequence[str] | None = None) -> None:

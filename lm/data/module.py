@@ -395,7 +395,7 @@ def _divided(text: str) -> tuple[str, str]:
 
 @rank_zero_only
 def _tell(note: str) -> None:
-    console.print(note, markup=False)  # a path may hold brackets
+    console.print(note)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -200,8 +200,8 @@ def show(outcomes: Sequence[Outcome]) -> None:
     )
     for one in outcomes:
         if one.strategy != UNCACHED:
-            console.print(f"[dim]{one.strategy}[/dim]")
-            console.print(f"  {one.stories[0]}\n", markup=False)
+            console.print(one.strategy, style="dim")
+            console.print(f"  {one.stories[0]}\n")
 
 
 def draw(outcomes: Sequence[Outcome], file: Path) -> None:
@@ -265,9 +265,9 @@ def compare(
     draw(outcomes, folder / "figures" / "decoding.png")
     records = [asdict(outcome) for outcome in outcomes]
     (folder / "decoding.json").write_text(json.dumps(records, ensure_ascii=False) + "\n", encoding="utf-8")
-    console.print(f"[dim]written: {folder / 'figures' / 'decoding.png'}, {folder / 'decoding.json'}[/dim]")
+    console.print(f"written: {folder / 'figures' / 'decoding.png'}, {folder / 'decoding.json'}", style="dim")
     if (folder / "metrics.csv").is_file():
-        console.print(f"next: python -m experiment.pages.report {folder}  [dim](shows it among the rest)[/dim]")
+        console.print(f"next: python -m experiment.pages.report {folder}  (shows it among the rest)")
 
 
 def main(args: Sequence[str] | None = None) -> None:

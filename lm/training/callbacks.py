@@ -142,7 +142,7 @@ class Samples(Callback):
     def write(self, stories: Sequence[str], trainer: Trainer) -> None:
         """Show one round of samples, and keep it."""
         step = trainer.global_step
-        console.print(f"[dim]samples at step {step:,}[/dim]")
+        console.print(f"samples at step {step:,}", style="dim")
         samples = Path(trainer.default_root_dir) / "samples.jsonl"
         with samples.open("a", encoding="utf-8") as file:
             for prompt, story in zip(self.prompts, stories, strict=True):
@@ -215,13 +215,13 @@ class Predictions(BasePredictionWriter):
         if streamed:
             pl_module.on_token.finish()
         for story in prediction[1 if streamed else 0 :]:
-            console.print(story["text"] + "\n", markup=False)
+            console.print(story["text"] + "\n")
         if streamed:
             pl_module.on_token = None
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._partial.replace(self.file)
-        console.print(f"[dim]written to {self.file}[/dim]")
+        console.print(f"written to {self.file}", style="dim")
 
 
 class _Streamer:
@@ -243,5 +243,5 @@ class _Streamer:
         self._show(self.decode(self.ids) + "\n\n")
 
     def _show(self, text: str) -> None:
-        console.print(text[self.shown :], end="", markup=False)
+        console.print(text[self.shown :], end="")
         self.shown = len(text)

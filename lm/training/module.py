@@ -283,6 +283,10 @@ class LanguageModel(StepModule):
                 "take the schedule constant"
             )
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's."""
+        return make_optimizer(self, self.optimizer_config, fused=False).param_groups
+
     def configure_optimizers(self) -> dict[str, Any]:
         self.check_trainer(self.trainer)
         total_steps = self.trainer.estimated_stepping_batches

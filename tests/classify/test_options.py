@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from classify.__main__ import main
@@ -31,6 +32,23 @@ def test_rate_and_decay_given_on_a_resume_take_effect(small_run: list[str], in_t
     assert len(rates) == 8 and max(rates[4:]) <= 1e-6 < min(rates[1:4])
     assert [group["weight_decay"] for group in cli.trainer.optimizers[0].param_groups] == [0.5, 0.5, 0.0]
     assert yaml.safe_load(Path("run/config.yaml").read_text())["model"]["learning_rate"] == 1e-6
+
+
+def test_run_of_another_optimizer_is_refused_before_anything_is_written(
+    small_run: list[str], in_tmp: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """An earlier version had no group of its own for B."""
+    main(["fit", *small_run, *FLAGS, "--trainer.max_steps=2"])
+    file = Path("run/checkpoints/last.ckpt").resolve()
+    checkpoint = torch.load(file, weights_only=True)
+    first, second, *others = checkpoint["optimizer_states"][0]["param_groups"]
+    first["params"] += second["params"]
+    checkpoint["optimizer_states"][0]["param_groups"] = [first, *others]
+    torch.save(checkpoint, file)
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    error = refused(capsys, "fit", *small_run, *FLAGS, "--trainer.max_steps=4", "--ckpt_path=last")
+    assert "another optimizer" in error and "begin a new run" in error
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_what_follows_from_other_options_is_not_frozen(small_run: list[str], in_tmp: Path) -> None:

@@ -67,6 +67,40 @@ def test_key_that_stands_twice_is_an_error_with_its_lines(
     assert all(word in error for word in [*words, "twice.yaml"]), error
 
 
+@pytest.mark.parametrize(("text", "found"), [("# data: {}\n", "nothing"), ("", "nothing"), ("- 1\n", "'[1]'")])
+def test_configuration_without_options_is_told_as_that(
+    text: str, found: str, arguments: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    Path("plain.yaml").write_text(text)
+    error = refused(capsys, "fit", *arguments, "--config=plain.yaml")
+    assert error == f"error: config plain.yaml holds {found}: expected options, such as seed_everything: 1"
+
+
+def test_brackets_and_colons_in_paths_are_printed_as_they_are(
+    arguments: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    from experiment.pages.report import main as report
+    from experiment.pages.summary import main as summary
+
+    run = "a[b] [bold]c[/bold] :smile:"
+    main(["fit", *arguments, "--trainer.max_steps=1", f"--run_dir={run}"])
+    main(["fit", *arguments, "--trainer.max_steps=2", f"--run_dir={run}", "--ckpt_path=last"])
+    said = capsys.readouterr().out
+    assert f"resuming from {run}/checkpoints/last.ckpt" in said
+    assert f"everything lies in {run}\n" in said and f"predict --config '{run}/config.yaml'" in said
+    main(["predict", f"--config={run}/config.yaml", "--ckpt_path=last", "--data.prompts=[Tom]"])
+    assert f"written to {run}/predictions.jsonl" in capsys.readouterr().out
+    report([run])
+    assert f"written: {run}/report.html" in capsys.readouterr().out
+    summary([run])
+    assert f"  {run}/  checkpoints, config.yaml" in capsys.readouterr().out
+
+
+def test_training_of_no_steps_names_no_checkpoint(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    main(["fit", *arguments, "--trainer.max_steps=0"])
+    assert "finished after 0 steps" in (said := capsys.readouterr().out) and "next:" not in said
+
+
 def test_logger_that_cannot_be_made_is_told_by_its_own_reason(
     arguments: list[str], capsys: pytest.CaptureFixture
 ) -> None:
