@@ -463,7 +463,7 @@ def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> Experime
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         # A make target may have hidden the command.
         stopped = "stopped; " if args is not None else f"stopped: {shlex.join(['python', *sys.orig_argv[1:]])}\n"
-        console.print(f"{stopped}go on with the same command and --ckpt_path last", markup=False, soft_wrap=True)
+        console.print(f"{stopped}go on with the same command and --ckpt_path last")
         sys.exit(interruption.exit_code)
     except (KeyboardInterrupt, SystemExit) as ending:  # Lightning turns the first into the second
         terminated = isinstance(ending, SIGTERMException)
