@@ -10,15 +10,12 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from experiment.commands.cli import ExperimentCLI
 from experiment.errors import InputError
+from experiment.nn.lora_config import LoRAConfig
 from experiment.runs.run import read_checkpoint, recorded, run_of
-from experiment.runs.sharding import FullyShardedStrategy
 from experiment.runs.throughput import Throughput
 from lm.data.module import TextDataModule
 from lm.decoding.config import GenerationConfig
-from lm.formats.adapters import LoRAConfig, base_weights
-from lm.formats.pretrained import BASE, load_pretrained, save_base
-from lm.model.config import DecoderConfig
-from lm.model.variants import Variant
+from lm.model.config import DecoderConfig, Variant
 from lm.training.callbacks import FirstValidation, Perplexity, Predictions, Samples
 from lm.training.module import LanguageModel
 from lm.training.optim import OptimizerConfig
@@ -68,12 +65,16 @@ class LanguageCLI(ExperimentCLI):
         self._take_weights()
 
     def _take_weights(self) -> None:
-        """See where the weights come from that are there already: shape and tokenizer are theirs."""
+        """Take the decoder's shape and the tokenizer from pretrained weights or a run's own."""
         config = self.config[self.subcommand]
         model, init_from, decoder = config.model, config.model.init_from, None
         wanted = config.validate_first
         self.first_validation.wanted = init_from is not None if wanted is None else wanted
-        if self.checkpoint is not None and (init_from is not None or model.adapter != "full"):
+        if init_from is None and model.adapter == "full":
+            return
+        from lm.formats.pretrained import BASE, load_pretrained
+
+        if self.checkpoint is not None:
             # What was started from may be gone; the run keeps what it needs.
             base = self.checkpoint.parent / BASE
             hyper_parameters = read_checkpoint(self.checkpoint).get("hyper_parameters", {})
@@ -111,9 +112,10 @@ class LanguageCLI(ExperimentCLI):
         self._check_state()
         super().before_fit()
         rank_zero_only(self.datamodule.tokenizer.save)(self.run_dir / "tokenizer")
-        if self.model.adapter != "full" and not (self.run_dir / "checkpoints" / BASE).is_file():
-            decoder = self.model.decoder
-            rank_zero_only(save_base)(decoder.config, base_weights(decoder), self.run_dir / "checkpoints")
+        if self.model.adapter != "full":
+            from lm.formats.pretrained import save_base
+
+            rank_zero_only(save_base)(self.model.decoder, self.run_dir / "checkpoints")
 
     def weights_device(self) -> AbstractContextManager:
         """No device yet, where the weights will be divided among processes, none of which may have room for all."""
@@ -122,7 +124,7 @@ class LanguageCLI(ExperimentCLI):
         divided = (
             self.subcommand != "predict"
             and config.model.init_from is None
-            and strategy.endswith(FullyShardedStrategy.__name__)
+            and strategy.endswith("FullyShardedStrategy")
         )
         plain = not Variant(**config.model.variant.as_dict()).changed  # others draw some of their weights themselves
         return torch.device("meta") if divided and plain else nullcontext()

@@ -25,57 +25,12 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ALL_LINEAR = "all-linear"
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """What is adapted, and how; the field names are PEFT's.
-
-    Args:
-        r: rank of the update, at least 1.
-        lora_alpha: numerator of the scale s; above 0.
-        lora_dropout: probability of dropping an element of the adapter's input, in [0, 1).
-        target_modules: linear layers to adapt: names or dotted suffixes of names, one regular expression that
-            matches whole names, or all-linear, which is every linear layer but a language model's head.
-        modules_to_save: modules trained in full beside the adapters: whatever ends in one of these names.
-        use_rslora: scale by lora_alpha / sqrt(r).
-        use_dora: train direction and magnitude of the weights apart.
-        init_lora_weights: True: B is zero. False: B is random as A is, which disturbs the pretrained model
-            from the first step; here for the comparison.
-
-    Raises:
-        ValueError: a value out of range.
-    """
-
-    r: int = 8
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    target_modules: list[str] | str = ALL_LINEAR
-    modules_to_save: list[str] = field(default_factory=list)
-    use_rslora: bool = False
-    use_dora: bool = False
-    init_lora_weights: bool = True
-
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"r is {self.r}: the rank of a LoRA update must be at least 1, usually 4 to 64")
-        if not self.lora_alpha > 0:
-            raise ValueError(f"lora_alpha is {self.lora_alpha}: it must be above 0; usual is 2 r")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout is {self.lora_dropout}: it must be in [0, 1)")
-        if not self.target_modules:
-            raise ValueError("target_modules is empty: name at least one linear layer, for example query")
-
-    @property
-    def scaling(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+from experiment.nn.lora_config import ALL_LINEAR, LoRAConfig
 
 
 class LoRALinear(nn.Module):

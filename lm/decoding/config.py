@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Literal, get_args
 
-from lm.decoding.quantization import WeightDtype
+WeightDtype = Literal["float32", "bfloat16", "int8"]
 
 
 @dataclass

@@ -25,7 +25,6 @@ from lm.decoding.cuda_graphs import can_run_ahead, steps_for
 from lm.decoding.sampling import LARGEST_DRAW, choose
 from lm.decoding.steps import Cached, Recomputed, prepare_if_faster
 from lm.model.decoder import Decoder
-from lm.model.variants import VariantDecoder
 
 
 @dataclass
@@ -165,7 +164,7 @@ def _in_turn(
 ) -> Iterator[list[int]]:
     """The next token of every row, step by step, each fetched before the next is computed. Rows that ended are no
     longer computed, and have -1."""
-    compile = config.compile and not isinstance(decoder, VariantDecoder)  # that code knows the decoder itself alone
+    compile = config.compile and type(decoder) is Decoder  # not its variants
     next_logits = Cached(decoder, config.max_new_tokens, compile) if config.use_cache else Recomputed(decoder)
     while active := [row for row in rows if row.finish_reason is None]:
         logits, greedy = next_logits({row.index: row.window for row in active})

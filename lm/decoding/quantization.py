@@ -16,15 +16,14 @@ int8.
 """
 
 import copy
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lm.decoding.config import WeightDtype
 from lm.model.decoder import Decoder
 
-WeightDtype = Literal["float32", "bfloat16", "int8"]
 STREAMS = 4  # more are no faster
 BLOCK = 32  # int8 elements
 

@@ -9,26 +9,18 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from experiment.errors import InputError
 from experiment.nn.adapter_files import PEFT_PREFIX, check_adapter, read_adapter, write_adapter
-from experiment.nn.lora import (
-    ALL_LINEAR,
-    LoRAConfig,
-    LoRAEmbedding,
-    LoRALinear,
-    StackedLoRALinear,
-    matching,
-    train_only,
-)
+from experiment.nn.lora import LoRAEmbedding, LoRALinear, StackedLoRALinear, matching, train_only
+from experiment.nn.lora_config import ALL_LINEAR, LoRAConfig
 from lm.formats.hugging_face import parameter_names, parameter_shape
 from lm.model.config import DecoderConfig
 from lm.model.decoder import Decoder
 
-Adapter = Literal["full", "lora", "peft"]
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head")
 
 
@@ -109,6 +101,35 @@ def inject(decoder: Decoder, lora: LoRAConfig) -> None:
     train_only(decoder, [])
     for ours in saved:
         decoder.get_submodule(ours).requires_grad_(True)
+
+
+def adapt(decoder: Decoder, adapter: str, lora: LoRAConfig, adapter_weights: str | None) -> LoRAConfig:
+    """Put adapters on a decoder, in place: by our layers (``lora``) or by PEFT's (``peft``).
+
+    Args:
+        decoder: Plain.
+        adapter: Whose layers.
+        lora: The adapters.
+        adapter_weights: A folder of `save_adapter` or PEFT to start from; it decides all of lora but the dropout.
+
+    Returns:
+        What the adapters became.
+
+    Raises:
+        InputError: Targets or weights do not fit the decoder.
+    """
+    trained = None
+    try:
+        if adapter_weights is not None:
+            dropout = lora.lora_dropout
+            lora, trained = read_decoder_adapter(decoder, adapter_weights)
+            lora = replace(lora, lora_dropout=dropout)
+        (inject if adapter == "lora" else inject_peft)(decoder, lora)
+    except ValueError as error:
+        raise InputError(f"model.{'lora' if trained is None else 'adapter_weights'}: {error}") from error
+    if trained is not None:
+        load_trained(decoder, trained)
+    return lora
 
 
 def _tied_head(decoder: Decoder) -> nn.Linear:

@@ -7,16 +7,17 @@ import torch
 import yaml
 
 from experiment.errors import InputError
+from experiment.nn.lora_config import LoRAConfig
 from experiment.sources.hub import look_for_hub
 from lm.data.tokenizer import StoryTokenizer
 from lm.data.tokenizer_files import load_tokenizer
-from lm.formats.adapters import LoRAConfig, adapted, merged, our_key
+from lm.formats.adapters import adapted, base_weights, merged, our_key
 from lm.formats.gguf import from_gguf
 from lm.formats.hugging_face import from_hugging_face
 from lm.formats.llama2c import from_llama2c, llama2c_tokenizer_path
-from lm.model.config import DecoderConfig
+from lm.model.config import DecoderConfig, Variant
 from lm.model.decoder import Decoder
-from lm.model.variants import Variant, make_decoder
+from lm.model.variants import make_decoder
 
 BASE = "base.pt"  # beside checkpoints that hold an adapter alone: what was adapted
 _KINDS = "a run's folder, a checkpoint, a Hugging Face folder or hub name, a llama2.c .bin or a .gguf"
@@ -65,6 +66,25 @@ def load_pretrained(name: str | Path, tokenizer: str | None = None) -> tuple[Dec
             "tokens; cut the embeddings with transformers' resize_token_embeddings and save it again"
         )
     return decoder, loaded, str(where)
+
+
+def load_weights(decoder: Decoder, name: str) -> None:
+    """Give a decoder the weights of `load_pretrained`.
+
+    Raises:
+        InputError: As there, or their decoder has another shape.
+    """
+    source, _, _ = load_pretrained(name)
+    ours, theirs = asdict(decoder.config), asdict(source.config)
+    for config in (ours, theirs):
+        config["num_kv_heads"] = config["num_kv_heads"] or config["num_heads"]
+    for key in sorted(ours.keys() - {"dropout", "max_sequence_length"}):
+        if ours[key] != theirs[key]:
+            raise InputError(f"model.decoder.{key} {ours[key]}: model.init_from {name} has {theirs[key]}; leave it out")
+    try:
+        decoder.load_state_dict(source.state_dict())
+    except RuntimeError:
+        raise InputError(f"model.init_from {name} is a variant of the decoder; take another model") from None
 
 
 def _from_hub(name: str) -> Path:
@@ -133,11 +153,14 @@ def load_adapted(checkpoint: Path) -> tuple[Decoder, LoRAConfig | None]:
         raise InputError(f"{checkpoint} is no checkpoint of the language model ({error})") from error
 
 
-def save_base(config: DecoderConfig, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write what is adapted beside the checkpoints, so that the run's folder is enough."""
-    state = {f"decoder.{name}": weight.cpu() for name, weight in weights.items()}
+def save_base(decoder: Decoder, folder: Path) -> None:
+    """Write the weights below a decoder's adapters beside its checkpoints, unless they are there."""
+    if (folder / BASE).is_file():
+        return
+    state = {f"decoder.{name}": weight.cpu() for name, weight in base_weights(decoder).items()}
+    hyper_parameters = {"decoder": asdict(decoder.config)}
     partial = folder / f"{BASE}.partial"
-    torch.save({"state_dict": state, "hyper_parameters": {"decoder": asdict(config)}, "global_step": 0}, partial)
+    torch.save({"state_dict": state, "hyper_parameters": hyper_parameters, "global_step": 0}, partial)
     partial.replace(folder / BASE)
 
 

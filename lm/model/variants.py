@@ -5,46 +5,14 @@ configs/comparisons/lm_ablation.yaml, and no other program knows them: none can 
 """
 
 import math
-from dataclasses import dataclass, fields
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lm.model.config import DecoderConfig
+from lm.model.config import DecoderConfig, Variant
 from lm.model.decoder import Block, Decoder, RMSNorm, SwiGLU
 from lm.model.kv_cache import CacheSpan, KeyValueCache
-
-
-@dataclass
-class Variant:
-    """What differs from the decoder of lm.model.decoder; by default nothing.
-
-    Attributes:
-        positions: ``rotary``; ``learned``, a vector for each position that is added to the embedding (Vaswani et al.
-            2017, arXiv:1706.03762); or ``none``, where the causal mask alone tells order (Kazemnejad et al. 2023,
-            arXiv:2305.19466).
-        norm: ``rms``; ``layer``, which takes the mean off too (Ba et al. 2016, arXiv:1607.06450), without a bias, so
-            that there are as many parameters; or ``none``. Norms of queries and keys stay.
-        norm_place: ``pre``, norm(x) goes into each branch; or ``post``, x + branch goes through the norm, as in the
-            first transformer, and there is no last norm.
-        feed_forward: ``swiglu``; or ``silu`` or ``gelu`` between two matrices without a gate, 1.5 times as wide, so
-            that there are as many parameters.
-        scaled_residuals: Whether the matrices that end the branches begin smaller by sqrt(2 num_layers) (Radford et
-            al. 2019).
-    """
-
-    positions: Literal["rotary", "learned", "none"] = "rotary"
-    norm: Literal["rms", "layer", "none"] = "rms"
-    norm_place: Literal["pre", "post"] = "pre"
-    feed_forward: Literal["swiglu", "silu", "gelu"] = "swiglu"
-    scaled_residuals: bool = True
-
-    @property
-    def changed(self) -> dict[str, object]:
-        """What differs, by name."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
 
 
 class UngatedFeedForward(SwiGLU):

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
@@ -17,9 +17,10 @@ from torch.distributed.fsdp import FSDPModule
 from experiment.errors import InputError
 from experiment.progress import console
 from experiment.sources.rows import repaired
-from lm.data.tokenizer import StoryTokenizer
 from lm.decoding.config import GenerationConfig
-from lm.decoding.generation import generate
+
+if TYPE_CHECKING:
+    from lm.data.tokenizer import StoryTokenizer
 
 PROMPTS = ("Once upon a time", "One day, a little girl named", "Tom had a red ball.")
 
@@ -87,7 +88,7 @@ class Samples(Callback):
         self.prompts = [repaired(prompt) for prompt in prompts]
         self.config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
-    def check(self, tokenizer: StoryTokenizer, context: int) -> None:
+    def check(self, tokenizer: "StoryTokenizer", context: int) -> None:
         """See that the prompts fit a model's context, in tokens.
 
         Raises:
@@ -129,6 +130,8 @@ class Samples(Callback):
 
     def generate(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """Continue the prompts with the model as it is."""
+        from lm.decoding.generation import generate
+
         tokenizer = trainer.datamodule.tokenizer
         prompts = [tokenizer.encode_prompt(prompt) for prompt in self.prompts]
         divided = isinstance(pl_module.decoder, FSDPModule)

@@ -1,83 +1,33 @@
 """The language model under Lightning: training, evaluation by perplexity, and writing stories."""
 
-import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import distribute_tensor
-from torchmetrics import Metric
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from experiment.console import console
 from experiment.errors import InputError
 from experiment.nn.hardware import can_compile, fast_bfloat16
+from experiment.nn.lora_config import LoRAConfig
 from experiment.runs.step_sums import StepModule
-from lm.decoding.compilation import CompilationError
 from lm.decoding.config import GenerationConfig
-from lm.decoding.generation import generate
-from lm.formats.adapters import Adapter, LoRAConfig, inject, inject_peft, load_trained, merged, read_decoder_adapter
-from lm.formats.pretrained import load_pretrained
-from lm.model.config import DecoderConfig
+from lm.model.config import DecoderConfig, Variant
 from lm.model.decoder import Decoder
 from lm.model.loss import token_losses
-from lm.model.variants import Variant, make_decoder
+from lm.training.metrics import TokenSums
 from lm.training.objective import MOST_GRAPHED, CompiledLoss, has_plain_head, summed_loss
 from lm.training.optim import OptimizerConfig, learning_rate_factor, make_optimizer
 
 Batch = dict[str, Tensor]
-
-
-class TokenSums(Metric):
-    """Sums over all tokens of a split, from which loss, perplexity and bits per byte follow.
-
-    Losses are summed as integers, in units of 2^-20 nats: such sums are the same in every order, for every batch
-    size and number of devices, and need no float64, which some devices lack.
-    """
-
-    UNIT = 2.0**-20
-    full_state_update = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("loss", "tokens", "text_loss", "bytes", "not_finite"):
-            self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, losses: Tensor, loss_mask: Tensor, text_mask: Tensor, num_bytes: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            losses: (N,) float, cross-entropy of each target in nats.
-            loss_mask: (N,) bool, whether a target counts, as padding does not.
-            text_mask: (N,) bool, whether it is text, as bos, eos and padding are not.
-            num_bytes: (N,) integers, UTF-8 bytes of each target that is text.
-        """
-        finite = torch.isfinite(losses)
-        self.not_finite += (~finite & loss_mask).sum()
-        units = (torch.where(finite, losses.float(), 0.0) / self.UNIT).round().to(torch.int64)
-        self.loss += (units * loss_mask).sum()
-        self.tokens += loss_mask.sum()
-        self.text_loss += (units * text_mask).sum()
-        self.bytes += (num_bytes * text_mask).sum()
-
-    def compute(self) -> dict[str, float]:
-        """``loss`` in nats per token, ``perplexity`` = exp(loss), ``bits_per_byte`` of the text.
-
-        All are nan where a token's loss was infinite or none, which no integer can say.
-        """
-        if self.not_finite:
-            return dict.fromkeys(("loss", "perplexity", "bits_per_byte"), math.nan)
-        loss = self.UNIT * self.loss.item() / max(self.tokens.item(), 1)
-        bits = self.UNIT * self.text_loss.item() / math.log(2)
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits / max(self.bytes.item(), 1)}
+Adapter = Literal["full", "lora", "peft"]
 
 
 class LanguageModel(StepModule):
@@ -122,17 +72,25 @@ class LanguageModel(StepModule):
         generation = GenerationConfig(**generation) if isinstance(generation, dict) else generation
         variant = Variant(**variant) if isinstance(variant, dict) else variant
         lora = LoRAConfig(**lora) if isinstance(lora, dict) else lora
-        self.decoder = make_decoder(decoder, variant)
-        if variant.changed and (init_from is not None or adapter != "full"):
-            raise InputError(f"model.variant {variant.changed}: weights that are there are of no variant; leave it out")
+        if variant.changed:
+            from lm.model.variants import VariantDecoder
+
+            if init_from is not None or adapter != "full":
+                raise InputError(f"model.variant {variant.changed}: pretrained weights have no variant; leave it out")
+            self.decoder: Decoder = VariantDecoder(decoder, variant)
+        else:
+            self.decoder = Decoder(decoder)
         if init_from is not None:
-            self._start_from(init_from)
-        self.adapter = adapter
+            from lm.formats.pretrained import load_weights
+
+            load_weights(self.decoder, init_from)
         if adapter != "full":
-            lora = self._adapt(lora, adapter_weights)
+            from lm.formats.adapters import adapt
+
+            lora = adapt(self.decoder, adapter, lora, adapter_weights)
         elif adapter_weights is not None:
             raise InputError("model.adapter_weights needs model.adapter lora or peft, not full")
-        self.lora = lora
+        self.adapter, self.lora = adapter, lora
         parts = {"decoder": decoder, "optimizer": optimizer, "generation": generation, "variant": variant}
         parts |= {} if adapter == "full" else {"lora": lora}
         self.save_hyperparameters({name: asdict(part) for name, part in parts.items()} | {"adapter": adapter})
@@ -146,39 +104,14 @@ class LanguageModel(StepModule):
             self.second_sums = TokenSums()  # of data.second_path
         self.on_token: Callable[[int, int], None] | None = None  # sees (row, token id) while a story is written
 
-    def _start_from(self, init_from: str) -> None:
-        source, _, _ = load_pretrained(init_from)
-        ours, theirs = asdict(self.decoder.config), asdict(source.config)
-        for config in (ours, theirs):
-            config["num_kv_heads"] = config["num_kv_heads"] or config["num_heads"]
-        for name in sorted(ours.keys() - {"dropout", "max_sequence_length"}):
-            if ours[name] != theirs[name]:
-                raise InputError(
-                    f"model.decoder.{name} {ours[name]}: model.init_from {init_from} has {theirs[name]}; leave it out"
-                )
-        try:
-            self.decoder.load_state_dict(source.state_dict())
-        except RuntimeError:
-            raise InputError(f"model.init_from {init_from} is a variant of the decoder; take another model") from None
-
-    def _adapt(self, lora: LoRAConfig, adapter_weights: str | None) -> LoRAConfig:
-        trained = None
-        try:
-            if adapter_weights is not None:
-                dropout = lora.lora_dropout
-                lora, trained = read_decoder_adapter(self.decoder, adapter_weights)
-                lora = replace(lora, lora_dropout=dropout)
-            (inject if self.adapter == "lora" else inject_peft)(self.decoder, lora)
-        except ValueError as error:
-            raise InputError(f"model.{'lora' if trained is None else 'adapter_weights'}: {error}") from error
-        if trained is not None:
-            load_trained(self.decoder, trained)
-        return lora
-
     @property
     def plain_decoder(self) -> Decoder:
-        """The decoder as it is used for decoding: one with adapters merged into a copy."""
-        return self.decoder if self.adapter == "full" else merged(self.decoder, self.lora)
+        """The decoder for decoding; adapters are merged into a copy."""
+        if self.adapter == "full":
+            return self.decoder
+        from lm.formats.adapters import merged
+
+        return merged(self.decoder, self.lora)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """All weights, or with an adapter those that train."""
@@ -193,37 +126,12 @@ class LanguageModel(StepModule):
         return self.decoder(input_ids)
 
     def configure_model(self) -> None:
-        """Divide the weights among the processes where the strategy asks for it, as configs/fsdp.yaml does."""
-        if self.device_mesh is None or isinstance(self.decoder, FSDPModule):
-            return
-        decoder, mesh, policy = self.decoder, self.device_mesh["data_parallel"], MixedPrecisionPolicy()
-        if self.trainer.precision == "bf16-mixed":
-            policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-            decoder.embedding.register_forward_hook(lambda module, inputs, x: x.float())  # the residual stream's type
-        for module in (*decoder.blocks, decoder):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-        register_fsdp_forward_method(decoder, "hidden_states")
-        if decoder.embedding.weight.is_meta:
-            self._make_weights()
+        """Shard the weights where the strategy asks for it, as configs/fsdp.yaml does."""
+        if self.device_mesh is not None and not isinstance(self.decoder, FSDPModule):
+            from lm.training.fsdp import shard
 
-    @torch.no_grad()
-    def _make_weights(self) -> None:
-        """Make this process's share of the weights of a decoder on the meta device, one whole matrix at a time: the
-        values that one process would draw."""
-        device = self.trainer.strategy.root_device
-        self.decoder.to_empty(device=device)
-        self.decoder.set_rotary_tables()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(torch.initial_seed())
-            for module in self.decoder.modules():  # torch's own values, which ours replace, come first
-                if isinstance(module, nn.Embedding):
-                    nn.Embedding(module.num_embeddings, module.embedding_dim)
-                elif isinstance(module, nn.Linear):
-                    nn.Linear(module.in_features, module.out_features, bias=False)
-            for name, parameter in self.decoder.named_parameters():
-                whole = self.decoder.draw(name, torch.empty(parameter.shape)).to(device)
-                share = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-                parameter.to_local().copy_(share.to_local())
+            bfloat16 = self.trainer.precision == "bf16-mixed"
+            shard(self.decoder, self.device_mesh["data_parallel"], bfloat16, self.trainer.strategy.root_device)
 
     def flops_per_token(self, length: int) -> int:
         """Floating-point operations of training a token in a sequence of that length: six for each weight that it is
@@ -337,6 +245,9 @@ class LanguageModel(StepModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Continue each prompt of the batch: a list of ``prompt``, ``text``, ``tokens`` and ``finish_reason``."""
+        from lm.decoding.compilation import CompilationError
+        from lm.decoding.generation import generate
+
         tokenizer = self.trainer.datamodule.tokenizer
         # In the weights' own precision: rounded to bfloat16, a story would depend on the batch that it is in.
         with torch.autocast(self.device.type, enabled=False):
