@@ -1,11 +1,10 @@
 """A trained language model to use: it continues a text token by token, and says what else might have come."""
 
-import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any
 
 from torch import Tensor
@@ -14,14 +13,13 @@ from experiment.nn.hardware import default_device
 from lm.convert import load_checkpoint
 from lm.data.tokenizer import StoryTokenizer
 from lm.decoding.config import GenerationConfig
-from lm.decoding.generation import generate
+from lm.decoding.generation import TextStream, generate, stream
 from lm.decoding.quantization import prepare_for_decoding
 from lm.decoding.sampling import filter_logits
-from lm.model.decoder import Decoder
 
 ALTERNATIVES = 5  # shown for each token
 MOST_CHARACTERS = 50_000  # far beyond any context, and tokenised in no time
-PAUSE = 0.03  # seconds between two updates of a growing story; a browser draws no more in that time
+PAUSE = 0.03  # seconds between two updates of a growing story, as many as a browser draws
 
 
 @dataclass
@@ -51,10 +49,6 @@ class Choice:
     text: str
     probability: float
     alternatives: list[tuple[str, float, float, bool]]
-
-
-class _Left(Exception):
-    """The visitor did not wait for the end."""
 
 
 class LanguageModelDemo:
@@ -94,39 +88,16 @@ class LanguageModelDemo:
             ValueError: The beginning is empty or leaves no room in the model's context.
         """
         prompt = self._encode(beginning)
-        arrived: SimpleQueue[Choice | Ending | Exception] = SimpleQueue()
-        left = threading.Event()
-        choices = _Choices(self.decoder, self.tokenizer, prompt, config)
-
-        def on_token(row: int, token: int) -> None:
-            if left.is_set():
-                raise _Left
-            arrived.put(choices.take(token))
-
-        def work() -> None:
-            try:
-                eos = self.tokenizer.eos_id
-                result = generate(self._prepared, [prompt], config, eos, on_token=on_token, on_logits=choices.weigh)
-                arrived.put(Ending(result[0].finish_reason, choices.held_back))
-            except Exception as error:  # for the thread that waits
-                arrived.put(error)
-
-        threading.Thread(target=work, name="story", daemon=True).start()
-        try:
-            while True:
-                come = [arrived.get()]
-                time.sleep(PAUSE)
-                come += _waiting(arrived)
-                end = come.pop() if not isinstance(come[-1], Choice) else None
-                if come:
+        choices, come, shown = _Choices(self.tokenizer, prompt, config), [], time.monotonic()
+        with closing(
+            stream(self._prepared, [prompt], config, self.tokenizer.eos_id, on_logits=choices.weigh)
+        ) as tokens:
+            for _, token, reason in tokens:
+                come.append(choices.take(token))
+                if reason is not None or time.monotonic() - shown > PAUSE:
                     yield come
-                if isinstance(end, Exception):
-                    raise end
-                if end is not None:
-                    yield end
-                    return
-        finally:
-            left.set()
+                    come, shown = [], time.monotonic()
+        yield Ending(reason, choices.text.rest())
 
     def _encode(self, beginning: str) -> list[int]:
         if not beginning.strip():
@@ -140,23 +111,12 @@ class LanguageModelDemo:
         return prompt
 
 
-def _waiting(queue: SimpleQueue) -> Iterator:
-    while True:
-        try:
-            yield queue.get_nowait()
-        except Empty:
-            return
-
-
 class _Choices:
     """Follows one story: the logits of each step, then the token that was chosen."""
 
-    def __init__(
-        self, decoder: Decoder, tokenizer: StoryTokenizer, prompt: Sequence[int], config: GenerationConfig
-    ) -> None:
+    def __init__(self, tokenizer: StoryTokenizer, prompt: Sequence[int], config: GenerationConfig) -> None:
         self.tokenizer, self.config = tokenizer, config
-        self.ids = list(prompt)
-        self.shown = len(tokenizer.decode(prompt))
+        self.text = TextStream(tokenizer.decode, prompt)
 
     def weigh(self, row: int, logits: Tensor) -> None:
         logits = logits.cpu()
@@ -168,22 +128,14 @@ class _Choices:
             self.drawn = filter_logits(scaled[None], top_p=self.config.top_p)[0].softmax(-1)
 
     def take(self, token: int) -> Choice:
-        likeliest = self.probabilities.topk(min(ALTERNATIVES, len(self.probabilities))).indices.tolist()
-        shown = likeliest if token in likeliest else [*likeliest, token]
+        shown = self.probabilities.topk(min(ALTERNATIVES, len(self.probabilities))).indices.tolist()
+        shown += [] if token in shown else [token]
         alternatives = [(self._name(i), self.probabilities[i].item(), self.drawn[i].item(), i == token) for i in shown]
-        self.ids.append(token)
-        text = self.tokenizer.decode(self.ids)
-        new = "" if text.endswith("\ufffd") else text[self.shown :]  # held back until the character is complete
-        self.shown += len(new)
-        return Choice(new, self.probabilities[token].item(), alternatives)
-
-    @property
-    def held_back(self) -> str:
-        return self.tokenizer.decode(self.ids)[self.shown :]
+        return Choice(self.text.add(token), self.probabilities[token].item(), alternatives)
 
     def _name(self, token: int) -> str:
         """A token's text where it would stand now."""
         if token == self.tokenizer.eos_id:
             return "(the end)"
-        before = self.ids[-1:]  # a space at the very beginning of a text is dropped
+        before = self.text.ids[-1:]  # a space at the very beginning of a text is dropped
         return self.tokenizer.decode([*before, token])[len(self.tokenizer.decode(before)) :] or "(part of a character)"

@@ -8,7 +8,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import fields, replace
 
 import yaml
@@ -23,7 +23,7 @@ from experiment.runs.run import find_checkpoint
 from experiment.sources.paths import user_path
 from experiment.sources.rows import repaired
 from lm.decoding.config import GenerationConfig
-from lm.decoding.generation import generate
+from lm.decoding.generation import TextStream, stream
 from lm.demo import LanguageModelDemo
 
 HELP = """  a text         begins a story (with a chat template: is a message)
@@ -89,31 +89,22 @@ class Terminal:
         return True
 
     def _tell(self) -> None:
-        before, told, start = self.tokenizer.decode(self.ids), [], time.perf_counter()
-        shown = before
-
-        def on_token(row: int, token: int) -> None:
-            nonlocal shown
-            told.append(token)
-            text = self.tokenizer.decode(self.ids + told)
-            if not text.endswith("\ufffd"):  # else the character is not complete yet
-                console.print(text[len(shown) :], end="")
-                shown = text
-
-        ending = "stopped"
-        try:
-            eos, decode = self.tokenizer.eos_id, self.tokenizer.decode
-            config = replace(self.config, sliding_window=True, seed=self.config.seed + self.told)
-            ending = generate(self.decoder, [self.ids], config, eos, decode, on_token)[0].finish_reason
-        except KeyboardInterrupt:
-            pass
-        seconds = time.perf_counter() - start
-        self.ids, self.told = self.ids + told, self.told + 1
+        text, start = TextStream(self.tokenizer.decode, self.ids), time.perf_counter()
+        before, ending = text.text, "stopped"
+        config = replace(self.config, sliding_window=True, seed=self.config.seed + self.told)
+        with suppress(KeyboardInterrupt):
+            stories = stream(self.decoder, [self.ids], config, self.tokenizer.eos_id, self.tokenizer.decode)
+            with closing(stories):
+                for _, token, reason in stories:
+                    console.print(text.add(token), end="")
+                    ending = reason or ending
+        seconds, told = time.perf_counter() - start, len(text.ids) - len(self.ids)
+        self.ids, self.told = text.ids, self.told + 1
         if self.messages:
             self.messages.append({"role": "assistant", "content": self.tokenizer.decode(self.ids)[len(before) :]})
         how = {"eos": "the end", "length": "Enter goes on", "stop": "a stop string"}.get(ending, "stopped")
-        speed = len(told) / max(seconds, 1e-9)
-        console.print(f"\n({how}; {len(told)} tokens, {speed:,.0f} a second)", style="dim")
+        speed = told / max(seconds, 1e-9)
+        console.print(f"\n({how}; {told} tokens, {speed:,.0f} a second)", style="dim")
 
 
 def _value(name: str, value: str) -> object:

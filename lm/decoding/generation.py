@@ -14,6 +14,7 @@ would have to be recomputed; cached and recomputed decoding see the same windows
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,8 @@ from lm.decoding.sampling import LARGEST_DRAW, choose
 from lm.decoding.steps import Cached, Recomputed, prepare_if_faster
 from lm.model.decoder import Decoder
 
+FinishReason = Literal["eos", "stop", "length"]
+
 
 @dataclass
 class Generation:
@@ -37,10 +40,9 @@ class Generation:
     """
 
     token_ids: list[int]
-    finish_reason: Literal["eos", "stop", "length"]
+    finish_reason: FinishReason
 
 
-@torch.inference_mode()
 def generate(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -48,21 +50,45 @@ def generate(
     eos_id: int | None = None,
     decode: Callable[[list[int]], str] | None = None,
     on_token: Callable[[int, int], None] | None = None,
-    on_logits: Callable[[int, Tensor], None] | None = None,
 ) -> list[Generation]:
-    """Continue every prompt, all in one batch; rows that end leave the batch.
+    """Continue every prompt, all in one batch.
+
+    Args and errors as of `stream`; on_token is called with (row, token id) for every new token as soon as it is chosen.
+
+    Returns:
+        One `Generation` a prompt, in order.
+    """
+    results = [Generation([], "length") for _ in prompts]
+    with closing(stream(decoder, prompts, config, eos_id, decode)) as tokens:
+        for row, token, finish_reason in tokens:
+            results[row].token_ids.append(token)
+            results[row].finish_reason = finish_reason
+            if on_token is not None:
+                on_token(row, token)
+    return results
+
+
+@torch.inference_mode()
+def stream(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    eos_id: int | None = None,
+    decode: Callable[[list[int]], str] | None = None,
+    on_logits: Callable[[int, Tensor], None] | None = None,
+) -> Iterator[tuple[int, int, FinishReason | None]]:
+    """Continue every prompt, all in one batch; rows that end leave the batch. Close it to stop before the end.
 
     Args:
-        decoder: Put in eval mode while decoding, and back after it.
+        decoder: In eval mode while decoding, and back in its own after it.
         prompts: Token ids of each, bos included if the decoder was trained with it.
         config: See `GenerationConfig`.
         eos_id: The token that ends a story; None never ends one.
         decode: Ids to text; needed for `config.stop` only.
-        on_token: Called with (row, token id) for every new token as soon as it is chosen.
         on_logits: Called with (row, logits (V,)) of the decoder before each choice.
 
-    Returns:
-        One `Generation` a prompt, in order.
+    Yields:
+        Row, id of its new token, and how this ended the row, or None.
 
     Raises:
         ValueError: If a prompt is empty, holds an unknown id or is longer than the context without a sliding
@@ -77,9 +103,8 @@ def generate(
     rows = []
     for index, prompt in enumerate(prompts):
         rows.append(_Row(index, prompt, config.seed, repeat=seen[tuple(prompt)]))
+        rows[-1].slide(decoder.config.max_sequence_length)
         seen[tuple(prompt)] += 1
-    for row in rows:
-        row.slide(decoder.config.max_sequence_length)
     training = decoder.training
     decoder.eval()
     try:
@@ -98,13 +123,37 @@ def generate(
                     )
                 row.add(token)
                 row.finish_reason = _finish_reason(row, decoder, config, eos_id, decode)
-                if on_token is not None:
-                    on_token(row.index, token)
+                yield row.index, token, row.finish_reason
                 if row.finish_reason is None:
                     row.slide(decoder.config.max_sequence_length)
     finally:
         decoder.train(training)
-    return [Generation(row.new_tokens, row.finish_reason) for row in rows]
+
+
+class TextStream:
+    """The text of a story as its tokens come; a character that is not complete yet is held back.
+
+    Attributes:
+        text: What was given so far, the prompt's included.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], prompt: Sequence[int]) -> None:
+        self.decode, self.ids = decode, list(prompt)
+        self.text = decode(self.ids)
+
+    def add(self, token: int) -> str:
+        """The text that a token adds."""
+        self.ids.append(token)
+        text = self.decode(self.ids)
+        return "" if text.endswith("\ufffd") else self._grow(text)
+
+    def rest(self) -> str:
+        """What was held back."""
+        return self._grow(self.decode(self.ids))
+
+    def _grow(self, text: str) -> str:
+        new, self.text = text[len(self.text) :], text
+        return new
 
 
 class _Row:
@@ -115,7 +164,7 @@ class _Row:
         self.window = list(prompt)  # what the decoder sees
         self.token_ids = list(prompt)
         self.prompt_length = len(prompt)
-        self.finish_reason: Literal["eos", "stop", "length"] | None = None
+        self.finish_reason: FinishReason | None = None
         digest = hashlib.sha256(repr((seed, repeat, list(prompt))).encode()).digest()
         # On the host, so that every device draws the same numbers.
         self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
@@ -123,10 +172,6 @@ class _Row:
     @property
     def num_new(self) -> int:
         return len(self.token_ids) - self.prompt_length
-
-    @property
-    def new_tokens(self) -> list[int]:
-        return self.token_ids[self.prompt_length :]
 
     def add(self, token: int) -> None:
         self.window.append(token)
@@ -144,7 +189,7 @@ def _finish_reason(
     config: GenerationConfig,
     eos_id: int | None,
     decode: Callable[[list[int]], str] | None,
-) -> Literal["eos", "stop", "length"] | None:
+) -> FinishReason | None:
     if row.token_ids[-1] == eos_id:
         return "eos"
     if config.stop:

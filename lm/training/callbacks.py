@@ -199,8 +199,17 @@ class Predictions(BasePredictionWriter):
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        pl_module.on_token = None
         if self.stream and console.is_terminal:
-            pl_module.on_token = _Streamer(batch["input_ids"][0], trainer.datamodule.tokenizer.decode)
+            from lm.decoding.generation import TextStream
+
+            self._text = TextStream(trainer.datamodule.tokenizer.decode, batch["input_ids"][0])
+            console.print(self._text.text, end="")
+            pl_module.on_token = self._show
+
+    def _show(self, row: int, token: int) -> None:
+        if row == 0:
+            console.print(self._text.add(token), end="")
 
     def write_on_batch_end(
         self,
@@ -214,37 +223,11 @@ class Predictions(BasePredictionWriter):
     ) -> None:
         with self._partial.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(story, ensure_ascii=False) + "\n" for story in prediction)
-        streamed = pl_module.on_token is not None
-        if streamed:
-            pl_module.on_token.finish()
-        for story in prediction[1 if streamed else 0 :]:
+        if shown := pl_module.on_token is not None:
+            console.print(self._text.rest() + "\n")
+        for story in prediction[shown:]:
             console.print(story["text"] + "\n")
-        if streamed:
-            pl_module.on_token = None
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._partial.replace(self.file)
         console.print(f"written to {self.file}", style="dim")
-
-
-class _Streamer:
-    """Prints the first row's text as its tokens come; a character that is not complete yet is held back."""
-
-    def __init__(self, prompt: list[int], decode: Any) -> None:
-        self.ids, self.decode, self.shown = list(prompt), decode, 0
-
-    def __call__(self, row: int, token_id: int) -> None:
-        if row != 0:
-            return
-        self.ids.append(token_id)
-        text = self.decode(self.ids)
-        if not text.endswith("\ufffd"):
-            self._show(text)
-
-    def finish(self) -> None:
-        """Show what was held back, and end the line."""
-        self._show(self.decode(self.ids) + "\n\n")
-
-    def _show(self, text: str) -> None:
-        console.print(text[self.shown :], end="")
-        self.shown = len(text)

@@ -36,7 +36,6 @@ from gradio_client import Client
 
 from classify.demo import ClassifierDemo
 from classify.play import show as show_verdict
-from lm.demo import LanguageModelDemo
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMEDRIVER = shutil.which("chromedriver")
@@ -156,21 +155,6 @@ def test_a_vanished_run_is_answered_for_from_memory(runs: Path, visitor: Client)
         (runs / "elsewhere").rename(runs / "lm")
     assert text_of(before) == text_of(after)
     assert "gone from the disk" in after and "gone from the disk" not in before
-
-
-def test_a_visitor_who_leaves_ends_the_story(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    teller = LanguageModelDemo(runs / "lm" / "checkpoints" / "last.ckpt")
-    decode = teller.tokenizer.decode
-
-    def decode_slowly(ids: list[int]) -> str:  # so that the story would take half a minute
-        time.sleep(0.01)
-        return decode(ids)
-
-    monkeypatch.setattr(teller.tokenizer, "decode", decode_slowly)
-    story = teller.stream("Tom", GenerationConfig(250, seed=1))
-    next(story)
-    story.close()
-    wait(lambda: not any(thread.name == "story" for thread in threading.enumerate()), 8)
 
 
 @pytest.mark.parametrize("adapter", ["custom", "peft"])
