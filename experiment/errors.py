@@ -1,4 +1,9 @@
-"""The one error a user is meant to read."""
+"""The one error a user is meant to read, and how a command line prints it."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -7,3 +12,18 @@ class InputError(ValueError):
     Its message is one line that names the value, what was expected and the cure. The command line prints it
     on stderr and exits with code 2; any other exception is a bug and keeps its traceback.
     """
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End a command with one line on stderr and exit code 2 where its input, or the disk, cannot be used."""
+    try:
+        yield
+    except (InputError, argparse.ArgumentError) as error:
+        message = " ".join(str(error).split())
+    except OSError as error:  # no space, no permission
+        message = f"{error.filename or 'writing'}: {error.strerror}; free space, or give another place"
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

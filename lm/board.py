@@ -9,7 +9,6 @@ An entry is a line of JSON that holds all that its runs need but the stories: th
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import yaml
 
 from experiment.console import console
-from experiment.errors import InputError
+from experiment.errors import InputError, one_line_errors
 
 RESULTS, BOARD = Path("results"), Path("BOARD.md")
 REPEATED = {
@@ -186,7 +185,7 @@ def main(args: Sequence[str] | None = None) -> None:
     repeating = commands.add_parser("repeat", help="run an entry once more", allow_abbrev=False)
     repeating.add_argument("name")
     options, words = parser.parse_known_args(args)
-    try:
+    with one_line_errors():
         if options.command == "add":
             if not options.file.is_file():
                 raise InputError(f"--from {options.file} does not exist: expected the JSON lines of a comparison")
@@ -204,9 +203,6 @@ def main(args: Sequence[str] | None = None) -> None:
             if options.name not in entries:
                 raise InputError(f"{options.name} is no entry: expected one of {', '.join(entries)}")
             repeat(entries[options.name], words)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,14 @@ the folder of a run, from which validate, predict and further training go on.
 """
 
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from jsonargparse import ArgumentError, auto_cli
+from jsonargparse import auto_cli
 
 from experiment.console import console
-from experiment.errors import InputError
+from experiment.errors import InputError, one_line_errors
 from experiment.quiet import quiet_libraries
 from experiment.sources.paths import user_path
 from lm.data.tokenizer import StoryTokenizer
@@ -194,21 +193,10 @@ def write_run(decoder: Decoder, tokenizer: StoryTokenizer, run: Path, path: str)
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
     quiet_libraries(debug=False)
-    commands = {
-        "hugging_face": hugging_face,
-        "llama2c": llama2c,
-        "gguf": gguf,
-        "adapter": adapter,
-        "import": import_weights,
-    }
-    try:
+    exports = (hugging_face, llama2c, gguf, adapter)
+    commands = {command.__name__: command for command in exports} | {"import": import_weights}
+    with one_line_errors():
         auto_cli(commands, args=None if args is None else list(args), exit_on_error=False)
-    except (InputError, ArgumentError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # no space, no permission
-        print(f"error: {error.filename or 'writing'}: {error.strerror}; give another place", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

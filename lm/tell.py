@@ -5,7 +5,6 @@ template, what you type is a message instead. Ctrl-C stops a story, Ctrl-D the p
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
@@ -17,7 +16,7 @@ with suppress(ImportError):  # arrow keys at the prompt, where the system has th
     import readline  # noqa: F401
 
 from experiment.console import console
-from experiment.errors import InputError
+from experiment.errors import one_line_errors
 from experiment.quiet import quiet_libraries
 from experiment.runs.run import find_checkpoint
 from experiment.sources.paths import user_path
@@ -122,12 +121,8 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("run", nargs="?", type=str, default="runs/lm/demo", help="folder of a run, or a checkpoint")
     run = parser.parse_args(args).run
     quiet_libraries()
-    try:
-        with console.status("loading"):
-            terminal = Terminal(LanguageModelDemo(find_checkpoint(user_path(run))), GenerationConfig(temperature=0.8))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    with one_line_errors(), console.status("loading"):
+        terminal = Terminal(LanguageModelDemo(find_checkpoint(user_path(run))), GenerationConfig(temperature=0.8))
     chat = terminal.tokenizer.chat_template
     console.print("a chat; type a message" if chat else "type the beginning of a story", "(/help lists what else)")
     going = True

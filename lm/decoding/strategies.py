@@ -8,7 +8,6 @@ with and without the cache, which must not change a token.
 
 import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,11 +15,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jsonargparse import ArgumentError, auto_cli
+from jsonargparse import auto_cli
 from rich import box
 from rich.table import Table
 
-from experiment.errors import InputError
+from experiment.errors import InputError, one_line_errors
 from experiment.nn.hardware import default_device
 from experiment.progress import console, progress
 from experiment.quiet import quiet_libraries
@@ -55,6 +54,15 @@ STRATEGIES = {
     "temperature 1": {"temperature": 1.0},
     "top-p 0.9": {"temperature": 1.0, "top_p": 0.9},
     "top-p 0.5": {"temperature": 1.0, "top_p": 0.5},
+}
+# Field of `Outcome`: column of the table, title of the panel, form.
+FIGURES = {
+    "tokens_per_second": ("tokens/s", "tokens per second", "{:,.0f}"),
+    "mean_length": ("length", None, "{:.0f}"),
+    "repeated_4_grams": ("rep-4", "repeated 4-grams, in a story", "{:.1%}"),
+    "repeated_4_grams_overall": ("overall", "repeated 4-grams, overall", "{:.1%}"),
+    "distinct_2": ("distinct-2", "distinct-2", "{:.3f}"),
+    "perplexity": ("perplexity", "perplexity of the output", "{:.2f}"),
 }
 
 
@@ -170,31 +178,23 @@ def show(outcomes: Sequence[Outcome]) -> None:
         padding=(0, 1, 0, 0),  # so that it fits into 80 columns
     )
     table.add_column("decoding", no_wrap=True)
-    for column in ("tokens/s", "length", "rep-4", "overall", "distinct-2", "perplexity"):
+    for column, _, _ in FIGURES.values():
         table.add_column(column, justify="right", no_wrap=True)
     for one in outcomes:
-        table.add_row(
-            one.strategy, f"{one.tokens_per_second:,.0f}", f"{one.mean_length:.0f}", f"{one.repeated_4_grams:.1%}",
-            f"{one.repeated_4_grams_overall:.1%}", f"{one.distinct_2:.3f}", f"{one.perplexity:.2f}",
-        )  # fmt: skip
+        table.add_row(one.strategy, *(form.format(getattr(one, name)) for name, (_, _, form) in FIGURES.items()))
     console.print(table)
     by_name = {one.strategy: one for one in outcomes}
-    greedy, uncached = by_name[GREEDY], by_name[UNCACHED]
+    greedy, uncached, sampled = by_name[GREEDY], by_name[UNCACHED], by_name["temperature 1"]
     changed = sum(a != b for a, b in zip(greedy.token_ids, uncached.token_ids, strict=True))
     faster = greedy.tokens_per_second / uncached.tokens_per_second
-    console.print(
-        f"the cache: {faster:.1f} times the speed, and "
-        + ("no token changed" if not changed else f"{changed} of {len(greedy.token_ids)} stories changed")
-    )
-    sampled = by_name["temperature 1"]
-    console.print(
-        "repetition, of all 4-grams: "
-        f"{greedy.repeated_4_grams_overall:.1%} by greedy decoding ({greedy.repeated_4_grams:.1%} within a story), "
-        f"{sampled.repeated_4_grams_overall:.1%} ({sampled.repeated_4_grams:.1%}) by sampling at temperature 1"
-    )
     across = greedy.repeated_4_grams_overall > sampled.repeated_4_grams_overall
     within = greedy.repeated_4_grams > sampled.repeated_4_grams
     console.print(
+        f"the cache: {faster:.1f} times the speed, and "
+        + ("no token changed" if not changed else f"{changed} of {len(greedy.token_ids)} stories changed")
+        + "\nrepetition, of all 4-grams: "
+        f"{greedy.repeated_4_grams_overall:.1%} by greedy decoding ({greedy.repeated_4_grams:.1%} within a story), "
+        f"{sampled.repeated_4_grams_overall:.1%} ({sampled.repeated_4_grams:.1%}) by sampling at temperature 1\n"
         f"greedy decoding repeats {'more' if across else 'no more'} from story to story, and "
         f"{'more' if within else 'no more'} within one\n"
     )
@@ -208,17 +208,11 @@ def draw(outcomes: Sequence[Outcome], file: Path) -> None:
     """The figures of each way of decoding as bars."""
     from matplotlib.figure import Figure
 
-    panels = {
-        "tokens per second": [one.tokens_per_second for one in outcomes],
-        "repeated 4-grams, in a story": [one.repeated_4_grams for one in outcomes],
-        "repeated 4-grams, overall": [one.repeated_4_grams_overall for one in outcomes],
-        "distinct-2": [one.distinct_2 for one in outcomes],
-        "perplexity of the output": [one.perplexity for one in outcomes],
-    }
     names = [one.strategy for one in outcomes]
+    panels = {title: (name, form) for name, (_, title, form) in FIGURES.items() if title}
     figure = Figure(figsize=(13, 0.5 + 0.38 * len(names)), layout="constrained")
-    for axes, (title, values) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
-        form = "{:.1%}" if title.startswith("repeated") else "{:,.0f}" if max(values) > 100 else "{:.2f}"
+    for axes, (title, (name, form)) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+        values = [getattr(one, name) for one in outcomes]
         bars = axes.barh(names, values, color=["#2f7fe0" if "greedy" in name else "#e0700c" for name in names])
         axes.bar_label(bars, [form.format(value) for value in values], padding=3, fontsize=8)
         axes.set_title(title, fontsize=10)
@@ -255,12 +249,9 @@ def compare(
     folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
     decoder, story_tokenizer = load_checkpoint(checkpoint, tokenizer)
     decoder.to(default_device())
-    try:
-        outcomes = measure(decoder, story_tokenizer, read_prompts(prompts or PROMPTS), max_new_tokens, seed)
-    except InputError:
-        raise
-    except ValueError as error:  # of GenerationConfig
-        raise InputError(str(error)) from error
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens}: expected at least 1")
+    outcomes = measure(decoder, story_tokenizer, read_prompts(prompts or PROMPTS), max_new_tokens, seed)
     show(outcomes)
     draw(outcomes, folder / "figures" / "decoding.png")
     records = [asdict(outcome) for outcome in outcomes]
@@ -271,13 +262,7 @@ def compare(
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line; bad input ends with one line on stderr and exit code 2."""
+    """Run the command line."""
     quiet_libraries(debug=False)
-    try:
+    with one_line_errors():
         auto_cli(compare, args=None if args is None else list(args), exit_on_error=False)
-    except (InputError, ArgumentError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"error: {error.filename or 'writing'}: {error.strerror}; free space", file=sys.stderr)
-        sys.exit(2)
