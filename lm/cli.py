@@ -49,6 +49,7 @@ class LanguageCLI(ExperimentCLI):
             default=None,
             help="Validate before the first step of fit. By default where model.init_from gives weights to start from.",
         )
+        parser.set_defaults({"model.decoder.max_sequence_length": None})  # which then follows data.sequence_length
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("data.num_tokens", "model.decoder.vocab_size", apply_on="instantiate")
 
@@ -101,6 +102,10 @@ class LanguageCLI(ExperimentCLI):
             if flag in self.flags and config[flag] != value:
                 raise InputError(f"{flag} {config[flag]}: the weights that are there have {value}; leave it out")
             config[flag] = value
+        if model.decoder.max_sequence_length is None:
+            outline = {} if self.checkpoint is None else read_checkpoint(self.checkpoint, part="outline")
+            before = outline.get("hyper_parameters", {}).get("decoder", {})
+            model.decoder.max_sequence_length = before.get("max_sequence_length", config.data.sequence_length)
 
     def _set_seed(self) -> None:
         super()._set_seed()

@@ -17,7 +17,8 @@ class DecoderConfig:
         num_heads: Number of query heads; `hidden_size / num_heads` is the size of a head and must be even.
         num_kv_heads: Number of key and value heads, a divisor of `num_heads` (grouped heads, Ainslie et al.
             2023, arXiv:2305.13245); None means as many as query heads.
-        max_sequence_length: Context in tokens; longer sequences are refused.
+        max_sequence_length: Context in tokens; longer sequences are refused. The command line's default is
+            `data.sequence_length`.
         rope_theta: Base of the rotary frequencies.
         rms_norm_eps: Added to the mean square before the root.
         tie_embeddings: Whether the output head is the embedding matrix.

@@ -1,6 +1,6 @@
 """Peak memory and time of `python -m classify test` on real reviews, by their number: memory must not grow with it.
 
-python tests/benchmarks/evaluation.py [--reviews "[1000, 3000, 24800]"] [--config configs/classify/best.yaml]
+python tests/benchmarks/evaluation.py [--reviews "[1000, 3000, 24800]"] [--over configs/classify/best.yaml]
 
 The model has its initial weights, which changes neither. What is tested are training reviews of ../shared/data/imdb: at
 most 24,800 of its 25,000, for 200 are drawn for the other splits.
@@ -22,11 +22,13 @@ from experiment.console import console
 REAL = Path("../shared/data/imdb")
 
 
-def measure(reviews: int, config: Path, data: Path, run_dir: Path) -> tuple[float, float, float]:
+def measure(reviews: int, over: Path, data: Path, run_dir: Path) -> tuple[float, float, float]:
     """Peak memory in MiB, seconds and CPU seconds of one evaluation, in a process of its own."""
-    flags = {"config": config, "data.path": data, "data.train_size": 100, "data.validation_size": 100}
+    configs = [f"--config={config}" for config in ("configs/classify/custom.yaml", over)]
+    flags = {"data.path": data, "data.train_size": 100, "data.validation_size": 100}
     flags |= {"data.test_size": reviews, "run_dir": run_dir}
-    command = [sys.executable, "-m", "classify", "test", *(f"--{name}={value}" for name, value in flags.items())]
+    given = (f"--{name}={value}" for name, value in flags.items())
+    command = [sys.executable, "-m", "classify", "test", *configs, *given]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -36,8 +38,13 @@ def measure(reviews: int, config: Path, data: Path, run_dir: Path) -> tuple[floa
     return usage.ru_maxrss / 1024, time.perf_counter() - start, usage.ru_utime + usage.ru_stime
 
 
-def main(reviews: list[int] = [1000, 3000], config: Path = Path("configs/classify/best.yaml")) -> None:  # noqa: B006
-    """Evaluates each number of reviews once, after one of 100 that fills the caches, and prints a table."""
+def main(reviews: list[int] = [1000, 3000], over: Path = Path("configs/classify/best.yaml")) -> None:  # noqa: B006
+    """Evaluates each number of reviews once, after one of 100 that fills the caches, and prints a table.
+
+    Args:
+        reviews: How many, one evaluation each.
+        over: Configuration laid over custom.yaml.
+    """
     columns = ("reviews", "peak memory, MiB", "seconds", "CPU seconds", "reviews/s")
     table = Table(*columns, caption=machine(), caption_justify="left")
     with tempfile.TemporaryDirectory() as folder:
@@ -46,7 +53,7 @@ def main(reviews: list[int] = [1000, 3000], config: Path = Path("configs/classif
         for split, file in (("train", "test.parquet"), ("test", "train.parquet")):  # there are most to train on
             (data / f"{split}.parquet").symlink_to((REAL / file).resolve())
         for number in (100, *reviews):
-            peak, seconds, cpu = measure(number, config, data, Path(folder, "run"))
+            peak, seconds, cpu = measure(number, over, data, Path(folder, "run"))
             table.add_row(f"{number:,}", f"{peak:,.0f}", f"{seconds:.0f}", f"{cpu:.0f}", f"{number / seconds:.1f}")
     console.print(table)
 

@@ -140,6 +140,15 @@ def test_flag_given_by_hand_wins_over_config_and_checkpoint(trained: Path, stori
     assert cli.datamodule.sequence_length == 8
 
 
+def test_context_is_as_long_as_the_training_sequences_and_stays_with_the_checkpoint(stories: Path) -> None:
+    given = [flag for flag in SMALL if "max_sequence_length" not in flag]
+    given += [f"--data.path={stories}", "--run_dir=run", "--samples.prompts=[Tom]"]
+    assert main(["fit", *given]).model.decoder.config.max_sequence_length == 16
+    shorter = main(["validate", *given, "--ckpt_path=last", "--data.sequence_length=8"])
+    assert (shorter.datamodule.sequence_length, shorter.model.decoder.config.max_sequence_length) == (8, 16)
+    assert main(["validate", "--config=run/config.yaml"]).model.decoder.config.max_sequence_length == 16
+
+
 def test_config_of_a_run_repeats_it_to_the_bit(trained: Path) -> None:
     main(["fit", "--config=run/config.yaml"])
     again = Path("run-2")
