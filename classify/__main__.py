@@ -30,7 +30,7 @@ examples:
   python -m classify validate --config configs/classify/custom.yaml --ckpt_path best
   python -m classify predict  --config configs/classify/custom.yaml --ckpt_path best --data.texts '["I loved it."]'
 
-Beside it: `python -m experiment.compare configs/comparisons/table1.yaml` lays many such runs side by side.
+Beside it: `tinylab compare configs/comparisons/table1.yaml` lays many such runs side by side.
 """  # no docstring: `python -OO` has none
 
 

@@ -1,4 +1,4 @@
-"""The tab of ``python -m experiment.pages.play`` where classifiers judge a review, side by side, and show why."""
+"""The tab of ``tinylab play`` where classifiers judge a review, side by side, and show why."""
 
 from pathlib import Path
 

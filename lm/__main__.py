@@ -30,8 +30,8 @@ examples:
   python -m lm validate --config configs/lm/demo.yaml --ckpt_path best
   python -m lm predict  --config configs/lm/demo.yaml --ckpt_path best --data.prompts '["Once upon a time"]'
 
-Beside it: `python -m lm.convert` takes weights in and out, `python -m lm.decoding` compares ways of decoding,
-`python -m experiment.compare` configurations, at equal tokens or time.
+Beside it: `tinylab convert` takes weights in and out, `tinylab decoding` compares ways of decoding,
+`tinylab compare` configurations, at equal tokens or time.
 """  # no docstring: `python -OO` has none
 
 

@@ -1,8 +1,8 @@
 """The board: which configuration has the fewest bits per byte on real stories, for a budget that everyone can repeat.
 
-    python -m lm.board add NAME --row ROW --about SENTENCE  # an entry: results/NAME.jsonl
-    python -m lm.board write                                                        # BOARD.md of all entries
-    python -m lm.board repeat NAME --data.path FOLDER [flags of the comparison]     # an entry once more
+    tinylab board add NAME --row ROW --about SENTENCE  # an entry: results/NAME.jsonl
+    tinylab board write                                # BOARD.md of all entries
+    tinylab board repeat NAME --data.path FOLDER       # an entry once more
 
 An entry is a line of JSON that holds all that its runs need but the stories: these are named by the hash of their text.
 """
@@ -33,13 +33,13 @@ entries under `results/`: do not edit.
 Your own, in three commands (then send `results/NAME.jsonl` and this page):
 
 ```
-python -m experiment.compare configs/comparisons/recipes.yaml --rows mine.yaml --budget seconds=1200 --data.path FOLDER
-python -m lm.board add NAME --row mine --about SENTENCE
+tinylab compare configs/comparisons/recipes.yaml --rows mine.yaml --budget seconds=1200 --data.path FOLDER
+tinylab board add NAME --row mine --about SENTENCE
 make board
 ```
 
 A budget is 300 or 1,200 seconds of training on two cores (`taskset -c 0,1` takes two of many), 300 seconds on one GPU,
-or 4 M or 41 M tokens (`tokens=4e6`). `python -m lm.board repeat NAME --data.path FOLDER` repeats an entry. Rows are
+or 4 M or 41 M tokens (`tokens=4e6`). `tinylab board repeat NAME --data.path FOLDER` repeats an entry. Rows are
 ranked where they were judged by the same text; choices were made by those same stories, so that the best of many trials
 flatters itself a little.
 """
@@ -173,7 +173,7 @@ def repeat(entry: Entry, words: Sequence[str], folder: Path = Path("runs/board")
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
-        "python -m lm.board", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
+        "tinylab board", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)
     adding = commands.add_parser("add", help="make an entry of a comparison's row")
@@ -194,7 +194,7 @@ def main(args: Sequence[str] | None = None) -> None:
             RESULTS.mkdir(exist_ok=True)
             with (RESULTS / f"{entry.name}.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(vars(entry)) + "\n")
-            console.print(f"added to {file.name}; next: python -m lm.board write")
+            console.print(f"added to {file.name}; next: tinylab board write")
         elif options.command == "write":
             BOARD.write_text(render(read_entries()), encoding="utf-8")
             console.print(f"written: {BOARD}")

@@ -1,4 +1,4 @@
-"""Weights in and out: `python -m lm.convert hugging_face | llama2c | gguf | adapter | import`.
+"""Weights in and out: `tinylab convert hugging_face | llama2c | gguf | adapter | import`.
 
 The first four turn a checkpoint of `python -m lm fit` into the files that others read; `import` turns such files into
 the folder of a run, from which validate, predict and further training go on.

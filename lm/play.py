@@ -1,4 +1,4 @@
-"""The tab of ``python -m experiment.pages.play`` where a language model goes on with what one types, token by token."""
+"""The tab of ``tinylab play`` where a language model goes on with what one types, token by token."""
 
 import math
 import time

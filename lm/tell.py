@@ -1,4 +1,4 @@
-"""A terminal to talk to a model: ``python -m lm.tell RUN``.
+"""A terminal to talk to a model: ``tinylab tell RUN``.
 
 Type the beginning of a story and watch it go on; Enter goes on with it. Where the model's tokenizer has a chat
 template, what you type is a message instead. Ctrl-C stops a story, Ctrl-D the program.
@@ -117,7 +117,7 @@ def _value(name: str, value: str) -> object:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(prog="python -m lm.tell", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="tinylab tell", description=__doc__.partition("\n")[0])
     parser.add_argument("run", nargs="?", type=str, default="runs/lm/demo", help="folder of a run, or a checkpoint")
     run = parser.parse_args(args).run
     quiet_libraries()

@@ -18,6 +18,7 @@ import pytest
 from experiment.compare.runner import read_arguments
 from tests.classify.conftest import save_tiny_bert
 from tests.runs import TINY, write_stories
+from tinylab.__main__ import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 # In the order in which a reader meets them: the demo's run, for one, is trained by the page that explains runs.
@@ -46,7 +47,7 @@ def commands_of(readme: str) -> list[str]:
     readme = re.sub(r"```\w+\n.*?```", "", readme, flags=re.DOTALL)  # other languages have tests of their own
     for block, code in re.findall(r"```\n(.*?)```|`([^`]+)`", readme.replace("\\\n", " "), re.DOTALL):
         code = " ".join(code.split())
-        found += block.splitlines() if block else [code] if re.match("(make|python|wandb) ", code) else []
+        found += block.splitlines() if block else [code] if re.match("(make|python|tinylab|wandb) ", code) else []
     for row in re.findall(r"^\|(.*)\|$", readme, re.MULTILINE):  # a result's configuration and the flags beside it
         config, *flags = re.findall("`([^`]+)`", row.split("|")[1]) or [""]
         if config.startswith("configs/") and flags:
@@ -80,6 +81,9 @@ def perform(words: list[str]) -> None:
         case ["make", *target]:
             for command in recipe(target):
                 perform(command)
+        case ["tinylab", command, *args]:
+            module = COMMANDS[command].removesuffix(".__main__").removesuffix(".strategies").removesuffix(".runner")
+            perform(["python", "-m", module, *args])
         case [_, "-m", ("lm" | "classify") as package, command, *args]:
             configs = [after for name, after in pairwise(args) if name == "--config"]
             if any(config.startswith("configs/") for config in configs):
@@ -96,6 +100,8 @@ def perform(words: list[str]) -> None:
                 if run.endswith("-2"):  # the same configuration a second time
                     shutil.copytree(run.removesuffix("-2"), run)
             call(module, *args)
+        case [_, "-m", "lm.board", *args]:
+            call("lm.board", *args, "--help")
         case [_, "-m", "experiment.compare", file, *args]:  # tests/test_comparisons.py makes the runs
             _, runs, _ = read_arguments([file, *args])
             perform(["python", "-m", runs[0].row.package, "fit", *runs[0].arguments, "--print_config"])
@@ -113,12 +119,7 @@ def perform(words: list[str]) -> None:
             subprocess.run(words, check=True)
         case ["PYTHONPATH=.", _, "docs/pictures.py"]:
             pass  # takes pictures of the page in a browser
-        case [
-            _,
-            "-m",
-            "experiment.pages.play" | "lm.tell" as module,
-            *args,
-        ]:  # have tests that talk to them; they stay open
+        case [_, "-m", "experiment.pages.play" | "lm.tell" as module, *args]:  # stay open; others talk to them
             call(module, *args, "--help")
         case [_, "-c", "import gradio", *_]:
             pass  # installs what that page needs

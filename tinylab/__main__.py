@@ -14,13 +14,15 @@ commands:
   classify   train, validate, test and use the classifier
   tell       talk to a language model in the terminal
   play       a local page to try runs
-  convert    models to and from transformers and llama2.c
+  convert    models to and from transformers, llama2.c, GGUF and PEFT
   decoding   compare ways of decoding on one model
   compare    configurations side by side, with several seeds and equal budgets
   board      entries of the board, and the board itself
   report     the page of a run, or of several over each other
+  summary    what runs did, in a table
+  letters    write the texts that the demo's model is adapted to
 
-`tinylab COMMAND --help` explains each. `python -m lm`, `python -m classify` and so on do the same.
+`tinylab COMMAND --help` explains each. `tinylab lm` is `python -m lm`, and so on.
 """  # no docstring: `python -OO` has none
 COMMANDS = {
     "lm": "lm.__main__",
@@ -32,6 +34,8 @@ COMMANDS = {
     "compare": "experiment.compare.runner",
     "board": "lm.board",
     "report": "experiment.pages.report",
+    "summary": "experiment.pages.summary",
+    "letters": "lm.data.demo_letters",
 }  # each imported only when it is called, for some bring torch along
 
 

@@ -1,6 +1,6 @@
 """Configurations side by side: a run of `fit` for each row of a comparison's file and each seed, and tables of them.
 
-    python -m experiment.compare FILE [--only ROW ...] [--seeds 1 2 3] [--budget seconds=1200] [flags of fit]
+    tinylab compare FILE [--only ROW ...] [--seeds 1 2 3] [--budget seconds=1200] [flags of fit]
 
 What is done is not run again, nor what another comparison has run already; a run that was cut short goes on from its
 last checkpoint. The same command in several processes shares the runs among them. Every run leaves a line in
@@ -237,7 +237,7 @@ class Parser(argparse.ArgumentParser):
 def read_arguments(args: Sequence[str] | None) -> tuple[Comparison, list[Run], Path]:
     """The comparison that the command line asks for, its runs, and the folder of all comparisons."""
     layout = argparse.RawDescriptionHelpFormatter
-    parser = Parser("python -m experiment.compare", description=__doc__, formatter_class=layout, allow_abbrev=False)
+    parser = Parser("tinylab compare", description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("file", type=Path, help="such as configs/comparisons/recipes.yaml; or one of `wandb sweep`")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="rows to make, by default all")
     parser.add_argument("--rows", nargs="+", metavar="CONFIG", help="instead of the file's: A.yaml B.yaml,OVER_B.yaml")

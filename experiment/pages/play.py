@@ -1,4 +1,4 @@
-"""``python -m experiment.pages.play [RUN …]``: a page on this machine to try what runs have learned.
+"""``tinylab play [RUN …]``: a page on this machine to try what runs have learned.
 
 Each package brings its own tab, `lm.play` and `classify.play`; which one a run belongs to is told by its checkpoint.
 The page is for whoever sits at this machine: it listens on 127.0.0.1 alone, and nothing of it comes from a network.
@@ -101,9 +101,7 @@ def open_page(runs: Sequence[Path], port: int | None = None) -> tuple["gr.Blocks
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiment.pages.play", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="tinylab play", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "runs", nargs="*", type=Path, metavar="RUN", help="folders of runs; by default those of the newest make demo"
     )

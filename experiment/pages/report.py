@@ -1,4 +1,4 @@
-"""``python -m experiment.pages.report RUN [RUN …]``: a page that shows what a run did, or how several compare.
+"""``tinylab report RUN [RUN …]``: a page that shows what a run did, or how several compare.
 
 The page is one file that needs no network: curves to hover over (Plotly, whose script is inside), samples along the
 training, verdicts of a classifier, the configuration, the commands and the machine. PNGs of the main curves lie beside
@@ -93,7 +93,7 @@ class Run:
 
     @cached_property
     def decoding(self) -> list[dict[str, Any]]:
-        """What `python -m lm.decoding` has measured, where it was asked to."""
+        """What `tinylab decoding` has measured, where it was asked to."""
         file = self.folder / "decoding.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
 
@@ -269,9 +269,7 @@ def _theme(template: str, text: str, lines: str, card: str) -> str:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiment.pages.report", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="tinylab report", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, such as runs/lm/demo")
     parser.add_argument("--output", type=Path, help="folder to write to; by default the run's own")
     options = parser.parse_args(args)

@@ -1,5 +1,6 @@
-"""``python -m experiment.pages.summary RUN [RUN …]``: what runs did, in a table, and where everything lies."""
+"""``tinylab summary RUN [RUN …]``: what runs did, in a table, and where everything lies."""
 
+import argparse
 import csv
 import json
 import math
@@ -64,8 +65,10 @@ def summarize(runs: list[Path]) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser("tinylab summary", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder that fit has written")
     try:
-        summarize([Path(argument) for argument in (sys.argv[1:] if args is None else args)])
+        summarize(parser.parse_args(args).runs)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,10 +1,10 @@
 """Another kind of story, for the demo's adapted model: letters that children write home, made like the demo's stories.
 
-python -m lm.data.demo_letters FOLDER        # train.jsonl and validation.jsonl, always the same
+tinylab letters FOLDER        # train.jsonl and validation.jsonl, always the same
 """
 
+import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +21,9 @@ def write_letters(split: str) -> list[str]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Write both splits into a folder."""
-    (folder,) = map(Path, sys.argv[1:] if args is None else args)
+    parser = argparse.ArgumentParser("tinylab letters", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="made where there is none")
+    folder = parser.parse_args(args).folder
     folder.mkdir(parents=True, exist_ok=True)
     for split in SIZES:
         lines = (json.dumps({"text": letter}) + "\n" for letter in write_letters(split))

@@ -1,4 +1,4 @@
-"""``python -m lm.decoding RUN``: how greedy decoding and sampling differ on one model, in figures and in stories.
+"""``tinylab decoding RUN``: how greedy decoding and sampling differ on one model, in figures and in stories.
 
 Written for the claim that greedy decoding repeats itself while sampling does not: measured are the share of repeated
 4-grams, within each story (Welleck et al. 2020, arXiv:1908.04319) and over all stories together, distinct-2 (Li et
@@ -258,7 +258,7 @@ def compare(
     (folder / "decoding.json").write_text(json.dumps(records, ensure_ascii=False) + "\n", encoding="utf-8")
     console.print(f"written: {folder / 'figures' / 'decoding.png'}, {folder / 'decoding.json'}", style="dim")
     if (folder / "metrics.csv").is_file():
-        console.print(f"next: python -m experiment.pages.report {folder}  (shows it among the rest)")
+        console.print(f"next: tinylab report {folder}  (shows it among the rest)")
 
 
 def main(args: Sequence[str] | None = None) -> None:
