@@ -12,7 +12,7 @@ CONFIG ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean lm-fit lm-validate lm-test lm-predict \
+.PHONY: help setup demo test test-fast lint clean lm-fit lm-validate lm-test lm-predict \
   classify-fit classify-validate classify-test classify-predict compare table1 ablation recipes lm-ablation lm-scaling \
   sweep board report decoding tell play bench scaling pictures constraints
 
@@ -61,6 +61,9 @@ demo: $(READY) ## train both experiments on embedded data, without a network, an
 
 test: $(READY) ## run the whole test suite (no network needed)
 	$(PY) -m pytest $(ARGS)
+
+test-fast: $(READY) ## run the unit tests alone, in a minute: no whole training, nothing compiled
+	$(PY) -m pytest -m "not slow" $(ARGS)
 
 lint: $(READY) ## check style and formatting with ruff
 	$(PY) -m ruff check .

@@ -34,6 +34,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("repeat", range(metafunc.config.getoption("repeats")))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What asks for processes, for flags of a whole run or for a folder that runs are written into is slow."""
+    for item in items:
+        if {"commands", "small_run", "in_tmp"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Every warning is an error, but for those that users are not shown either."""
     quiet_libraries()

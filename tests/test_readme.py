@@ -47,7 +47,8 @@ def commands_of(readme: str) -> list[str]:
     readme = re.sub(r"```\w+\n.*?```", "", readme, flags=re.DOTALL)  # other languages have tests of their own
     for block, code in re.findall(r"```\n(.*?)```|`([^`]+)`", readme.replace("\\\n", " "), re.DOTALL):
         code = " ".join(code.split())
-        found += block.splitlines() if block else [code] if re.match("(make|python|tinylab|wandb) ", code) else []
+        is_command = re.match(r"(make|wandb|python -m \S+|tinylab \S+) |python tests/", code)
+        found += block.splitlines() if block else [code] if is_command else []
     for row in re.findall(r"^\|(.*)\|$", readme, re.MULTILINE):  # a result's configuration and the flags beside it
         config, *flags = re.findall("`([^`]+)`", row.split("|")[1]) or [""]
         if config.startswith("configs/") and flags:
