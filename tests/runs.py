@@ -6,8 +6,10 @@ import random
 import signal
 import socket
 import time
+from importlib import import_module
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.processes import Commands
@@ -64,6 +66,16 @@ def assert_same_run(run: Path, expected: Path, steps: int = STEPS) -> None:
         for content in (left, right)
     ]
     assert all(torch.equal(*pair) for pair in zip(*moments, strict=True))
+
+
+def refused(capsys: pytest.CaptureFixture, *args: str, package: str = "lm") -> str:
+    """The one line on stderr with which a command ends that is given bad input."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        import_module(f"{package}.__main__").main(list(args))
+    error = capsys.readouterr().err.strip()
+    assert exit_.value.code == 2 and error.startswith("error: ") and "\n" not in error
+    return error
 
 
 def newest_step(run: Path) -> int:

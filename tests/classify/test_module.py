@@ -21,12 +21,14 @@ from classify.callbacks import _base_in_python
 from classify.data import TextClassificationDataModule
 from classify.module import ReviewClassifier
 from experiment.errors import InputError
+from tests import runs
 from tests.experiment.adapted import trained_weights
 
 # transformers 5.23 deprecates a property that peft 0.21 asks for.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 ADAPTERS = ("custom", "peft", "head", "full")
+refused = partial(runs.refused, package="classify")
 FLAGS = ["--trainer.check_val_every_n_epoch=null", "--trainer.val_check_interval=4", "--trainer.log_every_n_steps=1"]
 
 
@@ -293,17 +295,6 @@ def test_a_checkpoint_of_minilm_stays_under_two_megabytes(tmp_path, small_run):
         sizes = [file.stat().st_size for file in (run_dir / "checkpoints").iterdir()]
         assert max(sizes) < 2e6
         assert (run_dir / "adapter" / "adapter_model.safetensors").stat().st_size < 1e6
-
-
-def refused(capsys, *args: str) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(list(args))
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: ")
-    assert message.count("\n") == 1
-    return message
 
 
 @pytest.mark.parametrize(

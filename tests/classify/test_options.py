@@ -1,6 +1,7 @@
 """What is given to the classifier by hand takes effect or is refused, and what one call settles is not written down."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,18 +10,11 @@ import yaml
 
 from classify.__main__ import main
 from classify.reviews import synthetic_reviews
+from tests import runs
 from tests.runs import rows
 
+refused = partial(runs.refused, package="classify")
 FLAGS = ["--trainer.log_every_n_steps=1", "--report=false", "--run_dir=run"]
-
-
-def refused(capsys: pytest.CaptureFixture, *args: str) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        main(list(args))
-    error = capsys.readouterr().err.strip()
-    assert exit_.value.code == 2 and error.startswith("error: ") and "\n" not in error
-    return error
 
 
 def test_rate_and_decay_given_on_a_resume_take_effect(small_run: list[str], in_tmp: Path) -> None:

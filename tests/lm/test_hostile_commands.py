@@ -10,7 +10,7 @@ import torch
 from experiment.commands.overview import answer
 from experiment.nn import hardware
 from lm.__main__ import main
-from tests.runs import TINY, write_stories
+from tests.runs import TINY, refused, write_stories
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,15 +22,6 @@ def harm(*args, **kwargs) -> None:
 @pytest.fixture
 def arguments(in_tmp: Path) -> list[str]:
     return [f"--data.path={write_stories(in_tmp / 'stories')}", *TINY, "--samples.every_n_steps=0", "--run_dir=run"]
-
-
-def refused(capsys: pytest.CaptureFixture, *args: str) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        main(list(args))
-    error = capsys.readouterr().err.strip()
-    assert exit_.value.code == 2 and error.startswith("error: ") and "\n" not in error
-    return error
 
 
 def test_checkpoint_that_names_an_instantiator_runs_nothing(arguments: list[str]) -> None:

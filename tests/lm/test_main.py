@@ -12,14 +12,9 @@ import yaml
 
 from lm.__main__ import main
 from lm.data.tokenizer import train_tokenizer
+from tests.runs import STORIES, refused
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-STORIES = [
-    f"Once upon a time, {name} had a {thing}. {name} was {mood}. The end."
-    for name in ("Tom", "Anna", "Ben")
-    for thing in ("red ball", "big dog", "blue hat", "small boat")
-    for mood in ("happy", "very sad", "kind")
-]
 SHRUNK = {
     "data": {"vocab_size": 345, "sequence_length": 16, "batch_size": 4},
     "model.decoder": {
@@ -58,17 +53,6 @@ def rows(run: Path) -> list[dict[str, str]]:
 
 COMPILE = "--model.compile=true"
 MUON = "--model.optimizer.muon_learning_rate=0.02"
-
-
-def refused(capsys: pytest.CaptureFixture, *args: str) -> str:
-    """The one line on stderr with which a command ends that is given bad input."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        main(list(args))
-    error = capsys.readouterr().err.strip()
-    assert exit_.value.code == 2
-    assert error.startswith("error: ") and "\n" not in error
-    return error
 
 
 @pytest.mark.parametrize("config", sorted((CONFIGS / "lm").glob("*.yaml")), ids=lambda path: path.stem)

@@ -11,7 +11,7 @@ from filelock import FileLock
 from experiment.commands import cli
 from lm.__main__ import main
 from lm.data.tokenizer import train_tokenizer
-from tests.runs import STORIES, TINY, assert_same_run, rows, write_stories
+from tests.runs import STORIES, TINY, assert_same_run, refused, rows, write_stories
 
 SHORT = [*TINY, "--samples.every_n_steps=0", "--trainer.val_check_interval=3"]
 
@@ -19,15 +19,6 @@ SHORT = [*TINY, "--samples.every_n_steps=0", "--trainer.val_check_interval=3"]
 @pytest.fixture
 def arguments(in_tmp: Path) -> list[str]:
     return [f"--data.path={write_stories(in_tmp / 'stories')}", *SHORT]
-
-
-def refused(capsys: pytest.CaptureFixture, *args: str) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        main(list(args))
-    error = capsys.readouterr().err.strip()
-    assert exit_.value.code == 2 and error.startswith("error: ") and "\n" not in error
-    return error
 
 
 def content(run: Path) -> dict[Path, bytes]:

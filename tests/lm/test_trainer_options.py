@@ -8,7 +8,7 @@ import torch
 
 from lm.__main__ import main
 from lm.training.module import LanguageModel
-from tests.runs import TINY, assert_same_run, rows, write_stories
+from tests.runs import TINY, assert_same_run, refused, rows, write_stories
 
 SHORT = [*TINY, "--samples.every_n_steps=0"]  # 8 batches an epoch
 
@@ -30,15 +30,6 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
     monkeypatch.setattr(LanguageModel, "training_step", recorded)
     return seen
-
-
-def refused(capsys: pytest.CaptureFixture, *args: str) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        main(list(args))
-    error = capsys.readouterr().err.strip()
-    assert exit_.value.code == 2 and error.startswith("error: ") and "\n" not in error
-    return error
 
 
 def test_reloaded_loaders_go_on_with_the_order_of_the_next_epoch_and_resume_exactly(arguments: list[str]) -> None:
