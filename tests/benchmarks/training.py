@@ -5,13 +5,10 @@ Both start from the same weights and see the same tokens in the same batches, pr
 same AdamW and clip to the same norm, so their losses agree step by step; `check_losses` sees to that.
 """
 
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,14 +27,12 @@ from common import (
     make_row,
 )  # fmt: skip
 from compiled_loop import compiled_loop
-from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
-from transformers_training import LEARNING_RATE, Tokens, Work, transformers_trainer
+from trainers import lightning_trainer
+from transformers_training import LEARNING_RATE, Tokens, Work, train_llama
 
 from experiment.nn.hardware import default_precision, fast_bfloat16
 from experiment.quiet import quiet_libraries
-from experiment.runs.finite import FiniteLoss
-from experiment.runs.metrics_file import MetricsFile
 from experiment.runs.throughput import Throughput
 from lm.model.config import DecoderConfig
 from lm.model.loss import linear_cross_entropy
@@ -56,37 +51,15 @@ class OurTokens(Tokens):
         return {"tokens": tokens, "loss_mask": torch.arange(len(tokens) - 1) < len(tokens) - 2}
 
 
-class LightningTurns(Callback):
-    def __init__(self, turns: Turns) -> None:
-        self.turns = turns
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.turns.step(batch["loss_mask"].numel(), outputs["loss"].detach().clone())
-
-
 def tinylab(measured: Callable[..., None], work: Work) -> None:
     """Our training of the same decoder by AdamW, with its metrics.csv."""
     quiet_libraries()
     torch.manual_seed(0)
     optimizer = OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant", warmup_steps=0)
     module = LanguageModel(work.decoder, optimizer, compile=True)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            accelerator="auto",
-            devices=1,
-            max_steps=10**6,
-            precision=work.precision,
-            gradient_clip_val=1.0,
-            logger=MetricsFile(Path(folder)),
-            log_every_n_steps=work.steps,
-            callbacks=[FiniteLoss(), Throughput(), LightningTurns(Turns(measured, work.steps, work.warmup))],
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-        )
-        trainer.fit(module, DataLoader(OurTokens(work), batch_size=work.batch_size))
+    turns, loader = Turns(measured, work.steps, work.warmup), DataLoader(OurTokens(work), batch_size=work.batch_size)
+    options = {"precision": work.precision, "gradient_clip_val": 1.0, "callbacks": [Throughput()]}
+    lightning_trainer(module, loader, turns, "loss_mask", **options)
 
 
 def compare(ours: Work, peer: Work, rounds: int = ROUNDS) -> tuple[dict[str, list[float]], str, dict[str, float], str]:
@@ -95,8 +68,8 @@ def compare(ours: Work, peer: Work, rounds: int = ROUNDS) -> tuple[dict[str, lis
     plain, names = dict.fromkeys(ALLOCATOR), ("Trainer", "Trainer compiled")
     with (
         Worker(tinylab, ours) as a,
-        Worker(transformers_trainer, peer, environment=plain) as b,
-        Worker(transformers_trainer, peer, True, environment=plain) as c,
+        Worker(train_llama, peer, environment=plain) as b,
+        Worker(train_llama, peer, True, environment=plain) as c,
     ):
         workers = {"ours": a, **dict(zip(names, (b, c), strict=True))}
         speeds = alternate(workers, rounds)

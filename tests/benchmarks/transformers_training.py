@@ -1,14 +1,13 @@
 """transformers' Llama and Trainer as a contender, and what it has in common with ours. Imports nothing of ours that it
 would not need, since its memory is measured."""
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
-from common import DEVICE, Turns
+from common import Turns
 from torch.utils.data import Dataset
+from trainers import transformers_trainer
 
 from experiment.quiet import quiet_libraries
 from lm.formats.hugging_face import split_weights
@@ -73,41 +72,13 @@ def transformers_llama(config: DecoderConfig) -> torch.nn.Module:
     return model
 
 
-def transformers_trainer(measured: Callable[..., None], work: Work, compile: bool = False) -> None:
+def train_llama(measured: Callable[..., None], work: Work, compile: bool = False) -> None:
     """transformers' Llama and Trainer as their examples have it, with the same optimizer and clipping; compiled where
     asked for, by the Trainer's own switch."""
     quiet_libraries()
-    import transformers
-
-    turns = Turns(measured, work.steps, work.warmup)
-
-    class TrainerTurns(transformers.TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-            if "loss" in logs:
-                turns.step(work.tokens * work.steps, logs["loss"], work.steps)
-
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = transformers.TrainingArguments(
-            output_dir=folder,
-            use_cpu=DEVICE == "cpu",
-            bf16=work.precision == "bf16-mixed",
-            per_device_train_batch_size=work.batch_size,
-            train_sampling_strategy="sequential",
-            learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            weight_decay=0.1,
-            adam_beta2=0.95,
-            max_grad_norm=1.0,
-            max_steps=10**6,
-            logging_steps=work.steps,
-            torch_compile=compile,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        model = transformers_llama(work.decoder)
-        trainer = transformers.Trainer(
-            model=model, args=arguments, train_dataset=Tokens(work), callbacks=[TrainerTurns()]
-        )
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train()
+    transformers_trainer(
+        transformers_llama(work.decoder), Tokens(work), Turns(measured, work.steps, work.warmup), work.tokens,
+        bf16=work.precision == "bf16-mixed", per_device_train_batch_size=work.batch_size,
+        train_sampling_strategy="sequential", learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
+        weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0, torch_compile=compile,
+    )  # fmt: skip
