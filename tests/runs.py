@@ -85,10 +85,12 @@ def newest_step(run: Path) -> int:
         return 0
 
 
-def kill_and_resume(commands: Commands, arguments: list[str], steps: int, seed: int, package: str = "lm") -> None:
-    """Begin the run in the folder ``run``, kill and resume it up to three times at random moments, and let it end."""
+def kill_and_resume(
+    commands: Commands, arguments: list[str], steps: int, seed: int, package: str = "lm", most: int = 3
+) -> None:
+    """Begin the run in the folder ``run``, kill and resume it up to so often at random moments, and let it end."""
     run, dice, kills = Path("run"), random.Random(seed), 0
-    while kills < 3 and newest_step(run) < steps - 2:
+    while kills < most and newest_step(run) < steps - 2:
         target, delay = newest_step(run) + dice.randint(-1, 6), dice.uniform(0, 0.1)
         process = commands.start("fit", *arguments, "--ckpt_path=last", package=package)
         process.wait(until=lambda target=target: newest_step(run) >= target)

@@ -50,7 +50,7 @@ def test_killed_comparison_goes_on_inside_its_run_to_the_same_figures(
     write_stories(Path("stories"))
     content = {
         "package": "lm", "seeds": [1], "report": ["val/loss", "tokens"], "rows": {"small": {}},
-        "metric": {"name": "val/loss", "goal": "minimize"}, "budget": {"steps": 64, "points": 16},
+        "metric": {"name": "val/loss", "goal": "minimize"}, "budget": {"steps": 32, "points": 8},
     }  # fmt: skip
     Path("lm.yaml").write_text(yaml.safe_dump(content))
     arguments = ["lm.yaml", *SHRUNK["lm"][:-3], "--model.optimizer.warmup_steps=0"]
@@ -61,7 +61,7 @@ def test_killed_comparison_goes_on_inside_its_run_to_the_same_figures(
     compare.main(arguments)
     compare.main([*arguments, "--out", "whole"])
     (ours,), (expected,) = (list(compare.read_results(Path(out)).values()) for out in ("runs/comparisons", "whole"))
-    assert ours["curve"]["val/loss"] == expected["curve"]["val/loss"] and len(ours["curve"]["val/loss"]) == 16
+    assert ours["curve"]["val/loss"] == expected["curve"]["val/loss"] and len(ours["curve"]["val/loss"]) == 8
     assert ours["curve"]["tokens"] == expected["curve"]["tokens"] and ours["seconds"] is None
     rates = [row["train/learning_rate"] for row in read_metrics(Path("whole/runs") / expected["key"])]
     assert rates[-1] < 0.2 * rates[0]  # the schedule ends with the budget
@@ -99,7 +99,7 @@ def test_every_comparison_runs(file: Path, in_tmp: Path, forked: None) -> None:
     comparison = read_comparison(file)
     package, names = comparison.rows[0].package, [row.name for row in comparison.rows]
     sweep = "command" in read_yaml(file)  # its rows differ in values alone
-    chosen = names[:1] if sweep else names[:: 1 + len(names) // 8]
+    chosen = names[:1] if sweep else names[:: 1 + len(names) // 5]
     try:
         compare.main([str(file), "--seeds", "1", "--only", *chosen, *SHRUNK[package]])
     except SystemExit:

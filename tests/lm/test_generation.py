@@ -328,7 +328,7 @@ def test_the_compiled_step_gives_the_same_tokens(monkeypatch):
 
 
 def test_compiled_code_is_made_once_for_a_shape_and_reads_the_weights_of_each_decoder(monkeypatch):
-    first, second = (make_decoder(scale, num_layers=1, vocab_size=64) for scale in (6.0, 5.0))
+    first, second = (make_decoder(scale, num_layers=1) for scale in (6.0, 5.0))  # the shape of the test before
     with torch.no_grad():
         second.norm.weight.normal_()
     expected = tokens(first, PROMPTS[:1]), tokens(second, PROMPTS[:1])
@@ -341,7 +341,7 @@ def test_compiled_code_is_made_once_for_a_shape_and_reads_the_weights_of_each_de
 
 @pytest.mark.parametrize(
     ("weight_dtype", "changes"),
-    [("bfloat16", {}), ("int8", {}), ("bfloat16", {"num_layers": 2, "value_residual": True})],
+    [("int8", {}), ("bfloat16", {"num_layers": 2, "value_residual": True})],
 )
 def test_the_compiled_step_reads_weights_of_fewer_bits(weight_dtype, changes):
     decoder = make_decoder(**{"num_layers": 1, "vocab_size": 64, **changes})

@@ -12,7 +12,7 @@ import yaml
 
 from lm.__main__ import main
 from lm.data.tokenizer import train_tokenizer
-from tests.runs import STORIES, refused
+from tests.runs import STORIES, refused, write_stories
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHRUNK = {
@@ -32,18 +32,23 @@ SMALL = [f"--{group}.{name}={value}" for group, values in SHRUNK.items() for nam
 @pytest.fixture
 def stories(in_tmp: Path) -> Path:
     """A folder with a small corpus, in an empty working directory."""
-    folder = in_tmp / "stories"
-    folder.mkdir()
-    for split, texts in {"train": STORIES[:30], "validation": STORIES[30:]}.items():
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return folder
+    return write_stories(in_tmp / "stories")
+
+
+@pytest.fixture(scope="module")
+def run_of_four_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_stories(Path("stories"))
+        main(["fit", "--data.path=stories", "--run_dir=run", *SMALL])
+    return folder / "run"
 
 
 @pytest.fixture
-def trained(stories: Path) -> Path:
+def trained(stories: Path, run_of_four_steps: Path) -> Path:
     """A run of four steps on that corpus."""
-    main(["fit", f"--data.path={stories}", "--run_dir=run", *SMALL])
-    return Path("run")
+    return Path(shutil.copytree(run_of_four_steps, "run", symlinks=True))
 
 
 def rows(run: Path) -> list[dict[str, str]]:
