@@ -186,6 +186,7 @@ def check(package: str, args: list[str], encoding: str, world: Path, folder: Pat
     assert len(lines) == (code == 2), f"{command}\n{said[-1000:]}"
 
 
+@pytest.mark.slow
 @given(command_lines(), st.sampled_from(["utf-8", "utf-8", "ascii", "latin-1", "cp1252"]))
 @settings(
     max_examples=CASES or 40, derandomize=not CASES, deadline=None, database=None, print_blob=False,

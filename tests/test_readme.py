@@ -130,6 +130,7 @@ def perform(words: list[str]) -> None:
             raise NotImplementedError("tests/test_readme.py has no rule for this command: add one to perform()")
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -37,6 +37,7 @@ from gradio_client import Client
 from classify.demo import ClassifierDemo
 from classify.play import show as show_verdict
 
+pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMEDRIVER = shutil.which("chromedriver")
 MAX_LENGTH = 24

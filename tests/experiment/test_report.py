@@ -152,6 +152,7 @@ def test_folder_that_is_no_run_is_refused_in_one_line(
     assert not list(language_run.parent.rglob("report.html"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="needs a chromium to open the page in")
 def test_page_draws_every_chart_without_errors_or_network(language_run: Path, classifier_run: Path) -> None:
     page = write_report([language_run, classifier_run])  # every kind of chart on one page

@@ -314,6 +314,7 @@ def test_the_likeliest_token_is_the_first_of_the_largest_logits(vocab_size):
     assert (argmax(logits) == -1).tolist() == [True] * 3 + [False] * 4
 
 
+@pytest.mark.slow
 def test_the_compiled_step_gives_the_same_tokens(monkeypatch):
     """One layer, as compiling takes long; the cache grows, rows leave it, and it is filled anew past the context."""
     monkeypatch.setattr("lm.decoding.steps.GROWTH", 5)
@@ -327,6 +328,7 @@ def test_the_compiled_step_gives_the_same_tokens(monkeypatch):
     assert len(lengths) == 4 and max(lengths) > CONTEXT
 
 
+@pytest.mark.slow
 def test_compiled_code_is_made_once_for_a_shape_and_reads_the_weights_of_each_decoder(monkeypatch):
     first, second = (make_decoder(scale, num_layers=1) for scale in (6.0, 5.0))  # the shape of the test before
     with torch.no_grad():
@@ -343,6 +345,7 @@ def test_compiled_code_is_made_once_for_a_shape_and_reads_the_weights_of_each_de
     ("weight_dtype", "changes"),
     [("int8", {}), ("bfloat16", {"num_layers": 2, "value_residual": True})],
 )
+@pytest.mark.slow
 def test_the_compiled_step_reads_weights_of_fewer_bits(weight_dtype, changes):
     decoder = make_decoder(**{"num_layers": 1, "vocab_size": 64, **changes})
     rounded = copy.deepcopy(decoder)
@@ -355,6 +358,7 @@ def test_the_compiled_step_reads_weights_of_fewer_bits(weight_dtype, changes):
     assert tokens(decoder, PROMPTS[:1], weight_dtype=weight_dtype, compile=True) == tokens(rounded, PROMPTS[:1])
 
 
+@pytest.mark.slow
 def test_a_missing_compiler_is_one_clear_line():
     with (
         torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",), "force_disable_caches": True}),

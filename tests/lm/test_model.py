@@ -86,6 +86,7 @@ def test_gradients_equal_transformers(variant):
     ("dtype", "tolerance", "value_residual"),
     [(torch.bfloat16, 2e-2, False), (torch.float32, 1e-5, True)],
 )
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_hidden_states_and_gradients(dtype, tolerance, value_residual):
     """For batches of several shapes and for all layers, with one piece of code; with two where the first layer is none
     that mixes values."""

@@ -36,6 +36,7 @@ def small_bert_run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [f"--model.name={bert}", "--data.path=demo", "--trainer.accelerator=cpu", "--trainer.max_epochs=1", *sizes]
 
 
+@pytest.mark.slow
 def test_python_of_the_readme_runs(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(runs)
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
@@ -46,11 +47,13 @@ def test_python_of_the_readme_runs(runs: Path, monkeypatch: pytest.MonkeyPatch) 
     assert names["metrics"]["val/perplexity"] > 1
 
 
+@pytest.mark.slow
 def test_the_same_seed_tells_the_same_story(runs: Path) -> None:
     first, second = (tinylab.load(runs / "runs/demo/lm").tell("Tom", temperature=1.0, seed=3) for _ in range(2))
     assert first == second
 
 
+@pytest.mark.slow
 def test_the_likeliest_class_comes_first(runs: Path) -> None:
     probabilities = list(tinylab.load(runs / "runs/demo/custom").classify("A good film.").values())
     assert probabilities == sorted(probabilities, reverse=True)
