@@ -64,6 +64,11 @@ class LanguageCLI(ExperimentCLI):
                 self.set_for_this_call("data.tokenizer", str(own))
 
         self._take_weights()
+        config = self.config[self.subcommand]
+        if config.model.decoder.max_sequence_length is None:
+            outline = {} if self.checkpoint is None else read_checkpoint(self.checkpoint, part="outline")
+            before = outline.get("hyper_parameters", {}).get("decoder", {})
+            config.model.decoder.max_sequence_length = before.get("max_sequence_length", config.data.sequence_length)
 
     def _take_weights(self) -> None:
         """Take the decoder's shape and the tokenizer from pretrained weights or a run's own."""
@@ -102,10 +107,6 @@ class LanguageCLI(ExperimentCLI):
             if flag in self.flags and config[flag] != value:
                 raise InputError(f"{flag} {config[flag]}: the weights that are there have {value}; leave it out")
             config[flag] = value
-        if model.decoder.max_sequence_length is None:
-            outline = {} if self.checkpoint is None else read_checkpoint(self.checkpoint, part="outline")
-            before = outline.get("hyper_parameters", {}).get("decoder", {})
-            model.decoder.max_sequence_length = before.get("max_sequence_length", config.data.sequence_length)
 
     def _set_seed(self) -> None:
         super()._set_seed()
