@@ -35,9 +35,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What asks for processes, for flags of a whole run or for a folder that runs are written into is slow."""
+    """What asks for processes, flags of a whole run, a folder for runs, or real data is slow."""
     for item in items:
-        if {"commands", "small_run", "in_tmp"} & set(getattr(item, "fixturenames", ())):
+        if {"commands", "small_run", "in_tmp", "shared"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
 
 

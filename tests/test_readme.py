@@ -101,8 +101,6 @@ def perform(words: list[str]) -> None:
                 if run.endswith("-2"):  # the same configuration a second time
                     shutil.copytree(run.removesuffix("-2"), run)
             call(module, *args)
-        case [_, "-m", "lm.board", *args]:
-            call("lm.board", *args, "--help")
         case [_, "-m", "experiment.compare", file, *args]:  # tests/test_comparisons.py makes the runs
             _, runs, _ = read_arguments([file, *args])
             perform(["python", "-m", runs[0].row.package, "fit", *runs[0].arguments, "--print_config"])

@@ -17,6 +17,7 @@ from lm.model.config import DecoderConfig
 from lm.model.decoder import Decoder
 from tests.offline_wandb import config_of, history_of, metrics_of, read_offline, run_ids
 
+pytestmark = pytest.mark.slow
 WANDB = Path(__file__).parents[2] / "configs" / "wandb.yaml"
 OPTIONS = {
     "data": {"vocab_size": 345, "sequence_length": 16, "batch_size": 4},
