@@ -15,7 +15,7 @@ from experiment.errors import InputError
 from experiment.progress import console
 from experiment.sources.hub import look_for_hub, newest_revision
 from experiment.sources.paths import user_path
-from experiment.sources.rows import format_of, formats, read_rows
+from experiment.sources.rows import MESSAGES, columns_of, format_of, formats, read_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -26,6 +26,8 @@ _WORDS = "|".join(SPLIT_WORDS)
 # train.jsonl, data/train-00000-of-00002.parquet, train/0000.parquet; and, where there is none, TinyStories-train.txt.
 _NAMED = re.compile(rf"(?P<split>{_WORDS})(-(?P<shard>\d+)-of-(?P<shards>\d+)(-\w+)?)?", re.IGNORECASE)
 _ENDING = re.compile(rf".*[-_.](?P<split>{_WORDS})", re.IGNORECASE)
+# Columns that must be there, or what chooses them from those that there are and the name of the source.
+Columns = Sequence[str] | Callable[[Sequence[str], str], Sequence[str]]
 READING = 1  # raise it when files are read in another way, so that the library does not take what it has cached
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 
@@ -115,7 +117,7 @@ def identities(files: Sequence[Path]) -> list[tuple[str, int, int]]:
 def load_texts(
     path: str,
     split: str,
-    columns: Sequence[str] = ("text",),
+    columns: Columns = ("text",),
     demo: Callable[[str], "Dataset | None"] | None = None,
     revision: str | None = None,
 ) -> "Dataset | None":
@@ -139,10 +141,11 @@ def load_texts(
         return demo(split)
     files = local_files(path)
     if files is not None:
-        return _from_files(files[split], columns) if split in files else None
+        return _from_files(files[split], chosen(columns, files[split])) if split in files else None
     dataset = _from_hub(path, split, revision)
     if dataset is None:
         return None
+    columns = columns(dataset.column_names, f"{path} ({split})") if callable(columns) else columns
     if missing := [column for column in columns if column not in dataset.column_names]:
         raise InputError(
             f"{path} ({split}) has no column {missing[0]!r}: it has {', '.join(dataset.column_names)}; "
@@ -151,6 +154,11 @@ def load_texts(
     if len(dataset) == 0:
         raise InputError(f"{path} ({split}) is empty: expected at least one row with a {columns[0]}")
     return dataset.select_columns(list(columns))
+
+
+def chosen(columns: Columns, files: Sequence[Path]) -> Sequence[str]:
+    """The columns to read of these files."""
+    return columns(columns_of(files[0]), str(files[0])) if callable(columns) else columns
 
 
 def datasets_library() -> ModuleType:
@@ -204,7 +212,7 @@ def row_features(files: Sequence[Path], columns: Sequence[str]) -> "Features":
             found = datasets.Features.from_arrow_schema(read_schema(files[0]))
         except Exception:  # damaged, which the reader tells
             return datasets.Features(features)
-        features |= {column: found[column] for column in columns if column in found}
+        features |= {column: found[column] for column in columns if column in found and column != MESSAGES}
     return datasets.Features(features)
 
 

@@ -22,6 +22,7 @@ from experiment.errors import InputError
 
 END_MARKER = "<|endoftext|>"  # stands between the stories of the official TinyStories text files
 LABEL = "label"  # the one column that may hold numbers
+MESSAGES = "messages"  # the one column that may hold lists, which become JSON
 COMPRESSIONS: dict[str, Callable[[Path], IO[bytes]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 Row = dict[str, Any]
 Layout = Literal["end markers", "blank lines", "one text"]
@@ -37,12 +38,20 @@ def formats() -> str:
     return f"{', '.join(_READERS)}, each also with {', '.join(COMPRESSIONS)}"
 
 
+def columns_of(file: Path) -> list[str]:
+    """The columns that a file has by its first row; none where it cannot be read, which `read_rows` tells."""
+    try:
+        return list(next(_READERS[format_of(file)](file, [""]), (0, {}))[1])
+    except Exception:
+        return []
+
+
 def read_rows(files: Sequence[Path], columns: Sequence[str], identity: Any = None) -> Iterator[Row]:
     """These columns of every row of the files. Texts and labels are str, or None where they are missing.
 
     Args:
         files: What `format_of` knows.
-        columns: Each must be in the first row of each file.
+        columns: All must be in the first row of each file, one in each row.
         identity: What tells a file from one that has changed, for a cache that knows the arguments alone.
 
     Raises:
@@ -75,7 +84,14 @@ def _checked(rows: Iterator[tuple[int, Row]], file: Path, columns: Sequence[str]
         )
     for place, row in chain([first], rows):
         values = {column: row.get(column) for column in columns}
+        if row and not row.keys() & values.keys():
+            raise InputError(
+                f"row {place} of {file} has no column {columns[0]!r}, as the first has: it has "
+                f"{', '.join(map(str, row))}; files of one kind of row are expected"
+            )
         for column, value in values.items():
+            if column == MESSAGES and isinstance(value, list):
+                value = json.dumps(value, ensure_ascii=False, default=str)
             if isinstance(value, str):
                 values[column] = repaired(value)
             elif value is not None and column != LABEL:

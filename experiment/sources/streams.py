@@ -1,10 +1,10 @@
 """A source of texts read as it comes, for corpora that are larger than the disk."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from experiment.errors import InputError
-from experiment.sources.files import datasets_library, local_files, no_split_or_raise, row_features
+from experiment.sources.files import Columns, chosen, datasets_library, local_files, no_split_or_raise, row_features
 from experiment.sources.hub import look_for_hub, newest_revision
 from experiment.sources.rows import read_rows
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def stream_texts(
     path: str,
     split: str,
-    column: str = "text",
+    columns: Columns = ("text",),
     demo: "Callable[[str], Dataset | None] | None" = None,
     revision: str | None = None,
 ) -> "IterableDataset | None":
@@ -40,16 +40,19 @@ def stream_texts(
             return no_split_or_raise(path, error)
     if split not in files:
         return None
-    arguments = {"files": files[split], "columns": (column,)}  # a list would be shards
-    features = row_features(files[split], [column])
+    columns = tuple(chosen(columns, files[split]))
+    arguments = {"files": files[split], "columns": columns}  # a list would be shards
+    features = row_features(files[split], columns)
     return datasets.IterableDataset.from_generator(read_rows, gen_kwargs=arguments, features=features)
 
 
-def blocks(stream: "IterableDataset", size: int, where: str, column: str = "text") -> Iterator[tuple[list[Any], dict]]:
-    """The column in lists of ``size`` texts, each with the state of the stream after it, from which to go on.
+def blocks(
+    stream: "IterableDataset", size: int, where: str, columns: Columns = ("text",)
+) -> Iterator[tuple[dict[str, Sequence[Any]], dict]]:
+    """The columns in lists of ``size`` values, each with the state of the stream after it, from which to go on.
 
     Raises:
-        InputError: The source cannot be read on, or lacks the column.
+        InputError: The source cannot be read on, or lacks a column.
     """
     batches = stream.iter(batch_size=size)
     while True:
@@ -62,8 +65,9 @@ def blocks(stream: "IterableDataset", size: int, where: str, column: str = "text
             raise InputError(f"{where} cannot be read ({cause}): expected whole files of one format") from error
         if batch is None:
             return
-        if column not in batch:
+        names = columns(list(batch), where) if callable(columns) else columns
+        if missing := [column for column in names if column not in batch]:
             raise InputError(
-                f"{where} has no column {column!r}: it has {', '.join(batch)}; rename the one that is meant"
+                f"{where} has no column {missing[0]!r}: it has {', '.join(batch)}; rename the one that is meant"
             )
-        yield batch[column], stream.state_dict()
+        yield {column: batch[column] for column in names}, stream.state_dict()

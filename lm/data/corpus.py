@@ -1,6 +1,7 @@
 """A split of stories as token ids in a memory-mapped file, and the windows that batches are gathered from.
 
-The file holds ``bos story eos bos story eos ...`` beside the offsets of its stories. A sample is a window of that file,
+The file holds ``bos story eos bos story eos ...`` beside the offsets of its stories and, where not all of their tokens
+are trained on, which these are. A sample is a window of that file,
 and a batch is gathered in one numpy indexing operation, so that the loader is never what the model waits for.
 """
 
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset
 from experiment.errors import InputError
 from experiment.progress import progress
 from experiment.sources.batches import rounded_width
+from lm.data.completions import encode_stories
 from lm.data.tokenizer import StoryTokenizer
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ CHUNK = 2_000  # stories tokenised at a time, which bounds the memory
 
 
 class Corpus:
-    """The token ids of a split, memory-mapped; story i is ``tokens[offsets[i] : offsets[i + 1]]``, from bos to eos."""
+    """The token ids of a split, memory-mapped; story i is ``tokens[offsets[i] : offsets[i + 1]]``, from bos, where the
+    tokenizer puts it before a text, to eos."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -38,32 +41,46 @@ class Corpus:
     def tokens(self) -> np.memmap:
         return np.memmap(self.folder / "tokens.bin", dtype=self.about["dtype"], mode="r")
 
-    def __getstate__(self) -> dict[str, Any]:  # for workers that are spawned: they map the file, not copy it
-        return {name: value for name, value in self.__dict__.items() if name != "tokens"}
+    @cached_property
+    def learned(self) -> np.memmap | None:
+        """Whether each token is trained on; None where all are."""
+        file = self.folder / "learned.bin"
+        return np.memmap(file, dtype=np.bool_, mode="r") if file.stat().st_size else None
+
+    def __getstate__(self) -> dict[str, Any]:  # for workers that are spawned: they map the files, not copy them
+        return {name: value for name, value in self.__dict__.items() if name not in ("tokens", "learned")}
+
+    def num_targets(self, windows: "Windows") -> int:
+        """Targets of these windows that are trained on."""
+        if self.learned is None:
+            return int((windows.length - 1).sum())
+        before = np.concatenate(([0], np.cumsum(self.learned, dtype=np.int64)))
+        return int((before[windows.start + windows.length] - before[windows.start + 1]).sum())
 
 
 def write_corpus(texts: "Texts", tokenizer: StoryTokenizer, folder: Path, name: str, notes: Sequence[str] = ()) -> None:
-    """Tokenises the column ``text`` into a folder that `Corpus` reads, in bounded memory. Empty stories are left out.
+    """Tokenises stories, as `encode_stories`, into a folder that `Corpus` reads, in bounded memory.
 
     Raises:
-        InputError: all stories are empty, or the column holds something that is not text.
+        InputError: all stories are empty, or what `encode_stories` refuses.
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    bos, eos = (tokenizer.bos_id,), (tokenizer.eos_id,)
     lengths, empty = [np.zeros(1, dtype=np.int64)], 0
-    with open(folder / "tokens.bin", "wb") as file, progress(f"tokenising {name}", len(texts)) as advance:
+    with (
+        open(folder / "tokens.bin", "wb") as tokens_file,
+        open(folder / "learned.bin", "wb") as learned_file,
+        progress(f"tokenising {name}", len(texts)) as advance,
+    ):
         for begin in range(0, len(texts), CHUNK):
-            column = texts[begin : begin + CHUNK]["text"]
-            stories = [story for story in column if story is not None and str(story).strip()]
-            if odd := next((story for story in stories if not isinstance(story, str)), None):
-                raise InputError(f"column 'text' of {name} holds {odd!r}: expected text; choose another column or file")
-            rows = tokenizer.encode_batch(stories)
-            sizes = np.fromiter(map(len, rows), np.int64, len(rows)) + 2
-            flat = chain.from_iterable(chain(bos, row, eos) for row in rows)
-            np.fromiter(flat, dtype, sizes.sum()).tofile(file)
+            read = min(CHUNK, len(texts) - begin)
+            stories, learned = encode_stories(texts[begin : begin + read], tokenizer, name)
+            sizes = np.fromiter(map(len, stories), np.int64, len(stories))
+            np.fromiter(chain.from_iterable(stories), dtype, sizes.sum()).tofile(tokens_file)
+            if learned is not None:
+                np.fromiter(chain.from_iterable(learned), np.bool_, sizes.sum()).tofile(learned_file)
             lengths.append(sizes)
-            empty += len(column) - len(stories)
-            advance(len(column))
+            empty += read - len(stories)
+            advance(read)
     offsets = np.cumsum(np.concatenate(lengths))
     if len(offsets) == 1:
         raise InputError(f"all stories of {name} are empty: expected at least one with text")
@@ -80,13 +97,12 @@ class Windows(NamedTuple):
     start: np.ndarray  # (n,) int64, place in the token file
     length: np.ndarray  # (n,) int64, tokens, at most sequence_length + 1
     skip: np.ndarray  # (n,) int64, first targets that do not count, since an earlier window has counted them
-    story: np.ndarray | None = None  # (n,) int64, which story it is from
 
 
 def first_windows(offsets: np.ndarray, sequence_length: int) -> Windows:
     """One window a story: its first ``sequence_length + 1`` tokens, bos included."""
     length = np.minimum(np.diff(offsets), sequence_length + 1)
-    return Windows(offsets[:-1], length, np.zeros_like(length), np.arange(len(length)))
+    return Windows(offsets[:-1], length, np.zeros_like(length))
 
 
 def packed_windows(total: int, sequence_length: int) -> Windows:
@@ -105,13 +121,18 @@ def sliding_windows(offsets: np.ndarray, sequence_length: int) -> Windows:
     order = np.arange(len(story)) - np.repeat(np.cumsum(count) - count, count)  # 0, 1, ... within each story
     start = offsets[story] + order * stride
     length = np.minimum(offsets[story + 1] - start, sequence_length + 1)
-    return Windows(start, length, np.where(order > 0, sequence_length - stride, 0), story)
+    return Windows(start, length, np.where(order > 0, sequence_length - stride, 0))
 
 
 def join_windows(*kinds: Windows) -> Windows:
-    """The windows of several kinds, one kind after the other; which story they are from is dropped."""
-    start, length, skip = (np.concatenate(column) for column in zip(*(kind[:3] for kind in kinds), strict=True))
-    return Windows(start, length, skip)
+    """The windows of several kinds, one kind after the other."""
+    return Windows(*map(np.concatenate, zip(*kinds, strict=True)))
+
+
+def positions_in(starts: np.ndarray) -> np.ndarray:
+    """Positions (B, T) that begin with 0 in each row and wherever ``starts`` (B, T) says that a story does."""
+    column = np.arange(starts.shape[1])
+    return column - np.maximum.accumulate(np.where(starts, column, 0), axis=1)
 
 
 class WindowBatches(Dataset):
@@ -122,13 +143,29 @@ class WindowBatches(Dataset):
         windows: what the samples are.
         tokenizer: for the id of pads and the bytes of tokens.
         width: inputs of every row; None for those of the batch's longest row, rounded up to one of few widths.
-        with_bytes: add text_mask and bytes, which bits per byte need; the windows must know their stories.
+        with_bytes: add text_mask and bytes, which bits per byte need.
+        with_positions: add positions, which keep stories of one row apart.
+
+    Raises:
+        InputError: no target of these windows is trained on.
     """
 
     def __init__(
-        self, corpus: Corpus, windows: Windows, tokenizer: StoryTokenizer, width: int | None, with_bytes: bool = False
+        self,
+        corpus: Corpus,
+        windows: Windows,
+        tokenizer: StoryTokenizer,
+        width: int | None,
+        with_bytes: bool = False,
+        with_positions: bool = False,
     ) -> None:
-        self.corpus, self.windows, self.width, self.with_bytes = corpus, windows, width, with_bytes
+        if not corpus.num_targets(windows):
+            raise InputError(
+                f"no completion begins within the first {int(windows.length.max()) - 1} tokens of its story: raise "
+                "data.sequence_length, or shorten the prompts"
+            )
+        self.corpus, self.windows, self.width = corpus, windows, width
+        self.with_bytes, self.with_positions = with_bytes, with_positions
         self.longest = int(windows.length.max()) - 1
         self.pad_id = tokenizer.pad_id
         self.bytes_per_token, self.prefix_bytes = tokenizer.bytes_per_token, tokenizer.prefix_bytes
@@ -138,8 +175,9 @@ class WindowBatches(Dataset):
 
     def __getitem__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """tokens (B, T + 1) int32, T inputs and, one later, T targets; loss_mask (B, T) bool, whether a target counts.
-        With bytes also text_mask (B, T) bool, which leaves out eos too, and bytes (B, T) int32 of each target in it. No
-        indices give one row in which nothing counts."""
+        With bytes also text_mask (B, T) bool, which leaves out eos too, and bytes (B, T) int32 of each target in it;
+        with positions those of the inputs (B, T) int32, from 0 in each story or what of it is in the row. No indices
+        give one row in which nothing counts."""
         empty = len(indices) == 0
         indices = np.asarray([0] if empty else indices, dtype=np.int64)
         start, length = self.windows.start[indices, None], self.windows.length[indices, None]
@@ -148,13 +186,17 @@ class WindowBatches(Dataset):
         place = start + np.minimum(column, length - 1)  # (B, T + 1), in the file
         tokens = self.corpus.tokens[place].astype(np.int32)
         tokens[column >= length] = self.pad_id
-        place = place[:, 1:]
         counted = (column[1:] < length) & (column[:-1] >= self.windows.skip[indices, None]) & (not empty)
+        if self.corpus.learned is not None:
+            counted &= self.corpus.learned[place[:, 1:]]
         batch = {"tokens": tokens, "loss_mask": counted}
         if self.with_bytes:
-            story = self.windows.story[indices]
-            text = counted & (place != self.corpus.offsets[story + 1, None] - 1)  # the last token is eos
-            first = place == self.corpus.offsets[story, None] + 1
-            sizes = self.bytes_per_token[tokens[:, 1:]] - self.prefix_bytes * first
+            sizes = self.bytes_per_token[tokens]  # none of bos, eos and other special tokens
+            text = counted & (sizes[:, 1:] > 0)
+            sizes = sizes[:, 1:] - self.prefix_bytes * (sizes[:, :-1] == 0)  # a text begins after one of these
             batch |= {"text_mask": text, "bytes": (sizes * text).astype(np.int32)}
+        if self.with_positions:
+            inputs = place[:, :-1]
+            starts = self.corpus.offsets[np.searchsorted(self.corpus.offsets, inputs)] == inputs
+            batch["positions"] = positions_in(starts).astype(np.int32)
         return {name: torch.from_numpy(array) for name, array in batch.items()}

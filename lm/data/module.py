@@ -5,7 +5,7 @@ while training, by a `StoryStream`.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from experiment.sources.cache import cached_folder
 from experiment.sources.files import datasets_library, load_texts, local_files, source_fingerprint
 from experiment.sources.rows import layout_note
 from experiment.sources.streams import blocks, stream_texts
+from lm.data.completions import Rows, plain_texts, story_columns
 from lm.data.corpus import (
     CHUNK,
     Corpus,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from datasets import Dataset as Texts
 
 Evaluation = Literal["full", "first_window"]
-FORMAT = 2  # of the cached folders; raise it when what is written, or what decides it, changes
+FORMAT = 3  # of the cached folders; raise it when what is written, or what decides it, changes
 TRAINING_STORIES = 200_000  # that a tokenizer is trained on, at most
 HELD_OUT = 100  # one story in so many becomes validation where the source has none
 
@@ -53,13 +54,16 @@ class TextDataModule(ResumableDataModule):
 
     Args:
         path: Where the stories are: a hub name, a local folder with train.* and validation.* files (parquet, JSON
-            lines, CSV, text; column ``text``), a local file, or ``demo`` for the embedded synthetic corpus.
+            lines, CSV, text), a local file, or ``demo`` for the embedded synthetic corpus. A column ``text`` is trained
+            on whole; of ``prompt`` and ``completion`` the completion, of ``messages`` what the assistant says.
         tokenizer: A hub name, a local folder or file (tokenizer.json, SentencePiece .model, llama2.c .bin), or
             ``train`` for one that is trained on the stories.
         vocab_size: Size of a tokenizer that is trained; one that is loaded has its own.
         sequence_length: Tokens that the model sees at once.
         packing: Join the training stories into full sequences, so that no token is lost. Otherwise each story is
             a sequence of its own, cut off or padded.
+        document_mask: With packing, keep the stories of a sequence apart: none sees its neighbours, and the positions
+            begin with 0 in each.
         extra_first_windows: With packing, also train each story's first sequence_length tokens as a sequence of its
             own: an epoch is the whole text, then once more what ``first_window`` evaluates; the second epoch begins
             with the latter.
@@ -92,6 +96,7 @@ class TextDataModule(ResumableDataModule):
         vocab_size: int = 32768,
         sequence_length: int = 128,
         packing: bool = False,
+        document_mask: bool = False,
         extra_first_windows: bool = False,
         batch_size: int = 32,
         global_batch_tokens: int | None = None,
@@ -117,11 +122,17 @@ class TextDataModule(ResumableDataModule):
                 f"data.extra_first_windows true needs data.packing true and data.streaming false, not {packing} and "
                 f"{streaming}: change them, or leave it out"
             )
+        if document_mask and not packing:
+            raise InputError(
+                "data.document_mask true keeps the stories of packed sequences apart, but data.packing is false: set "
+                "it to true, or leave out data.document_mask"
+            )
         self.path = path
         self.tokenizer_name = tokenizer
         self.vocab_size = vocab_size
         self.sequence_length = sequence_length
         self.packing = packing
+        self.document_mask = document_mask
         self.extra_first_windows = extra_first_windows
         self.batch_size = batch_size
         self.step_parts = {"sequences": batch_size, "tokens": sequence_length}
@@ -168,29 +179,31 @@ class TextDataModule(ResumableDataModule):
     def facts(self) -> dict[str, Any]:
         """What comparisons ask for: tokens (targets, padding excluded) and batches of an epoch, unless streamed; what
         validation reads, equal for runs whose bits per byte compare; and the tokenizer, for those whose losses do."""
-        stories = hashlib.sha256("\0".join(map(str, self._texts("validation")[0]["text"])).encode()).hexdigest()[:12]
+        texts, _ = self._texts("validation")
+        values = "\0".join(str(value) for column in texts.column_names for value in texts[column])
+        stories = hashlib.sha256(values.encode()).hexdigest()[:12]
         tokenizer = self.tokenizer.fingerprint[:12]
         first = f"the first {self.sequence_length} tokens of tokenizer {tokenizer} of each story"
         read = "every token of every story" if self.evaluation == "full" else first
         facts = {"evaluated": f"{read} of {stories}", "tokenizer": tokenizer}
         if not self.streaming:
             windows = self.train_dataloader().dataset.windows
-            facts |= {"tokens_per_epoch": int((windows.length - 1).sum())}
+            facts |= {"tokens_per_epoch": self.corpus("train").num_targets(windows)}
             facts |= {"batches_per_epoch": len(self.train_sampler.epoch_batches(0))}
         return facts
 
     def _train_tokenizer(self, folder: Path) -> None:
         if self.streaming:
-            stream, total = stream_texts(self.path, "train", demo=demo_stories, revision=self.revision), None
-            chunks = (texts for texts, _ in blocks(stream, CHUNK, self.path))
+            stream, total = stream_texts(self.path, "train", story_columns, demo_stories, self.revision), None
+            chunks = (rows for rows, _ in blocks(stream, CHUNK, self.path, story_columns))
             chunks = islice(chunks, TRAINING_STORIES // CHUNK)
         else:
             texts, _ = self._texts("train")
             texts = texts.select(range(0, len(texts), -(-len(texts) // TRAINING_STORIES)))
             total = len(texts)
-            chunks = (texts[begin : begin + CHUNK]["text"] for begin in range(0, total, CHUNK))
+            chunks = (texts[begin : begin + CHUNK] for begin in range(0, total, CHUNK))
         with progress("training the tokenizer", total) as advance:
-            train_tokenizer(_stories_in(chunks, advance), self.vocab_size).save(folder)
+            train_tokenizer(_stories_in(chunks, f"data.path {self.path!r}", advance), self.vocab_size).save(folder)
 
     def _texts(self, split: str) -> tuple["Texts", str]:
         """The texts of a split, and what the user should know about where they are from."""
@@ -209,7 +222,7 @@ class TextDataModule(ResumableDataModule):
         # was trained on in an earlier run.
         whole = self._loaded("train")
         if len(whole) < 2:
-            kept, held = _divided(whole[0]["text"] or "")
+            kept, held = _divided(whole[0].get("text") or "")
             if len(kept) < 100:
                 raise InputError(f"data.path {self.path!r} has one short story and no validation split: expected more")
             part = [kept] if split == "train" else [held]
@@ -222,15 +235,16 @@ class TextDataModule(ResumableDataModule):
         return whole.select(np.sort(held)), f"no validation split: {len(held):,} of the training stories held out"
 
     def _loaded(self, split: str) -> "Texts | None":
-        return load_texts(self.path, split, ["text"], demo_stories, self.revision)
+        return load_texts(self.path, split, story_columns, demo_stories, self.revision)
 
     def _streamed(self, split: str) -> "Texts | None":
         """A split that is small enough for memory, without fetching the others."""
-        stream = stream_texts(self.path, split, demo=demo_stories, revision=self.revision)
+        stream = stream_texts(self.path, split, story_columns, demo_stories, self.revision)
         if stream is None:
             return None
-        texts = datasets_library().Dataset
-        return texts.from_dict({"text": [text for block, _ in blocks(stream, CHUNK, self.path) for text in block]})
+        datasets = datasets_library()
+        parts = blocks(stream, CHUNK, self.path, story_columns)
+        return datasets.concatenate_datasets([datasets.Dataset.from_dict(rows) for rows, _ in parts])
 
     def corpus(self, split: str) -> Corpus:
         """The tokenised split (train, validation or test), from the cache, or made and cached now."""
@@ -242,8 +256,10 @@ class TextDataModule(ResumableDataModule):
                 notes = [text for text in (note, layout_note(files)) if text]
                 write_corpus(texts, self.tokenizer, folder, f"{self.path} ({split})", notes)
 
-            key = {"source": self._source, "tokenizer": self.tokenizer.fingerprint}
-            folder = cached_folder("tokens", key | {"split": split, "format": FORMAT}, build)
+            tokenizer = self.tokenizer
+            key = {"source": self._source, "tokenizer": tokenizer.fingerprint, "split": split, "format": FORMAT}
+            key |= {"begins_with": tokenizer.begins_with, "chat_template": tokenizer.chat_template}
+            folder = cached_folder("tokens", key, build)
             self._corpora[split] = Corpus(folder)
             for note in self._corpora[split].about["notes"]:
                 _tell(note)
@@ -260,12 +276,13 @@ class TextDataModule(ResumableDataModule):
         if stage in ("fit", "validate") and self._second is not None:
             self._second.corpus("validation")
         if stage == "fit" and not self.streaming and not self.packing:
-            sizes = np.diff(self.corpus("train").offsets)
-            kept = np.minimum(sizes, self.sequence_length + 1).sum() / sizes.sum()
-            if kept < 0.5:
+            corpus = self.corpus("train")
+            windows = (first_windows(corpus.offsets, length) for length in (self.sequence_length, len(corpus.tokens)))
+            kept, whole = map(corpus.num_targets, windows)
+            if kept < whole / 2:
                 _tell(
-                    f"note: only the first {self.sequence_length} tokens of each story are trained on, {kept:.1%} of "
-                    "the text; --data.packing true takes all of it"
+                    f"note: only the first {self.sequence_length} tokens of each story are trained on, "
+                    f"{kept / whole:.1%} of the text; --data.packing true takes all of it"
                 )
 
     def train_dataloader(self) -> DataLoader:
@@ -275,7 +292,8 @@ class TextDataModule(ResumableDataModule):
         kinds = [packed_windows(len(corpus.tokens), self.sequence_length)] if self.packing else []
         if self.extra_first_windows or not self.packing:
             kinds.append(first_windows(corpus.offsets, self.sequence_length))
-        data = WindowBatches(corpus, join_windows(*kinds), self.tokenizer, self.sequence_length)
+        windows = join_windows(*kinds)
+        data = WindowBatches(corpus, windows, self.tokenizer, self.sequence_length, with_positions=self.document_mask)
 
         @lru_cache(maxsize=1)  # it is asked for its length many times
         def shuffled(epoch: int) -> list[np.ndarray]:
@@ -297,6 +315,7 @@ class TextDataModule(ResumableDataModule):
             *rank_and_processes(),
             self.stream_progress,
             self.revision,
+            self.document_mask,
         )
         return self.device_loader(stream, num_workers=self.num_workers, collate_fn=_as_it_is)
 
@@ -379,11 +398,11 @@ class TextDataModule(ResumableDataModule):
         return self.device_loader(data, sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
 
 
-def _stories_in(chunks: Iterable[Sequence[str | None]], advance: Callable[[int], None]) -> Iterator[str]:
-    """The stories that are not empty; ``advance`` learns how many were passed."""
-    for chunk in chunks:
-        yield from filter(None, chunk)
-        advance(len(chunk))
+def _stories_in(chunks: Iterable[Rows], where: str, advance: Callable[[int], None]) -> Iterator[str]:
+    """The texts that are not empty; ``advance`` learns how many rows were passed."""
+    for rows in chunks:
+        yield from plain_texts(rows, where)
+        advance(len(next(iter(rows.values()))))
 
 
 def _divided(text: str) -> tuple[str, str]:

@@ -16,16 +16,19 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from experiment.errors import InputError
 from experiment.sources.streams import blocks, stream_texts
+from lm.data.completions import Rows, encode_stories, story_columns
+from lm.data.corpus import positions_in
 from lm.data.demo_stories import demo_stories
 from lm.data.tokenizer import StoryTokenizer
 
 BLOCK = 2_000  # stories; a resumed reader reads as many again at most
+GIVEN, START = 1 << 32, 1 << 33  # bits of a token that is not trained on; that begins a story
 Position = dict[str, Any]  # plain values: where a reader's next batch begins
 
 
 class StoryStream(IterableDataset):
-    """Endless batches of ``tokens`` and ``loss_mask`` as `WindowBatches` gives them, each with a ``reader`` and the
-    ``position`` from which that reader goes on after this batch.
+    """Endless batches as `WindowBatches` gives them, each with a ``reader`` and the ``position`` from which that reader
+    goes on after this batch.
 
     Args:
         path: As ``--data.path``.
@@ -38,6 +41,7 @@ class StoryStream(IterableDataset):
         processes: Their number.
         progress: How far the readers of this process have come.
         revision: As ``--data.revision``.
+        with_positions: Add them to the batches.
 
     Raises:
         InputError: The source cannot be read, or gives a reader no story.
@@ -55,6 +59,7 @@ class StoryStream(IterableDataset):
         processes: int = 1,
         progress: "StreamProgress | None" = None,
         revision: str | None = None,
+        with_positions: bool = False,
     ) -> None:
         self.path = path
         self.tokenizer = tokenizer
@@ -65,6 +70,7 @@ class StoryStream(IterableDataset):
         self.rank = rank
         self.processes = processes
         self.revision = revision
+        self.with_positions = with_positions
         self.progress = progress or StreamProgress()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -80,8 +86,8 @@ class StoryStream(IterableDataset):
         position = deepcopy(self.progress.positions.get(reader, start))
         while True:
             stories = 0
-            for texts, after in self._blocks(position["stream"], share, shares):
-                rows, carry = self._rows(texts, position, share)
+            for block, after in self._blocks(position["stream"], share, shares):
+                rows, carry = self._rows(block, position, share)
                 stories += len(rows)
                 for begin in range(position["done"] * self.batch_size, len(rows), self.batch_size):
                     position["done"] += 1
@@ -92,23 +98,32 @@ class StoryStream(IterableDataset):
                 raise InputError(f"data.path {self.path!r} gives reader {share + 1} of {shares} no story to train on")
             position |= {"epoch": position["epoch"] + 1, "block": 0, "stream": None}
 
-    def _blocks(self, state: dict | None, share: int, shares: int) -> Iterator[tuple[list[str], dict]]:
+    @property
+    def _name(self) -> str:
+        return f"data.path {self.path!r} (train)"
+
+    def _blocks(self, state: dict | None, share: int, shares: int) -> Iterator[tuple[Rows, dict]]:
         from datasets.distributed import split_dataset_by_node
 
-        stream = stream_texts(self.path, "train", demo=demo_stories, revision=self.revision)
+        stream = stream_texts(self.path, "train", story_columns, demo_stories, self.revision)
         if shares > 1:
             stream = split_dataset_by_node(stream, share, shares)
         if state is not None:
             stream.load_state_dict(deepcopy(state))
-        return blocks(stream, BLOCK, f"data.path {self.path!r} (train)")
+        return blocks(stream, BLOCK, self._name, story_columns)
 
-    def _rows(self, texts: Sequence[str | None], position: Position, share: int) -> tuple[list[np.ndarray], list]:
-        """The sequences of a block that fill whole batches, and the tokens that are left for the next block."""
-        stories = [text for text in texts if isinstance(text, str) and text.strip()]
+    def _rows(self, block: Rows, position: Position, share: int) -> tuple[list[np.ndarray], list]:
+        """The sequences of a block that fill whole batches, and the tokens that are left for the next block; with the
+        bits of `GIVEN` and `START`."""
+        encoded, learned = encode_stories(block, self.tokenizer, self._name)
         place = position["epoch"], share, position["block"]
-        order = np.random.default_rng([self.seed, *place]).permutation(len(stories))
-        encoded = self.tokenizer.encode_batch([stories[i] for i in order])
-        tokens = [[self.tokenizer.bos_id, *ids, self.tokenizer.eos_id] for ids in encoded]
+        tokens = []
+        for i in np.random.default_rng([self.seed, *place]).permutation(len(encoded)):
+            story = np.array(encoded[i], dtype=np.int64)
+            if learned is not None:
+                story[~np.array(learned[i])] |= GIVEN
+            story[0] |= START
+            tokens.append(story.tolist())
         length, size = self.sequence_length, self.batch_size
         if not self.packing:
             rows = [*position["carry"], *(story[: length + 1] for story in tokens)]
@@ -120,12 +135,13 @@ class StoryStream(IterableDataset):
         return rows, flat[whole * length :].tolist()  # the last target of the last row is the next one's first input
 
     def _batch(self, rows: Sequence[np.ndarray]) -> dict[str, Tensor]:
-        tokens = np.full((len(rows), self.sequence_length + 1), self.tokenizer.pad_id, dtype=np.int32)
-        loss_mask = np.zeros((len(rows), self.sequence_length), dtype=bool)
+        tokens = np.full((len(rows), self.sequence_length + 1), self.tokenizer.pad_id | GIVEN, dtype=np.int64)
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = row
-            loss_mask[i, : len(row) - 1] = True
-        return {"tokens": torch.from_numpy(tokens), "loss_mask": torch.from_numpy(loss_mask)}
+        batch = {"tokens": (tokens & (GIVEN - 1)).astype(np.int32), "loss_mask": tokens[:, 1:] & GIVEN == 0}
+        if self.with_positions:
+            batch["positions"] = positions_in(tokens[:, :-1] & START > 0).astype(np.int32)
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 class StreamProgress:

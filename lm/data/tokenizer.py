@@ -15,15 +15,18 @@ neighbouring characters only (`_WORDS`), so no piece spans such a border, and no
 import hashlib
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # before any fork of a data loader, or it warns each time
 
 import numpy as np
 from tokenizers import (
     AddedToken,
+    Encoding,
     Regex,
     Tokenizer,
     decoders,
@@ -35,10 +38,12 @@ from tokenizers import (
 )
 
 from experiment.errors import InputError
+from experiment.sources.paths import shortened
 from experiment.sources.rows import repaired
 
 SPACE = "▁"  # U+2581, the visible space of SentencePiece
 BYTES = [f"<0x{value:02X}>" for value in range(256)]
+NO_CHARACTER = "\ufdd0"  # Unicode assigns it never, no piece holds it: its bytes join no neighbour
 SPECIALS = ["<unk>", "<s>", "</s>"]  # ids 0, 1, 2
 # Letters with a space before them, other marks with a space before them, single digits, single spaces. Controls,
 # newlines and other white space become bytes.
@@ -91,7 +96,8 @@ class StoryTokenizer:
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """The ids that stand for no text: unk, bos, eos and other control tokens."""
-        return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+        special = (i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+        return frozenset([*special, self.bos_id, self.eos_id])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -124,6 +130,13 @@ class StoryTokenizer:
         )
         self.begins_with = [self.bos_id]
 
+    def encode_continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts that go on after others: no space is put before them, so that the ids of both are those of a
+        text that is the two joined."""
+        mark = NO_CHARACTER if self.prefix_bytes else ""
+        skipped = len(self.encode(mark))
+        return [ids[skipped:] for ids in self.encode_batch([mark + text for text in texts])]
+
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Ids of a conversation, up to where its next answer begins. Here names of special tokens are special tokens.
 
@@ -133,23 +146,52 @@ class StoryTokenizer:
         Raises:
             InputError: The chat template is none, or does not take these messages.
         """
+        return self._encode_rendered(self._render(messages, add_generation_prompt=True)[0]).ids
+
+    def encode_conversation(self, messages: Sequence[dict[str, str]]) -> tuple[list[int], list[bool]]:
+        """Ids of a whole conversation, and which of them the assistant says: what the chat template has between
+        ``{% generation %}`` and ``{% endgeneration %}``; where it has none of these, what a message of the assistant
+        adds to the text that ends where its answer shall begin.
+
+        Raises:
+            InputError: As `encode_chat`; or the assistant says nothing, or what it says cannot be told.
+        """
+        marked = re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template) is not None
+        text, spans = self._render(messages, return_assistant_tokens_mask=marked)
+        if not marked:
+            spans = []
+            for i, message in enumerate(messages):
+                if message["role"] == "assistant":
+                    before = self._render(messages[:i], add_generation_prompt=True)[0]
+                    after = self._render(messages[: i + 1])[0]
+                    if not (text.startswith(after) and after.startswith(before)):
+                        raise InputError(
+                            "the tokenizer's chat template does not tell which tokens the assistant says: put "
+                            "{% generation %} and {% endgeneration %} around them"
+                        )
+                    spans.append((len(before), len(after)))
+        encoded = self._encode_rendered(text)
+        learned = [any(a < end and b > begin for begin, end in spans) for a, b in encoded.offsets]
+        if not any(learned):
+            raise InputError(f"a conversation without a word of the assistant: {shortened(text)!r}; remove it")
+        return encoded.ids, learned
+
+    def _render(self, messages: Sequence[dict[str, str]], **options: Any) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation, and where in it the marked words of the assistant are, if they are asked for."""
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        bos, eos = (self.backend.id_to_token(i) for i in (self.bos_id, self.eos_id))
+        options["bos_token"], options["eos_token"] = map(self.backend.id_to_token, (self.bos_id, self.eos_id))
         try:
-            (text,), _ = render_jinja_template(
-                [list(messages)],
-                chat_template=self.chat_template,
-                add_generation_prompt=True,
-                bos_token=bos,
-                eos_token=eos,
-            )
+            texts, spans = render_jinja_template([list(messages)], chat_template=self.chat_template, **options)
         except (TemplateError, TypeError) as error:
             raise InputError(f"the tokenizer's chat template cannot be used ({error}): repair or remove it") from error
+        return texts[0], [*spans[0]] if spans else []
+
+    def _encode_rendered(self, text: str) -> Encoding:
         self.backend.encode_special_tokens = False
         try:
-            return self.backend.encode(repaired(text), add_special_tokens=False).ids
+            return self.backend.encode(repaired(text), add_special_tokens=False)
         finally:
             self.backend.encode_special_tokens = True
 

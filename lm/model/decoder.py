@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from experiment.nn.attention import attention
 from lm.model.config import DecoderConfig
 from lm.model.functional import attend_one, rms_norm, split_and_rotate, swiglu
-from lm.model.kv_cache import CacheSpan, KeyValueCache
+from lm.model.kv_cache import KeyValueCache, Span
 
 
 class RMSNorm(nn.Module):
@@ -82,7 +82,7 @@ class Attention(nn.Module):
         sin: Tensor,
         first_value: Tensor | None = None,
         cache: "KeyValueCache | None" = None,
-        span: "CacheSpan | None" = None,
+        span: Span | None = None,
         layer: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """The branch of x, and the values that attention mixed.
@@ -93,7 +93,7 @@ class Attention(nn.Module):
             sin: As cos.
             first_value: (B, T, kv_heads, head_dim), the values of the first layer, with `value_residual`.
             cache: Where keys and values are kept, for the tokens of span.
-            span: Where in the cache they go.
+            span: Where in the cache they go, and what they see; without one, each sees all before it.
             layer: Which of the cache's layers this is.
 
         Returns:
@@ -107,11 +107,11 @@ class Attention(nn.Module):
         query, key, value = split_and_rotate(qkv, self.num_heads, self.num_kv_heads, cos, sin)
         if self.value_shares is not None:
             value = value * self.value_shares[0] + first_value * self.value_shares[1]
+        mask, causal = (None, True) if span is None else (span.mask, span.causal)
         if cache is None:
-            key, values, mask, causal = key.transpose(1, 2), value.transpose(1, 2), None, True
+            key, values = key.transpose(1, 2), value.transpose(1, 2)
         else:
             key, values = cache.write(layer, span, key, value)
-            mask, causal = span.mask, span.causal
         query = query.transpose(1, 2)
         if mask is not None and x.shape[1] == 1 and (x.device.type == "cpu" or torch.compiler.is_compiling()):
             mixed = attend_one(query, key, values, mask)
@@ -156,13 +156,21 @@ class Block(nn.Module):
         sin: Tensor,
         first_value: Tensor | None = None,
         cache: "KeyValueCache | None" = None,
-        span: "CacheSpan | None" = None,
+        span: Span | None = None,
         layer: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """The residual stream (B, T, H) after the block, and the values, as of `Attention`."""
         mixed, value = self.attention(self.attention_norm(x), cos, sin, first_value, cache, span, layer)
         x = x + self.dropout(mixed)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), value
+
+
+def story_span(positions: Tensor) -> Span:
+    """The span of stories that share rows: a token sees its own from position 0 on, of which (B, T) are given."""
+    places = torch.arange(positions.shape[1], device=positions.device)
+    first = places - positions  # of the token's story, in the row
+    mask = (places <= places[:, None]) & (places >= first[:, :, None])
+    return Span(positions, mask[:, None], causal=False)
 
 
 Compute = Callable[..., tuple[Tensor, Tensor]]
@@ -239,7 +247,11 @@ class Decoder(nn.Module):
         return self.embedding.weight if self.head is None else self.head.weight
 
     def hidden_states(
-        self, input_ids: Tensor, cache: "KeyValueCache | None" = None, lengths: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        cache: "KeyValueCache | None" = None,
+        lengths: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Run the blocks and the final norm.
 
@@ -248,6 +260,8 @@ class Decoder(nn.Module):
             cache: Read and extended in place.
             lengths: (B,) int64: only the first `lengths[b]` tokens of row b count, the rest is padding on the
                 right. Needed with a cache only; without one, causality hides what stands on the right.
+            positions: (B, T) integers, only without a cache: places of the tokens in stories that share a row and do
+                not see each other, from 0 in each.
 
         Returns:
             (B, T, H); arbitrary but finite where padding was.
@@ -262,7 +276,7 @@ class Decoder(nn.Module):
                 f"{self.config.max_sequence_length}; shorten it or train a model of longer context"
             )
         if cache is None:
-            return self.run(input_ids)
+            return self.run(input_ids, span=None if positions is None else story_span(positions))
         span = cache.reserve(num_tokens, lengths)
         hidden = self.run(input_ids, cache, span)
         cache.advance(span)
@@ -272,9 +286,9 @@ class Decoder(nn.Module):
         """What enters the first block, (B, T, H), of input_ids (B, T) at `positions` of a table of all positions."""
         return self.dropout(self.embedding(input_ids))
 
-    def run(self, input_ids: Tensor, cache: "KeyValueCache | None" = None, span: "CacheSpan | None" = None) -> Tensor:
-        """Hidden states (B, T, H) of input_ids (B, T), which with a cache go where the span says. Tensors alone decide
-        what is computed, so that it can be compiled; `hidden_states` checks and counts."""
+    def run(self, input_ids: Tensor, cache: "KeyValueCache | None" = None, span: Span | None = None) -> Tensor:
+        """Hidden states (B, T, H) of input_ids (B, T), which stand, and in a cache go, where the span says. Tensors
+        alone decide what is computed, so that it can be compiled; `hidden_states` checks and counts."""
         positions = slice(input_ids.shape[1]) if span is None else span.positions
         cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)  # (1 or B, T, 1, head_dim)
         x = self.embed(input_ids, positions)  # (B, T, H)

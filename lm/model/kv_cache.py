@@ -11,14 +11,20 @@ from lm.model.config import DecoderConfig
 
 
 @dataclass
-class CacheSpan:
-    """Where the T tokens of one call go in a KeyValueCache, and what they may see."""
+class Span:
+    """Where the T tokens of one call stand, and what they may see."""
 
     positions: Tensor  # (1 or B, T) places in the sequence
-    slots: slice | Tensor  # where they are written; (B, T) where rows differ, padding going to the spare slot
-    visible: int  # attention reads the first `visible` slots
     mask: Tensor | None  # (1 or B, 1, T, visible), True where a token may look; None where `causal` suffices
     causal: bool
+
+
+@dataclass
+class CacheSpan(Span):
+    """Where the T tokens of one call go in a KeyValueCache, and what they may see."""
+
+    slots: slice | Tensor  # where they are written; (B, T) where rows differ, padding going to the spare slot
+    visible: int  # attention reads the first `visible` slots
     lengths: list[int] | None = None  # what the rows hold once the call is over
     added: Tensor | int | None = None  # (B,) or one number for all: tokens that count
 
@@ -93,17 +99,17 @@ class KeyValueCache:
         if longest == 0 and num_tokens <= self.capacity:
             # Prompts. Padding stands right of a row's tokens: causality hides it, later tokens overwrite it.
             slots = slice(0, num_tokens)
-            return CacheSpan(new[None], slots, num_tokens, None, num_tokens > 1, after, added)
+            return CacheSpan(new[None], None, num_tokens > 1, slots, num_tokens, after, added)
         if start == longest and lengths is None:
             positions = start + new[None]
             visible = start + num_tokens
             mask = self._mask(positions, visible) if num_tokens > 1 else None
-            return CacheSpan(positions, slice(start, visible), visible, mask, False, after, added)
+            return CacheSpan(positions, mask, False, slice(start, visible), visible, after, added)
         positions = self.lengths[:, None] + new
         visible = min(longest + num_tokens, self.capacity)
         mask = self._mask(positions, visible)
         slots = positions if lengths is None else positions.masked_fill(new >= added[:, None], self.capacity)
-        return CacheSpan(positions.clamp(max=self.capacity - 1), slots, visible, mask, False, after, added)
+        return CacheSpan(positions.clamp(max=self.capacity - 1), mask, False, slots, visible, after, added)
 
     @classmethod
     def of(cls, buffers: Sequence[Tensor], lengths: Tensor) -> "KeyValueCache":
@@ -165,10 +171,10 @@ class KeyValueCache:
         capacity = self._layers[0][0].shape[2] - 1  # which as a number would become part of the code
         positions = self.lengths[:, None]
         if slots is None:
-            return CacheSpan(positions, positions, capacity, self._mask(positions, capacity), False)
+            return CacheSpan(positions, self._mask(positions, capacity), False, positions, capacity)
         mask = (slots <= positions[:, :, None])[:, None]
         held = positions.clamp(max=capacity - 1)
-        return CacheSpan(held, positions.clamp(max=capacity), slots.shape[0], mask, False)
+        return CacheSpan(held, mask, False, positions.clamp(max=capacity), slots.shape[0])
 
     def advance_one(self) -> None:
         """Count one more token a row that compiled code has written."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lm.model.config import DecoderConfig, Variant
 from lm.model.decoder import Block, Decoder, RMSNorm, SwiGLU
-from lm.model.kv_cache import CacheSpan, KeyValueCache
+from lm.model.kv_cache import KeyValueCache, Span
 
 
 class UngatedFeedForward(SwiGLU):
@@ -43,7 +43,7 @@ class PostNormBlock(Block):
         sin: Tensor,
         first_value: Tensor | None = None,
         cache: "KeyValueCache | None" = None,
-        span: "CacheSpan | None" = None,
+        span: Span | None = None,
         layer: int = 0,
     ) -> tuple[Tensor, Tensor]:
         mixed, value = self.attention(x, cos, sin, first_value, cache, span, layer)

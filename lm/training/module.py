@@ -163,7 +163,8 @@ class LanguageModel(StepModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean loss over the tokens of a micro-batch."""
-        loss, tokens = self._summed_loss(batch["tokens"], batch["loss_mask"])
+        names = ("tokens", "loss_mask", "positions")  # the last with data.document_mask
+        loss, tokens = self._summed_loss(*(batch[name] for name in names if name in batch))
         return self.step_loss(batch_idx, tokens, loss)
 
     def check_trainer(self, trainer: Trainer) -> None:

@@ -11,16 +11,19 @@ IGNORED = -100  # cross_entropy's own mark of a target that does not count
 MOST_GRAPHED = 50_000_000  # weights; kernels of larger models take longer than their launch, which graphs save
 
 
-def summed_loss(decoder: Decoder, tokens: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+def summed_loss(
+    decoder: Decoder, tokens: Tensor, loss_mask: Tensor, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The sum of the losses of all tokens that count, in nats, and their number.
 
     Args:
         decoder: Whose losses.
         tokens: (B, T + 1) of any integer type: T inputs and, one later, T targets.
         loss_mask: (B, T) bool, whether a target counts.
+        positions: (B, T) of the inputs, as of `Decoder.hidden_states`.
     """
     tokens = tokens.long()
-    hidden = decoder.hidden_states(tokens[:, :-1]).flatten(0, 1)
+    hidden = decoder.hidden_states(tokens[:, :-1], positions=positions).flatten(0, 1)
     targets, counted = tokens[:, 1:].flatten(), loss_mask.flatten()
     # Compiling joins what follows to a few kernels that read the logits once.
     if torch.compiler.is_compiling() or not has_plain_head(decoder):
@@ -51,17 +54,17 @@ class CompiledLoss:
         self.decoder, self.use_graphs = decoder, use_graphs
         self.rows = rows
 
-        def loss(tokens: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
-            return summed_loss(decoder, tokens, loss_mask)
+        def loss(*batch: Tensor) -> tuple[Tensor, Tensor]:
+            return summed_loss(decoder, *batch)
 
         self.function = torch.compile(loss, dynamic=False, mode="reduce-overhead" if use_graphs else None)
 
-    def __call__(self, tokens: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """Arguments and results as of `summed_loss`."""
-        self.rows = max(self.rows, len(tokens))
-        if missing := self.rows - len(tokens):
-            tokens, loss_mask = (F.pad(rows, (0, 0, 0, missing)) for rows in (tokens, loss_mask))
+        self.rows = max(self.rows, len(batch[0]))
+        if missing := self.rows - len(batch[0]):
+            batch = [F.pad(rows, (0, 0, 0, missing)) for rows in batch]
         if self.use_graphs:
             self.decoder.zero_grad()  # while they are still what the last replay made them
             torch.compiler.cudagraph_mark_step_begin()
-        return self.function(tokens, loss_mask)
+        return self.function(*batch)
