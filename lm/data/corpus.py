@@ -50,12 +50,26 @@ class Corpus:
     def __getstate__(self) -> dict[str, Any]:  # for workers that are spawned: they map the files, not copy them
         return {name: value for name, value in self.__dict__.items() if name not in ("tokens", "learned")}
 
-    def num_targets(self, windows: "Windows") -> int:
-        """Targets of these windows that are trained on."""
+    def num_targets(self, windows: "Windows") -> np.ndarray:
+        """(n,) int64, targets of each window that are trained on."""
         if self.learned is None:
-            return int((windows.length - 1).sum())
+            return windows.length - 1
         before = np.concatenate(([0], np.cumsum(self.learned, dtype=np.int64)))
-        return int((before[windows.start + windows.length] - before[windows.start + 1]).sum())
+        return before[windows.start + windows.length] - before[windows.start + 1]
+
+    def with_targets(self, windows: "Windows") -> "Windows":
+        """The windows that have a target that is trained on.
+
+        Raises:
+            InputError: none has.
+        """
+        kept = self.num_targets(windows) > 0
+        if not kept.any():
+            raise InputError(
+                f"no completion begins within the first {int(windows.length.max()) - 1} tokens of its story: raise "
+                "data.sequence_length, or shorten the prompts"
+            )
+        return Windows(*(column[kept] for column in windows))
 
 
 def write_corpus(texts: "Texts", tokenizer: StoryTokenizer, folder: Path, name: str, notes: Sequence[str] = ()) -> None:
@@ -145,9 +159,6 @@ class WindowBatches(Dataset):
         width: inputs of every row; None for those of the batch's longest row, rounded up to one of few widths.
         with_bytes: add text_mask and bytes, which bits per byte need.
         with_positions: add positions, which keep stories of one row apart.
-
-    Raises:
-        InputError: no target of these windows is trained on.
     """
 
     def __init__(
@@ -159,11 +170,6 @@ class WindowBatches(Dataset):
         with_bytes: bool = False,
         with_positions: bool = False,
     ) -> None:
-        if not corpus.num_targets(windows):
-            raise InputError(
-                f"no completion begins within the first {int(windows.length.max()) - 1} tokens of its story: raise "
-                "data.sequence_length, or shorten the prompts"
-            )
         self.corpus, self.windows, self.width = corpus, windows, width
         self.with_bytes, self.with_positions = with_bytes, with_positions
         self.longest = int(windows.length.max()) - 1

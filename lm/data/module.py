@@ -188,7 +188,7 @@ class TextDataModule(ResumableDataModule):
         facts = {"evaluated": f"{read} of {stories}", "tokenizer": tokenizer}
         if not self.streaming:
             windows = self.train_dataloader().dataset.windows
-            facts |= {"tokens_per_epoch": self.corpus("train").num_targets(windows)}
+            facts |= {"tokens_per_epoch": int(self.corpus("train").num_targets(windows).sum())}
             facts |= {"batches_per_epoch": len(self.train_sampler.epoch_batches(0))}
         return facts
 
@@ -278,7 +278,7 @@ class TextDataModule(ResumableDataModule):
         if stage == "fit" and not self.streaming and not self.packing:
             corpus = self.corpus("train")
             windows = (first_windows(corpus.offsets, length) for length in (self.sequence_length, len(corpus.tokens)))
-            kept, whole = map(corpus.num_targets, windows)
+            kept, whole = (corpus.num_targets(of_length).sum() for of_length in windows)
             if kept < whole / 2:
                 _tell(
                     f"note: only the first {self.sequence_length} tokens of each story are trained on, "
@@ -291,7 +291,7 @@ class TextDataModule(ResumableDataModule):
         corpus = self.corpus("train")
         kinds = [packed_windows(len(corpus.tokens), self.sequence_length)] if self.packing else []
         if self.extra_first_windows or not self.packing:
-            kinds.append(first_windows(corpus.offsets, self.sequence_length))
+            kinds.append(corpus.with_targets(first_windows(corpus.offsets, self.sequence_length)))
         windows = join_windows(*kinds)
         data = WindowBatches(corpus, windows, self.tokenizer, self.sequence_length, with_positions=self.document_mask)
 
@@ -386,7 +386,7 @@ class TextDataModule(ResumableDataModule):
     def _eval_loader(self, split: str) -> DataLoader:
         corpus = self.corpus(split)
         make = sliding_windows if self.evaluation == "full" else first_windows
-        windows = make(corpus.offsets, self.sequence_length)
+        windows = corpus.with_targets(make(corpus.offsets, self.sequence_length))
         data = WindowBatches(corpus, windows, self.tokenizer, width=None, with_bytes=True)
         # Rows of like length together, so that little is padded; the longest first, so that memory fails at once.
         size = min(self.eval_batch_size, -(-len(data) // rank_and_processes()[1]))

@@ -78,12 +78,13 @@ def counted(loader, *names: str) -> list:
 # ----------------------------------------------------------------------------------------------- windows, in general
 
 
-class Written:
+class Written(Corpus):
     """A corpus in memory, for the windows alone."""
 
     def __init__(self, stories: list[list[int]]) -> None:
         self.tokens = np.array([token for story in stories for token in story], dtype=np.uint16)
         self.offsets = np.cumsum([0, *map(len, stories)])
+        self.learned = None
 
 
 # Tokens of stories between bos and eos; 2 is eos and pad too, and 7 turns up often.
