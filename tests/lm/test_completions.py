@@ -17,7 +17,7 @@ from lm.__main__ import main
 from lm.data.completions import encode_stories
 from lm.data.corpus import positions_in
 from lm.data.demo_stories import demo_texts
-from lm.data.module import TinyStories
+from lm.data.module import TextDataModule
 from lm.data.tokenizer import StoryTokenizer
 from lm.data.tokenizer_files import load_tokenizer
 from lm.formats.adapters import inject
@@ -85,9 +85,9 @@ def write(folder: Path, rows: list[dict]) -> str:
     return str(folder)
 
 
-def data_module(folder: Path, tokenizer: StoryTokenizer, rows: list[dict] = PAIRS, **options) -> TinyStories:
+def data_module(folder: Path, tokenizer: StoryTokenizer, rows: list[dict] = PAIRS, **options) -> TextDataModule:
     tokenizer.save(folder / "tokenizer")
-    return TinyStories(
+    return TextDataModule(
         write(folder / "source", rows), str(folder / "tokenizer"), **{"sequence_length": 32, "batch_size": 3} | options
     )
 
