@@ -1,8 +1,8 @@
 """A split of stories as token ids in a memory-mapped file, and the windows that batches are gathered from.
 
-The file holds ``bos story eos bos story eos ...`` beside the offsets of its stories and, where not all of their tokens
-are trained on, which these are. A sample is a window of that file,
-and a batch is gathered in one numpy indexing operation, so that the loader is never what the model waits for.
+The file holds ``bos story eos bos story eos ...``; beside it are the offsets of its stories and, where not all of their
+tokens are trained on, which these are. A sample is a window of that file, and a batch is gathered in one numpy indexing
+operation, so that the loader is never what the model waits for.
 """
 
 import json

@@ -126,8 +126,8 @@ class StoryStream(IterableDataset):
             tokens.append(story.tolist())
         length, size = self.sequence_length, self.batch_size
         if not self.packing:
-            rows = (story[: length + 1] for story in tokens)
-            rows = [*position["carry"], *(row for row in rows if min(row[1:], default=GIVEN) & GIVEN == 0)]
+            cut = [story[: length + 1] for story in tokens]
+            rows = [*position["carry"], *(row for row in cut if any(token & GIVEN == 0 for token in row[1:]))]
             whole = len(rows) // size * size
             return [np.array(row) for row in rows[:whole]], rows[whole:]
         flat = np.array([*position["carry"], *(token for story in tokens for token in story)], dtype=np.int64)
