@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -300,6 +301,30 @@ def test_template_without_marks_trains_what_an_answer_adds(tmp_path: Path, token
     assert ids[: answers[0]] == plain.encode_chat(messages[:1])
     text = plain.decode([token for token, counts in zip(ids, learned, strict=True) if counts])
     assert text.split() == f"{messages[1]['content']} {messages[3]['content']}".split()
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".csv"])
+@pytest.mark.parametrize("rows", [PAIRS, CHATS], ids=["completions", "messages"])
+def test_tables_hold_what_json_lines_do(tmp_path: Path, rows: list[dict], ending: str) -> None:
+    with_template(TOKENIZER, TEMPLATE, tmp_path / "tokenizer")
+    write(tmp_path / "lines", rows)
+    (tmp_path / "table").mkdir()
+    for split in ("train", "validation"):
+        file = tmp_path / "table" / f"{split}{ending}"
+        if ending == ".csv":
+            texts = [{k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()} for row in rows]
+            Dataset.from_list(texts).to_csv(file)
+        else:
+            Dataset.from_list(rows).to_parquet(file)
+    options = {"tokenizer": str(tmp_path / "tokenizer"), "batch_size": 2, "packing": True}
+    lines, table = (TextDataModule(str(tmp_path / name), **options).corpus("train") for name in ("lines", "table"))
+    assert lines.tokens.tolist() == table.tokens.tolist()
+    assert lines.learned.tolist() == table.learned.tolist()
+    left, right = (
+        next(iter(TextDataModule(str(tmp_path / name), streaming=True, **options).train_dataloader()))
+        for name in ("lines", "table")
+    )
+    assert torch.equal(left["tokens"], right["tokens"]) and torch.equal(left["loss_mask"], right["loss_mask"])
 
 
 # -------------------------------------------------------------------------------------------------------- bad inputs
