@@ -27,7 +27,7 @@ from lm.model.decoder import Decoder
 from lm.training.module import TokenSums
 from lm.training.objective import summed_loss
 from tests.lm.small import VOCAB_SIZE, make_decoder, make_tokenizer
-from tests.runs import TINY, checkpoint, rows
+from tests.runs import TINY, checkpoint, refused, rows
 
 NAMES = ("Tom", "Anna", "Ben", "Zoë", "Sue")
 PAIRS = [
@@ -328,15 +328,6 @@ def test_tables_hold_what_json_lines_do(tmp_path: Path, rows: list[dict], ending
 
 
 # -------------------------------------------------------------------------------------------------------- bad inputs
-
-
-def refused(capsys: pytest.CaptureFixture, *args: str) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        main(list(args))
-    error = capsys.readouterr().err.strip()
-    assert exit_.value.code == 2 and error.startswith("error: ") and "\n" not in error
-    return error
 
 
 GOOD = PAIRS[0]
