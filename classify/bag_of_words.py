@@ -14,7 +14,7 @@ from pathlib import Path
 
 from classify.data import TextClassificationDataModule
 from classify.splits import draw_splits
-from experiment.compare.comparison import merged, split_words
+from experiment.compare.comparison import merged, read_words
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -22,20 +22,19 @@ def main(args: Sequence[str] | None = None) -> None:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
+    from sklearn.pipeline import make_pipeline
 
-    configs, flags = split_words((sys.argv[1:] if args is None else args)[1:], reserved=())
+    configs, flags = read_words((sys.argv[1:] if args is None else args)[1:])
     data = TextClassificationDataModule(**merged(configs, flags).get("data", {}))
     _, drawn = draw_splits(data.path, data.sizes, data.given_label_names, data.seed)
     start = time.monotonic()
-    vectorizer = TfidfVectorizer(sublinear_tf=True)
-    model = LogisticRegression(C=10, max_iter=1000)
-    model.fit(vectorizer.fit_transform(drawn["train"].texts), drawn["train"].labels)
+    model = make_pipeline(TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=10, max_iter=1000))
+    model.fit(drawn["train"].texts, drawn["train"].labels)
     figures: dict[str, float] = {"step": 1}
     for name, split in {"train": drawn["train"], "val": drawn["validation"], "test": drawn["test"]}.items():
-        features = vectorizer.transform(split.texts)
-        figures[f"{name}/loss"] = log_loss(split.labels, model.predict_proba(features))
-        figures[f"{name}/accuracy"] = model.score(features, split.labels)
-    run, size = Path(flags["run_dir"]), model.coef_.size + model.intercept_.size
+        figures[f"{name}/loss"] = log_loss(split.labels, model.predict_proba(split.texts))
+        figures[f"{name}/accuracy"] = model.score(split.texts, split.labels)
+    run, size = Path(flags["run_dir"]), model[-1].coef_.size + model[-1].intercept_.size
     run.mkdir(parents=True, exist_ok=True)
     with (run / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([figures, figures.values()])

@@ -7,7 +7,6 @@
 An entry is a line of JSON that holds all that its runs need but the stories: these are named by the hash of their text.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -18,13 +17,14 @@ from typing import Any
 import yaml
 
 from experiment.console import console
-from experiment.errors import InputError, one_line_errors
+from experiment.errors import CommandParser, InputError, one_line_errors
 
 RESULTS, BOARD = Path("results"), Path("BOARD.md")
 REPEATED = {
     "package": "lm", "metric": {"name": "val/bits_per_byte", "goal": "minimize"},
     "report": ["val/loss", "val/bits_per_byte", "tokens", "training_seconds"],
 }  # fmt: skip
+COLUMNS = "| bits per byte | entry | seeds | tokens | what | machine | commit | date |\n|" + "---|" * 8 + "\n"
 HEADER = """# The board
 
 Bits per byte on the validation stories, by what a training may cost; fewer are better. Made by `make board` from the
@@ -45,43 +45,36 @@ flatters itself a little.
 """
 
 
+TRACKS = {  # what an entry may cost
+    "5 minutes of two cores": ("seconds", 300, "two cores"),
+    "20 minutes of two cores": ("seconds", 1200, "two cores"),
+    "5 minutes of one GPU": ("seconds", 300, "one GPU"),
+    "4 M tokens": ("tokens", 4e6, "any machine"),
+    "41 M tokens": ("tokens", 41e6, "any machine"),
+}
+
+
 @dataclass(frozen=True)
 class Entry:
-    """What was trained, and how it did.
-
-    Attributes:
-        name: Of the entry.
-        about: What it is, in a sentence.
-        config: Every value that its configurations and flags set, but where the stories lie.
-        budget: Of each run: ``{"seconds": 1200}`` or ``{"tokens": 4000000}``.
-        seeds: Of the runs.
-        bits_per_byte: Of each run, at its end.
-        tokens: Trained in a run, on average.
-        evaluated: What was predicted, with the hash of the validation stories.
-        machine: The CPU or GPU, cores, precision.
-        commit: Of this source.
-        date: When.
-    """
+    """What was trained, and how it did."""
 
     name: str
-    about: str
-    config: dict[str, Any]
-    budget: dict[str, float]
-    seeds: list[int]
-    bits_per_byte: list[float]
-    tokens: float
-    evaluated: str
-    machine: dict[str, Any]
-    commit: str
+    about: str  # what it is, in a sentence
+    config: dict[str, Any]  # every value that its configurations and flags set, but where the stories lie
+    budget: dict[str, float]  # of each run: {"seconds": 1200} or {"tokens": 4000000}
+    seeds: list[int]  # of the runs
+    bits_per_byte: list[float]  # of each run, at its end
+    tokens: float  # trained in a run, on average
+    evaluated: str  # what was predicted, with the hash of the validation stories
+    machine: dict[str, Any]  # CPU or GPU, cores, precision
+    commit: str  # of this source
     date: str
 
     def __post_init__(self) -> None:
         if missing := [one.name for one in fields(self) if not getattr(self, one.name)]:
             raise InputError(f"{self.name or 'an entry'} has no {missing[0]}, without which nobody can repeat it")
         if not len(self.seeds) == len(self.bits_per_byte) == len(set(self.seeds)):
-            raise InputError(
-                f"{self.name}: seeds {self.seeds}, bits_per_byte {self.bits_per_byte}: expected one for each"
-            )
+            raise InputError(f"{self.name}: {self.bits_per_byte} of seeds {self.seeds}: expected one for each")
         if self.commit.endswith("-dirty"):
             raise InputError(f"{self.name}: commit {self.commit}: commit the source that is run, and run it again")
         if "limit_val_batches" in self.config.get("trainer", {}):
@@ -90,19 +83,12 @@ class Entry:
 
     @property
     def track(self) -> str:
-        """What the entry may cost, as the board has it."""
+        """Which of the TRACKS the entry is in."""
         hardware = "one GPU" if self.machine.get("gpu") else "two cores" if self.machine.get("cores") == 2 else "others"
-        known = {
-            ("seconds", 300, "two cores"): "5 minutes of two cores",
-            ("seconds", 1200, "two cores"): "20 minutes of two cores",
-            ("seconds", 300, "one GPU"): "5 minutes of one GPU",
-            ("tokens", 4e6, None): "4 M tokens",
-            ("tokens", 41e6, None): "41 M tokens",
-        }
-        for (unit, number, on), title in known.items():
-            if self.budget.get(unit) == number and on in (None, hardware):
+        for title, (unit, number, where) in TRACKS.items():
+            if self.budget.get(unit) == number and where in (hardware, "any machine"):
                 return title
-        raise InputError(f"{self.name}: budget {self.budget} on {hardware}: expected one of {list(known)}")
+        raise InputError(f"{self.name}: budget {self.budget} on {hardware}: expected one of {', '.join(TRACKS)}")
 
 
 def read_entries(folder: Path = RESULTS) -> list[Entry]:
@@ -117,14 +103,17 @@ def read_entries(folder: Path = RESULTS) -> list[Entry]:
     return entries
 
 
-def entry_of(name: str, about: str, lines: Sequence[dict[str, Any]]) -> Entry:
-    """The entry of the runs of one row, a line of a comparison each."""
+def add(name: str, about: str, file: Path, row: str) -> None:
+    """Make an entry of the runs of one row, whose lines a comparison has written into the file."""
+    if not file.is_file():
+        raise InputError(f"--from {file} does not exist: expected the JSON lines of a comparison")
+    lines = [line for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()) if line["row"] == row]
     if not lines or any("failed" in line for line in lines):
-        raise InputError(f"{name}: {len(lines)} runs, some of which failed: expected one or more that ended")
+        raise InputError(f"{row}: {len(lines)} runs, some of which failed: expected one or more that ended")
     first, seen = lines[0], lines[0].get("environment", {})
     seen = {"cpu": seen.get("processor"), **seen}  # as older runs call it
     data = {key: value for key, value in first["config"].get("data", {}).items() if key != "path"}
-    return Entry(
+    entry = Entry(
         name=name,
         about=about,
         config={**first["config"], "data": data},
@@ -137,22 +126,23 @@ def entry_of(name: str, about: str, lines: Sequence[dict[str, Any]]) -> Entry:
         commit=seen.get("source", ""),
         date=first.get("date", ""),
     )
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(vars(entry)) + "\n")
+    console.print(f"added to {stream.name}; next: tinylab board write")
 
 
 def render(entries: Sequence[Entry]) -> str:
     """The page: a table for each budget and text, the fewest bits first."""
     parts = [HEADER]
     for track, evaluated in dict.fromkeys((entry.track, entry.evaluated) for entry in entries):
-        parts.append(f"\n## {track}\n\nJudged by {evaluated}.\n\n")
-        parts.append(
-            "| bits per byte | entry | seeds | tokens | what | machine | commit | date |\n|" + "---|" * 8 + "\n"
-        )
+        parts.append(f"\n## {track}\n\nJudged by {evaluated}.\n\n{COLUMNS}")
         there = [entry for entry in entries if (entry.track, entry.evaluated) == (track, evaluated)]
         for entry in sorted(there, key=lambda entry: mean(entry.bits_per_byte)):
             spread = f" ± {stdev(entry.bits_per_byte):.4f}" if len(entry.seeds) > 1 else ", one seed"
-            machine = ", ".join(str(entry.machine[key]) for key in ("gpu", "cpu", "precision") if key in entry.machine)
+            machine = [entry.machine[key] for key in ("gpu", "cpu", "precision") if key in entry.machine]
             cells = [f"{mean(entry.bits_per_byte):.4f}{spread}", entry.name, ", ".join(map(str, entry.seeds))]
-            cells += [f"{entry.tokens / 1e6:.1f} M", entry.about, machine, entry.commit, entry.date]
+            cells += [f"{entry.tokens / 1e6:.1f} M", entry.about, ", ".join(machine), entry.commit, entry.date]
             parts.append(f"| {' | '.join(cells)} |\n")
     return "".join(parts)
 
@@ -170,11 +160,10 @@ def repeat(entry: Entry, words: Sequence[str], folder: Path = Path("runs/board")
     compare([str(file), *words])
 
 
+@one_line_errors()
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
-        "tinylab board", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
-    )
+    parser = CommandParser("tinylab board", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     adding = commands.add_parser("add", help="make an entry of a comparison's row")
     adding.add_argument("name")
@@ -185,24 +174,16 @@ def main(args: Sequence[str] | None = None) -> None:
     repeating = commands.add_parser("repeat", help="run an entry once more", allow_abbrev=False)
     repeating.add_argument("name")
     options, words = parser.parse_known_args(args)
-    with one_line_errors():
-        if options.command == "add":
-            if not options.file.is_file():
-                raise InputError(f"--from {options.file} does not exist: expected the JSON lines of a comparison")
-            lines = [json.loads(text) for text in options.file.read_text(encoding="utf-8").splitlines()]
-            entry = entry_of(options.name, options.about, [line for line in lines if line["row"] == options.row])
-            RESULTS.mkdir(exist_ok=True)
-            with (RESULTS / f"{entry.name}.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(vars(entry)) + "\n")
-            console.print(f"added to {file.name}; next: tinylab board write")
-        elif options.command == "write":
-            BOARD.write_text(render(read_entries()), encoding="utf-8")
-            console.print(f"written: {BOARD}")
-        else:
-            entries = {entry.name: entry for entry in read_entries()}
-            if options.name not in entries:
-                raise InputError(f"{options.name} is no entry: expected one of {', '.join(entries)}")
-            repeat(entries[options.name], words)
+    if options.command == "add":
+        add(options.name, options.about, options.file, options.row)
+    elif options.command == "write":
+        BOARD.write_text(render(read_entries()), encoding="utf-8")
+        console.print(f"written: {BOARD}")
+    else:
+        entries = {entry.name: entry for entry in read_entries()}
+        if options.name not in entries:
+            raise InputError(f"{options.name} is no entry: expected one of {', '.join(entries)}")
+        repeat(entries[options.name], words)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def test_every_comparison_runs(file: Path, in_tmp: Path, forked: None) -> None:
     write_stories(Path("stories"))
     save_tiny_bert(Path("bert"))
     Path("configs").symlink_to(ROOT / "configs")
-    comparison = read_comparison(file)
+    comparison, _ = read_comparison([str(file)])
     package, names = comparison.rows[0].package, [row.name for row in comparison.rows]
     sweep = "command" in read_yaml(file)  # its rows differ in values alone
     chosen = names[:1] if sweep else names[:: 1 + len(names) // 5]
@@ -107,7 +107,7 @@ def test_every_comparison_runs(file: Path, in_tmp: Path, forked: None) -> None:
     with Path(f"runs/comparisons/{comparison.name}/{comparison.name}.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [row["seeds"] for row in rows] == ["1"] * len(chosen) + [""] * len(comparison.quoted)
-    for run in compare.read_arguments([str(file), "--seeds", "1", *SHRUNK[package]])[1]:  # the other rows' flags exist
-        if run.row.name not in chosen:
-            with pytest.raises(SystemExit, match=r"^0$"):
-                import_module(f"{run.row.package}.__main__").main(["fit", *run.arguments, "--print_config"])
+    others, _ = compare.read_comparison([str(file), "--seeds", "1", *SHRUNK[package]])
+    for run in (compare.Run(row, 1) for row in others.rows if row.name not in chosen):  # the other rows' flags exist
+        with pytest.raises(SystemExit, match=r"^0$"):
+            import_module(f"{run.row.package}.__main__").main(["fit", *run.arguments, "--print_config"])

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import pytest
 
-from experiment.compare.runner import read_arguments
+from experiment.compare.runner import Run, read_comparison
 from tests.classify.conftest import save_tiny_bert
 from tests.runs import TINY, write_stories
 from tinylab.__main__ import COMMANDS
@@ -102,8 +102,8 @@ def perform(words: list[str]) -> None:
                     shutil.copytree(run.removesuffix("-2"), run)
             call(module, *args)
         case [_, "-m", "experiment.compare", file, *args]:  # tests/test_comparisons.py makes the runs
-            _, runs, _ = read_arguments([file, *args])
-            perform(["python", "-m", runs[0].row.package, "fit", *runs[0].arguments, "--print_config"])
+            row = read_comparison([file, *args])[0].rows[0]
+            perform(["python", "-m", row.package, "fit", *Run(row, 1).arguments, "--print_config"])
         case ["torchrun", *args]:  # of each machine; the test of two is with those of several processes
             perform(["python", *args[args.index("-m") :]])
         case ["wandb", command, *args]:  # needs its server: its own parser must know the options

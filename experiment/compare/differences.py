@@ -1,24 +1,24 @@
 """What the rows of a comparison gave: tables, differences paired over seeds, a plot, and the page of the runs."""
 
-import csv
-import itertools
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
 from rich import box
+from rich.console import Console
 from rich.table import Table
+from scipy.stats import t
 
 from experiment.compare.comparison import Comparison
 from experiment.console import console
 from experiment.pages.curves import COLORS
 from experiment.pages.report import write_report
 
-Results = Mapping[str, Sequence[Mapping[str, Any]]]  # by row, the line of each seed
-Values = Mapping[str, Mapping[str, Mapping[int, float]]]  # by row and figure, the value of each seed
+Lines = Sequence[Mapping[str, Any]]  # what each run left, with the name of its row
 TITLES = {  # of a figure, and its format
     "train/loss": ("training loss", ".4f"), "val/loss": ("validation loss", ".4f"), "val/accuracy": ("accuracy", ".4f"),
     "val/perplexity": ("perplexity", ".2f"), "val/bits_per_byte": ("bits per byte", ".4f"),
@@ -28,158 +28,123 @@ TITLES = {  # of a figure, and its format
 }  # fmt: skip
 
 
-def figure(line: Mapping[str, Any], name: str, at: str) -> float | None:
-    """A figure of a run: at its last validation, or at the best, that of least loss; None where it has none."""
-    curve = line.get("curve", {})
-    if name == "compute" and "tokens" in curve:
-        return 6 * line.get("parameters", 0) * figure(line, "tokens", at)
-    if name not in curve:
-        return line.get("test", {}).get(name, line.get(name))
-    losses = curve.get("val/loss", curve[name])
-    return curve[name][-1 if at == "last" else losses.index(min(losses))]
+def collect(comparison: Comparison, lines: Lines) -> pd.DataFrame:
+    """Every figure that is reported or drawn, a row for each run; NaN where it has none."""
+    names, runs = {*comparison.report, comparison.metric["name"], "parameters", "tokens", "failed"}, []
+    for line in lines:
+        curve = {name: values for name, values in line.get("curve", {}).items() if values}
+        losses = curve.get("val/loss", [0.0])
+        place = -1 if comparison.at == "last" else losses.index(min(losses))
+        figures = {**line, **line.get("test", {}), **{name: values[place] for name, values in curve.items()}}
+        runs.append({name: figures.get(name) for name in ("row", "seed", *names)})
+    frame = pd.DataFrame(runs).astype(dict.fromkeys(names, float))
+    return frame.assign(compute=6 * frame["parameters"] * frame["tokens"])
 
 
-def collect(comparison: Comparison, results: Results) -> Values:
-    """Every figure that is reported or drawn."""
-    names = {*comparison.report, comparison.metric["name"], "compute"}
-    values: dict[str, dict[str, dict[int, float]]] = {row: {name: {} for name in names} for row in results}
-    for row, name in itertools.product(results, names):
-        for line in results[row]:
-            if (value := figure(line, name, comparison.at)) is not None:
-                values[row][name][line["seed"]] = value
-    return values
+def differences(frame: pd.DataFrame, metric: str, baseline: str, form: str = ".4f") -> dict[str, str]:
+    """Of each row, its metric less the baseline's: the mean of the pairs of equal seed and its standard error, and
+    whether it may be chance, as where the interval that holds the true difference in 95 of 100 cases (Student's t)
+    holds 0."""
+    of_seeds, texts = frame.pivot(index="seed", columns="row", values=metric), {}
+    for row, pairs in of_seeds.drop(columns=baseline).sub(of_seeds[baseline], axis=0).items():
+        pairs, middle, error = pairs.dropna(), pairs.mean(), pairs.sem()
+        noise = ", within the noise" if abs(middle) <= t.ppf(0.975, len(pairs) - 1) * error else ""
+        spread = f" ± {error:{form}}{noise}" if len(pairs) > 1 else ", one seed"
+        texts[row] = f"{middle:+{form}}{spread}" if len(pairs) else ""
+    return texts
 
 
-def cell(values: Sequence[float], form: str) -> str:
-    """`mean ± standard deviation`, without the second where all seeds agree."""
-    deviation = stdev(values) if len(values) > 1 else 0.0
-    return (f"{mean(values):{form}}" if values else "") + (f" ± {deviation:{form}}" if deviation else "")
+def cell(values: pd.Series, form: str) -> str:
+    """`mean ± standard deviation`, without the second where all seeds agree; empty where there are no values."""
+    spread = f" ± {values.std():{form}}" if values.std() > 0 else ""
+    return f"{values.mean():{form}}{spread}" if values.count() else ""
 
 
-def difference(ours: Mapping[int, float], theirs: Mapping[int, float], form: str = ".4f") -> str:
-    """Ours less theirs, by seed: the mean of the pairs and its standard error, and whether it may be chance, which it
-    may where the interval that holds the true difference in 95 of 100 cases (Student's t) holds 0."""
-    pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    if len(pairs) < 2:
-        return f"{pairs[0]:+{form}}, one seed" if pairs else ""
-    from scipy.stats import t
-
-    middle, error = mean(pairs), stdev(pairs) / math.sqrt(len(pairs))
-    noise = ", within the noise" if abs(middle) <= t.ppf(0.975, len(pairs) - 1) * error else ""
-    return f"{middle:+{form}} ± {error:{form}}{noise}"
-
-
-def table(comparison: Comparison, results: Results, values: Values) -> list[list[str]]:
-    """Header and rows: figures with their spread, the difference from the baseline, and what each row shows."""
-    columns = {name: TITLES.get(name, (name, ".4g")) for name in comparison.report}
-    judged, base = comparison.metric["name"], comparison.baseline
-    title, form = TITLES.get(judged, (judged, ".4g"))
-    titles, forms = zip(*columns.values(), strict=True)
-    rows = [["group", "row", *titles, f"{title} less that of {base}", "seeds", "what it shows"]]
+def table(comparison: Comparison, frame: pd.DataFrame) -> pd.DataFrame:
+    """Figures with their spread, the difference from the baseline, and what each row shows, all as text."""
+    metric, base, rows = comparison.metric["name"], comparison.baseline, []
+    forms = {name: TITLES.get(name, (name, ".4g")) for name in (*comparison.report, metric)}
+    apart = differences(frame, metric, base, forms[metric][1]) if base else {}
     for row in comparison.rows:
-        cells = [cell([*values[row.name][name].values()], shape) for name, (_, shape) in columns.items()]
-        apart = difference(values[row.name][judged], values[base][judged], form) if base not in (None, row.name) else ""
-        failed = {
-            line["seed"]: f" failed (exit code {line['failed']})" for line in results[row.name] if "failed" in line
-        }
-        seeds = ", ".join(f"{line['seed']}{failed.get(line['seed'], '')}" for line in results[row.name])
-        rows.append([row.group, row.title or row.name, *cells, apart, seeds, row.shows])
-    for name, known in comparison.quoted.items():
-        cells = [f"{known[n]:{shape}}" if n in known else "" for n, shape in zip(columns, forms, strict=True)]
-        rows.append(["", name, *cells, "", "", ""])
-    kept = [name in ("row", "seeds") or any(row[i] for row in rows[1:]) for i, name in enumerate(rows[0])]
-    return [list(itertools.compress(row, kept)) for row in rows]
+        own = frame[frame["row"] == row.name]
+        codes = ["" if np.isnan(code) else f" failed (exit code {code:.0f})" for code in own["failed"]]
+        cells = {forms[name][0]: cell(own[name], forms[name][1]) for name in comparison.report}
+        cells[f"{forms[metric][0]} less that of {base}"] = apart.get(row.name, "")
+        seeds = ", ".join(f"{seed}{code}" for seed, code in zip(own["seed"], codes, strict=True))
+        named = {"group": row.group, "row": row.title or row.name}
+        rows.append({**named, **cells, "seeds": seeds, "what it shows": row.shows})
+    for title, known in comparison.quoted.items():
+        rows.append(
+            {"row": title, **{forms[name][0]: f"{known[name]:{forms[name][1]}}" for name in known if name in forms}}
+        )
+    shown = pd.DataFrame(rows).fillna("")
+    return shown.loc[:, (shown != "").any()]
 
 
-def notes_of(comparison: Comparison, results: Results) -> list[str]:
-    """What a reader of the table has to know."""
-    lines = [line for lines in results.values() for line in lines]
+def show(comparison: Comparison, lines: Lines, out: Path) -> None:
+    """Print the table, and write it as Markdown, CSV and JSON lines beside a plot and the page of the runs."""
+    folder, frame, metric = out / comparison.name, collect(comparison, lines), comparison.metric
+    folder.mkdir(parents=True, exist_ok=True)
+    shown, file = table(comparison, frame), folder / comparison.name
     notes = [f"Mean ± standard deviation over the seeds, at the {comparison.at} validation."]
     if comparison.baseline:
         notes += ["Differences are paired over the seeds, ± standard error; within the noise: at 95 % they may be 0."]
     notes += dict.fromkeys(f"Judged by {line['evaluated']}." for line in lines if "evaluated" in line)
     if len({line.get("tokenizer") for line in lines}) > 1:
-        notes += [
-            "Tokenizers differ: bits per byte compare, losses of a token do not; equal tokens are not equal text."
-        ]
-    return notes
-
-
-def show(comparison: Comparison, results: Results, out: Path) -> None:
-    """Print the table, and write it as Markdown, CSV and JSON lines beside a plot and the page of the runs."""
-    folder, values = out / comparison.name, collect(comparison, results)
-    folder.mkdir(parents=True, exist_ok=True)
-    (header, *rows), notes = table(comparison, results, values), notes_of(comparison, results)
-    scores = {row: mean(found) for row in values if (found := values[row][comparison.metric["name"]].values())}
-    pick = {"minimize": min, "maximize": max}[comparison.metric["goal"]]
-    best = pick(scores, key=scores.get) if scores else None
+        notes += ["Tokenizers differ: bits per byte compare, losses of a token and numbers of tokens do not."]
+    scores = frame.groupby("row")[metric["name"]].mean().dropna().sort_values(ascending=metric["goal"] == "minimize")
     printed = Table(title=comparison.name, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name, *cells in zip(header, *rows, strict=True):  # narrow, since a pipe has 80 columns
-        printed.add_column(name, overflow="fold", min_width=max(map(len, " ".join([name, *cells]).split())))
-    for name, row in zip([*results, *comparison.quoted], rows, strict=True):
-        printed.add_row(*row, style="bold green" if name == best else None)
+    for name in shown:  # narrow, since a pipe has 80 columns
+        printed.add_column(name, overflow="fold", min_width=max(map(len, " ".join([name, *shown[name]]).split())))
+    for name, cells in zip([*(row.name for row in comparison.rows), *comparison.quoted], shown.to_numpy(), strict=True):
+        printed.add_row(*cells, style="bold green" if name in scores.index[:1] else None)
     console.print(printed, "\n".join(notes), sep="\n")
-    file = folder / comparison.name
-    text = [f"| {' | '.join(row)} |\n" for row in (header, ["---"] * len(header), *rows)]
-    file.with_suffix(".md").write_text("".join([*text, *(f"\n{note}\n" for note in notes)]), encoding="utf-8")
-    with file.with_suffix(".csv").open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows([header, *rows])
-    lines = [json.dumps({"row": row, **line}) for row, lines in results.items() for line in lines]
-    file.with_suffix(".jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    draw(comparison, results, values, file.with_suffix(".png"))
-    runs = {out / "runs" / lines[0]["key"]: row for row, lines in results.items() if lines[0].get("environment")}
-    if runs := {
-        run: row for run, row in runs.items() if (run / "metrics.csv").is_file()
-    }:  # not those of other machines
-        write_report(list(runs), folder, list(runs.values()))
+    printed.box, printed.title, printed.padding = box.MARKDOWN, None, (0, 1)
+    page = Console(width=100_000, highlight=False, markup=False, emoji=False)
+    with page.capture() as text:
+        page.print(printed, *notes, sep="\n\n")
+    file.with_suffix(".md").write_text(text.get().strip() + "\n", encoding="utf-8")
+    shown.to_csv(file.with_suffix(".csv"), index=False)
+    file.with_suffix(".jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    draw(comparison, frame, file.with_suffix(".png"))
+    runs = {line["row"]: out / "runs" / line["key"] for line in reversed(lines) if line.get("environment")}
+    here = {row: run for row, run in runs.items() if (run / "metrics.csv").is_file()}  # not on another machine
+    if here:
+        write_report([*here.values()], folder, [*here])
     console.print(f"written: tables, plot and page in {folder}; the runs in {out / 'runs'}")
 
 
-def draw(comparison: Comparison, results: Results, values: Values, file: Path) -> None:
-    """The metric: of each row with every seed, against tokens and time, or against compute with a fitted line."""
-    import numpy as np
-    from matplotlib.figure import Figure
-
-    metric, kind = comparison.metric["name"], comparison.plot
-    groups = dict.fromkeys(row.group for row in comparison.rows)
-    picture = Figure(figsize=(9, 0.3 * len(results) + 1.2 if kind == "rows" else 4.2), layout="constrained")
-    panels = picture.subplots(1, 2 if kind == "curves" else 1, sharey=True, squeeze=False)[0]
-    title = TITLES.get(metric, (metric, ""))[0]
-    panels[0].set(**{"xlabel" if kind == "rows" else "ylabel": title})
+def draw(comparison: Comparison, frame: pd.DataFrame, file: Path) -> None:
+    """The metric: of each row with every seed, or against compute with the line of a power law."""
+    metric, kind, rows = comparison.metric["name"], comparison.plot, {row.name: row for row in comparison.rows}
+    frame = frame.assign(place=frame["row"].map([*rows].index), group=frame["row"].map(lambda name: rows[name].group))
+    picture = Figure(figsize=(9, 0.3 * len(rows) + 1.2 if kind == "rows" else 4.2), layout="constrained")
+    axes = picture.subplots()
+    axes.set(**{"xlabel" if kind == "rows" else "ylabel": TITLES.get(metric, (metric, ""))[0]})
+    groups = frame.dropna(subset=metric).groupby("group", sort=False)
+    for color, (group, part) in zip(COLORS * len(rows), groups, strict=False):
+        if kind == "rows":
+            spread = part.groupby("place")[metric].agg(["mean", "std"])
+            look = {"color": color, "markersize": 12, "capsize": 3}
+            axes.plot(part[metric], part["place"], "o", color=color, markersize=3.5, alpha=0.6)
+            axes.errorbar(spread["mean"], spread.index, xerr=spread["std"], fmt="|", **look)
+        else:
+            axes.loglog(part["compute"], part[metric], "o", color=color)
+            if part["compute"].nunique() > 1:
+                slope, level = np.polyfit(np.log(part["compute"]), np.log(part[metric]), 1)
+                line = np.exp(level) * part["compute"] ** slope
+                axes.loglog(part["compute"], line, color=color, label=f"{group}: C^{slope:.3f}")
     if kind == "rows":
-        colors = dict(zip(groups, COLORS * len(groups), strict=False))
-        for place, row in enumerate(comparison.rows):
-            found, color = [*values[row.name][metric].values()], colors[row.group]
-            panels[0].plot(found, [place] * len(found), "o", color=color, markersize=3.5, alpha=0.6)
-            if found:
-                spread = stdev(found) if len(found) > 1 else 0.0
-                panels[0].errorbar(mean(found), place, xerr=spread, fmt="|", color=color, markersize=12, capsize=3)
-        base = values[comparison.baseline][metric].values() if comparison.baseline else ()
-        for mark in [*({mean(base)} if base else ()), *(q[metric] for q in comparison.quoted.values() if metric in q)]:
-            panels[0].axvline(mark, color="gray", linewidth=0.8)
-        panels[0].set_yticks(range(len(results)), [row.title or row.name for row in comparison.rows])
-        panels[0].invert_yaxis()
-    elif kind == "curves":
-        for color, (row, lines) in zip(COLORS * len(results), results.items(), strict=False):
-            for number, curve in enumerate(line["curve"] for line in lines if metric in line.get("curve", {})):
-                for axes, along in zip(panels, ("tokens", "training_seconds"), strict=True):
-                    axes.plot(curve[along], curve[metric], ".-", color=color, label=None if number else row)
-                    axes.set_xlabel(along.replace("_", " "))
+        base = frame[frame["row"] == comparison.baseline][metric].mean()
+        for mark in (base, *(known.get(metric, np.nan) for known in comparison.quoted.values())):
+            axes.axvline(mark, color="gray", linewidth=0.8)
+        axes.set_yticks(range(len(rows)), [row.title or row.name for row in rows.values()])
+        axes.invert_yaxis()
     else:
-        for color, group in zip(COLORS * len(groups), groups, strict=False):
-            rows = [values[row.name] for row in comparison.rows if row.group == group]
-            found = [(row["compute"][seed], row[metric][seed]) for row in rows for seed in row[metric]]
-            compute, measured = np.array(found).reshape(-1, 2).T
-            panels[0].loglog(compute, measured, "o", color=color)
-            if len(set(compute)) > 1:
-                slope, level = np.polyfit(np.log(compute), np.log(measured), 1)
-                label = f"{group}: C^{slope:.3f}"
-                panels[0].loglog(compute, np.exp(level) * compute**slope, color=color, label=label)
-        panels[0].yaxis.set_minor_formatter("{x:g}")
-        panels[0].set_xlabel("C = 6 x parameters x tokens, FLOP")
-    for axes in panels:
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    if panels[0].get_legend_handles_labels()[0]:
-        panels[0].legend(frameon=False)
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.set_xlabel("C = 6 x parameters x tokens, FLOP")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
     picture.savefig(file, dpi=150)

@@ -6,7 +6,6 @@ The page is for whoever sits at this machine: it listens on 127.0.0.1 alone, and
 
 import argparse
 import os
-import sys
 import threading
 from collections.abc import Sequence
 from importlib import import_module
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiment.console import console
-from experiment.errors import InputError
+from experiment.errors import InputError, one_line_errors
 from experiment.quiet import quiet_libraries
 from experiment.sources.paths import user_path
 
@@ -108,12 +107,8 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, help=f"on 127.0.0.1; by default the first free one from {PORT}")
     options = parser.parse_args(args)
     quiet_libraries()
-    try:
-        with console.status("loading"):
-            page, address = open_page([user_path(run) for run in options.runs] or newest_demo(), options.port)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    with one_line_errors(), console.status("loading"):
+        page, address = open_page([user_path(run) for run in options.runs] or newest_demo(), options.port)
     console.print(f"open {address} in a browser; Ctrl-C ends it")
     try:
         threading.Event().wait()

@@ -7,7 +7,6 @@ it.
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from experiment.console import console
-from experiment.errors import InputError
+from experiment.errors import InputError, one_line_errors
 from experiment.pages.curves import CHARTS, COLORS, Rows, draw_interactive, draw_png, find_series
 from experiment.pages.predictions import Verdicts, draw_calibration, draw_confusion, draw_pngs, read_verdicts
 from experiment.pages.summary import FIGURES, best, read_metrics
@@ -267,18 +266,15 @@ def _theme(template: str, text: str, lines: str, card: str) -> str:
     return json.dumps({"layout": {**layout, **clear, **axes}}).replace("<", "\\u003c")
 
 
+@one_line_errors()
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(prog="tinylab report", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, such as runs/lm/demo")
     parser.add_argument("--output", type=Path, help="folder to write to; by default the run's own")
     options = parser.parse_args(args)
-    try:
-        with console.status("drawing the report"):
-            page = write_report(options.runs, options.output)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    with console.status("drawing the report"):
+        page = write_report(options.runs, options.output)
     console.print(f"written: {page}, and PNGs in {page.parent / 'figures'}")
     console.print("open it in any browser; it needs no network")
 

@@ -4,14 +4,13 @@ import argparse
 import csv
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
 
 from experiment.console import console
-from experiment.errors import InputError
+from experiment.errors import InputError, one_line_errors
 
 # What is shown of a run, where it has it: the better direction decides which value is its best.
 FIGURES = {"val/loss": min, "val/perplexity": min, "val/bits_per_byte": min, "val/accuracy": max, "val/f1": max}
@@ -67,11 +66,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser("tinylab summary", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder that fit has written")
-    try:
+    with one_line_errors():
         summarize(parser.parse_args(args).runs)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

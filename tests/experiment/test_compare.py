@@ -11,14 +11,15 @@ import time
 from pathlib import Path
 from statistics import mean, stdev
 
+import pandas as pd
 import pytest
 import yaml
 from matplotlib.figure import Figure
 from scipy.stats import ttest_rel
 
 from experiment.compare import runner as compare
-from experiment.compare.comparison import Comparison, Row, draw, read_comparison, runs_of
-from experiment.compare.differences import collect, difference
+from experiment.compare.comparison import Comparison, Row, Run, choices, read_comparison
+from experiment.compare.differences import collect, differences
 from experiment.compare.differences import draw as draw_plot
 
 ROOT = Path(__file__).parents[2]
@@ -26,9 +27,12 @@ ROOT = Path(__file__).parents[2]
 STAND_IN = """
 import json, os, sys, time
 from pathlib import Path
+from filelock import FileLock
 if __name__ == "__main__":
     given = dict(word[2:].split("=", 1) for word in sys.argv[2:])
     run = Path(given["run_dir"])
+    lock = FileLock(run / ".lock")  # as fit holds it
+    lock.acquire()
     with open("calls.txt", "a") as calls:
         calls.write(f"{os.getppid()} {given['rate']} {given['seed_everything']}\\n")
     run.mkdir(parents=True, exist_ok=True)
@@ -218,10 +222,10 @@ def test_grid_keeps_the_kind_of_each_value(stand_in: Path) -> None:
     file = write_comparison(
         rows={"one": {}}, parameters={"model.rate": {"values": values}, "data.seed": {"value": 7}}, baseline=None
     )
-    runs = runs_of(read_comparison(file), [])[: len(values)]
+    runs = [Run(row, 1) for row in read_comparison([str(file)])[0].rows]
     words = [next(word for word in run.arguments if word.startswith("--model.rate=")) for run in runs]
     assert [yaml.safe_load(word.partition("=")[2]) for word in words] == values
-    assert words[0] == "--model.rate=null" and runs[0].config == {"model": {"rate": None}, "data": {"seed": 7}}
+    assert words[0] == "--model.rate=null" and runs[0].row.config == {"model": {"rate": None}, "data": {"seed": 7}}
     assert runs[0].row.name == "one,rate=null"
 
 
@@ -232,25 +236,28 @@ def test_draws_lie_in_their_range_and_are_the_same_whenever_the_file_is_read(sta
         "model.kind": {"values": ["a", None]},
     }  # fmt: skip
     file = write_comparison(method="random", run_cap=30, parameters=parameters, rows={"": {}}, baseline=None)
-    drawn = [row.flags for row in read_comparison(file).rows]
-    assert drawn == [row.flags for row in read_comparison(file).rows] and len(drawn) == 30
+    drawn = [row.flags for row in read_comparison([str(file)])[0].rows]
+    assert drawn == [row.flags for row in read_comparison([str(file)])[0].rows] and len(drawn) == 30
     assert {flags["model.layers"] for flags in drawn} == {2, 3, 4} and {flags["model.kind"] for flags in drawn} == {
         "a",
         None,
     }
     assert all(1e-4 <= flags["rate"] <= 1e-1 and 0 <= flags["model.drop"] <= 0.5 for flags in drawn)
     dice = random.Random(1)
-    small = sum(draw("rate", parameters["rate"], dice) < 10**-2.5 for _ in range(400))  # the middle of the logarithms
+    small = sum(
+        choices("rate", parameters["rate"], dice)[0] < 10**-2.5 for _ in range(400)
+    )  # the middle of the logarithms
     assert 160 < small < 240
 
 
 def test_flags_of_a_row_win_over_the_command_line_and_these_over_files(stand_in: Path) -> None:
     Path("base.yaml").write_text("model: {rate: 1, r: 8, alpha: 16}\ndata: {path: here}")
-    rows = {"one": {}, "plain": {"flags": {"model.alpha": "${model.r}"}}}
+    rows = {"one": {}, "plain": {"flags": {"model.r": 2}}}
     file = write_comparison(configs=["base.yaml"], rows=rows, flags={"model.rate": 2, "data.path": "there"})
-    one, plain = runs_of(read_comparison(file), ["--model.r", "4", "--data.path=elsewhere"])[:2]
-    assert one.config == {"model": {"rate": 2, "r": 4, "alpha": 16}, "data": {"path": "elsewhere"}}
-    assert plain.config["model"]["alpha"] == 4 and "--model.alpha=4" in plain.arguments
+    rows = read_comparison([str(file), "--model.r", "4", "--data.path=elsewhere"])[0].rows
+    one, plain = (Run(row, 1) for row in rows)
+    assert one.row.config == {"model": {"rate": 2, "r": 4, "alpha": 16}, "data": {"path": "elsewhere"}}
+    assert plain.row.config["model"]["r"] == 2 and "--model.r=2" in plain.arguments
     assert one.key != plain.key
 
 
@@ -259,7 +266,7 @@ def test_flags_of_a_row_win_over_the_command_line_and_these_over_files(stand_in:
     [
         ({"rows": {"one": {"flgs": {}}}}, [], "unexpected keyword argument 'flgs'"),
         ({"row": {}}, [], "unexpected keyword argument 'row'"),
-        ({"baseline": "three"}, [], "baseline three: expected one of None, one, two"),
+        ({"baseline": "three"}, [], "baseline three: there is no such row; expected some of one, two"),
         ({"metric": {"name": "val/loss"}}, [], "goal"),
         ({"method": "bayes"}, [], "method bayes: expected grid or random"),
         ({"parameters": {"rate": {"min": 0}}}, [], "parameter rate"),
@@ -274,7 +281,7 @@ def test_flags_of_a_row_win_over_the_command_line_and_these_over_files(stand_in:
         ({}, ["x"], "x: expected a flag of fit"),
         ({}, ["--budget", "tokens=10"], "10 tokens are not counted beforehand by one"),
         ({}, ["--budget", "steps=5", "--trainer.max_steps=9"], "--trainer.max_steps is set for each run"),
-        ({}, ["--rows", "a.yaml", "x/a.yaml"], "two would have the same name"),
+        ({}, ["--rows", "a.yaml", "x/a.yaml"], "two would have one name"),
     ],
 )  # fmt: skip
 def test_bad_input_ends_in_one_line_and_runs_nothing(
@@ -290,14 +297,19 @@ def test_difference_is_paired_over_seeds_and_says_what_may_be_chance() -> None:
     theirs = {1: 0.90, 2: 0.95, 3: 1.00, 9: 5.0}
     clear = {1: 0.80, 2: 0.86, 3: 0.89}  # each seed gains as much, although the seeds lie apart
     noisy = {1: 0.80, 2: 1.00, 3: 0.98}
+
+    def difference(ours: dict[int, float]) -> str:
+        runs = [(row, *run) for row, values in (("ours", ours), ("theirs", theirs)) for run in values.items()]
+        return differences(pd.DataFrame(runs, columns=["row", "seed", "loss"]), "loss", "theirs")["ours"]
+
     for ours in (clear, noisy):
         pairs = [ours[seed] - theirs[seed] for seed in (1, 2, 3)]
         p_value = ttest_rel([ours[s] for s in (1, 2, 3)], [theirs[s] for s in (1, 2, 3)]).pvalue
         expected = f"{mean(pairs):+.4f} ± {stdev(pairs) / 3**0.5:.4f}" + (
             ", within the noise" if p_value > 0.05 else ""
         )
-        assert difference(ours, theirs) == expected
-    assert difference({1: 0.5}, theirs) == "-0.4000, one seed" and difference({4: 0.5}, theirs) == ""
+        assert difference(ours) == expected
+    assert difference({1: 0.5}) == "-0.4000, one seed" and difference({4: 0.5}) == ""
 
 
 def test_line_through_loss_and_compute_is_that_of_a_power_law(tmp_path: Path) -> None:
@@ -305,13 +317,13 @@ def test_line_through_loss_and_compute_is_that_of_a_power_law(tmp_path: Path) ->
         name="scaling", metric={"name": "val/loss", "goal": "minimize"}, report=["val/loss", "compute"], plot="compute",
         rows=[Row(f"d{n}", "lm", group="equal tokens") for n in range(1, 5)],
     )  # fmt: skip
-    results = {}
+    lines = []
     for n in range(1, 5):  # the loss is 40 (6 N D)^-0.125
         curve = {"tokens": [n * 1e5], "val/loss": [40 * (6 * 1e4 * n * n * 1e5) ** -0.125]}
-        results[f"d{n}"] = [{"seed": 1, "parameters": n * 1e4, "curve": curve}]
+        lines.append({"row": f"d{n}", "seed": 1, "parameters": n * 1e4, "curve": curve})
     panels = []
     with pytest.MonkeyPatch.context() as patch:
         subplots = Figure.subplots
         patch.setattr(Figure, "subplots", lambda self, *a, **k: panels.append(subplots(self, *a, **k)) or panels[-1])
-        draw_plot(comparison, results, collect(comparison, results), tmp_path / "plot.png")
-    assert [text.get_text() for text in panels[0][0, 0].get_legend().get_texts()] == ["equal tokens: C^-0.125"]
+        draw_plot(comparison, collect(comparison, lines), tmp_path / "plot.png")
+    assert [text.get_text() for text in panels[0].get_legend().get_texts()] == ["equal tokens: C^-0.125"]
