@@ -60,10 +60,10 @@ class Entry:
 
     name: str
     about: str  # what it is, in a sentence
-    config: dict[str, Any]  # every value that its configurations and flags set, but where the stories lie
+    config: dict[str, Any]  # every value that its configurations and flags set, but for the place of the stories
     budget: dict[str, float]  # of each run: {"seconds": 1200} or {"tokens": 4000000}
     seeds: list[int]  # of the runs
-    bits_per_byte: list[float]  # of each run, at its end
+    bits_per_byte: list[float]  # at the end of each run
     tokens: float  # trained in a run, on average
     evaluated: str  # what was predicted, with the hash of the validation stories
     machine: dict[str, Any]  # CPU or GPU, cores, precision

@@ -55,8 +55,7 @@ class LanguageCLI(ExperimentCLI):
 
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
-        # A run keeps its tokenizer, so that its model can be used where that one's source is not. Another one that is
-        # given by hand wins.
+        # A run keeps its tokenizer, so that its model works without the source. One given as a flag wins.
         if self.checkpoint is not None and (own := run_of(self.checkpoint) / "tokenizer").is_dir():
             data, before = self.config[self.subcommand].data, recorded(own.parent, "data") or {}
             trained = data.tokenizer == "train" and data.vocab_size == before.get("vocab_size", data.vocab_size)
@@ -81,7 +80,7 @@ class LanguageCLI(ExperimentCLI):
         from lm.formats.pretrained import BASE, load_pretrained
 
         if self.checkpoint is not None:
-            # What was started from may be gone; the run keeps what it needs.
+            # The run holds what it needs: its origin may be gone.
             base = self.checkpoint.parent / BASE
             hyper_parameters = read_checkpoint(self.checkpoint).get("hyper_parameters", {})
             with suppress(TypeError, KeyError, ValueError):
@@ -105,13 +104,13 @@ class LanguageCLI(ExperimentCLI):
             if name in ("vocab_size", "dropout") or (name == "max_sequence_length" and flag in self.flags):
                 continue
             if flag in self.flags and config[flag] != value:
-                raise InputError(f"{flag} {config[flag]}: the weights that are there have {value}; leave it out")
+                raise InputError(f"{flag} {config[flag]}: the pretrained weights have {value}; leave it out")
             config[flag] = value
 
     def _set_seed(self) -> None:
         super()._set_seed()
         config = self.config[self.subcommand]
-        config.data.seed = int(config.seed_everything)  # the one that was drawn, where it was true
+        config.data.seed = int(config.seed_everything)  # drawn where it was true
 
     def before_fit(self) -> None:
         self.model.check_trainer(self.trainer)
@@ -124,7 +123,7 @@ class LanguageCLI(ExperimentCLI):
             rank_zero_only(save_base)(self.model.decoder, self.run_dir / "checkpoints")
 
     def weights_device(self) -> AbstractContextManager:
-        """No device yet, where the weights will be divided among processes, none of which may have room for all."""
+        """The meta device where FSDP will shard the weights, since no process may have room for all of them."""
         config = self.config[self.subcommand]
         strategy = getattr(config.trainer.strategy, "class_path", "")
         divided = (
@@ -132,7 +131,7 @@ class LanguageCLI(ExperimentCLI):
             and config.model.init_from is None
             and strategy.endswith("FullyShardedStrategy")
         )
-        plain = not Variant(**config.model.variant.as_dict()).changed  # others draw some of their weights themselves
+        plain = not Variant(**config.model.variant.as_dict()).changed  # variants draw some weights themselves
         return torch.device("meta") if divided and plain else nullcontext()
 
     def instantiate_classes(self) -> None:
@@ -145,12 +144,12 @@ class LanguageCLI(ExperimentCLI):
             )
         if self.subcommand == "fit":
             init_from = self.config[self.subcommand].model.init_from
-            if self.checkpoint is None and init_from is None:  # what learns from nothing learns that bos comes first
+            if self.checkpoint is None and init_from is None:  # a new model learns that bos comes first
                 self.datamodule.tokenizer.begin_with_bos()
             self._get(self.config_init, "samples").check(self.datamodule.tokenizer, context)
 
     def _check_state(self) -> None:
-        """See that a checkpoint holds the state of the optimizer that shall go on from it."""
+        """Raise an InputError where a checkpoint holds the state of another optimizer."""
         stored = {} if self.checkpoint is None else read_checkpoint(self.checkpoint, part="outline")
         if not stored.get("optimizer_states"):  # an imported model has none
             return

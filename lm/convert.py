@@ -17,23 +17,11 @@ from experiment.quiet import quiet_libraries
 from experiment.sources.paths import user_path
 from lm.data.tokenizer import StoryTokenizer
 from lm.formats.adapters import adapted, merged, read_decoder_adapter, save_adapter
-from lm.formats.gguf import GGUFType, from_gguf, to_gguf
-from lm.formats.hugging_face import from_hugging_face, to_hugging_face
-from lm.formats.llama2c import from_llama2c, llama2c_tokenizer_path, to_llama2c
+from lm.formats.gguf import GGUFType, to_gguf
+from lm.formats.hugging_face import to_hugging_face
+from lm.formats.llama2c import llama2c_tokenizer_path, to_llama2c
 from lm.formats.pretrained import BASE, load_adapted, load_checkpoint, load_pretrained
 from lm.model.decoder import Decoder
-
-__all__ = [
-    "from_gguf",
-    "from_hugging_face",
-    "from_llama2c",
-    "import_weights",
-    "llama2c_tokenizer_path",
-    "load_checkpoint",
-    "to_gguf",
-    "to_hugging_face",
-    "to_llama2c",
-]
 
 
 def hugging_face(checkpoint: str, folder: str, tokenizer: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A trained language model to use: it continues a text token by token, and says what else might have come."""
+"""A trained language model for use: it continues a text token by token and shows the alternatives of each."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from experiment.nn.hardware import default_device
-from lm.convert import load_checkpoint
 from lm.data.tokenizer import StoryTokenizer
 from lm.decoding.config import GenerationConfig
 from lm.decoding.generation import TextStream, generate, stream
 from lm.decoding.quantization import prepare_for_decoding
 from lm.decoding.sampling import filter_logits
+from lm.formats.pretrained import load_checkpoint
 
 ALTERNATIVES = 5  # shown for each token
 MOST_CHARACTERS = 50_000  # far beyond any context, and tokenised in no time
@@ -24,12 +24,7 @@ PAUSE = 0.03  # seconds between two updates of a growing story, as many as a bro
 
 @dataclass
 class Ending:
-    """How a story ended.
-
-    Args:
-        reason: As in `lm.decoding.generation.Generation`.
-        rest: What was held back: a character that was never completed.
-    """
+    """How a story ended: the reason, as in `lm.decoding.generation.Generation`, and an incomplete last character."""
 
     reason: str
     rest: str
@@ -37,13 +32,13 @@ class Ending:
 
 @dataclass
 class Choice:
-    """A token of a story, and what might have stood in its place.
+    """A token of a story and its alternatives.
 
     Args:
-        text: What it adds to the story; empty while a character is not complete.
-        probability: By the model, at temperature 1 and unfiltered.
-        alternatives: The likeliest tokens, and the chosen one: text, the model's probability, the probability with
-            which it was drawn (after temperature and top-p), and whether it is the chosen one.
+        text: What it adds to the story; empty while a character is incomplete.
+        probability: Of the model, at temperature 1 and unfiltered.
+        alternatives: The most likely tokens and the chosen one: text, probability, probability after temperature and
+            top-p, and whether it was chosen.
     """
 
     text: str
@@ -52,26 +47,24 @@ class Choice:
 
 
 class LanguageModelDemo:
-    """A language model from a checkpoint, for any number of visitors at once: each story has its own cache and
-    random numbers, and nothing of the model changes."""
+    """A language model from a checkpoint, for concurrent use: each story has its own cache and random numbers."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
         self.decoder, self.tokenizer = load_checkpoint(checkpoint)
         self.decoder.to(default_device())
         on_cpu = self.decoder.embedding.weight.device.type == "cpu"
-        # Once for all stories.
         self._prepared = prepare_for_decoding(self.decoder, pack=True) if on_cpu else self.decoder
 
     def tell(self, beginning: str, **generation: Any) -> str:
         """A beginning with its continuation.
 
         Args:
-            beginning: Text in the model's language.
-            generation: Fields of `lm.decoding.generation.GenerationConfig`, such as ``temperature=0.8, seed=1``.
+            beginning: Text.
+            generation: Fields of `lm.decoding.config.GenerationConfig`, such as ``temperature=0.8, seed=1``.
 
         Raises:
-            ValueError: The beginning is empty or leaves no room in the model's context, or a field is out of range.
+            ValueError: The beginning is empty or fills the model's context, or a field is out of range.
         """
         prompt = self._encode(beginning)
         config, eos_id, decode = GenerationConfig(**generation), self.tokenizer.eos_id, self.tokenizer.decode
@@ -79,13 +72,10 @@ class LanguageModelDemo:
         return decode(prompt + result.token_ids)
 
     def stream(self, beginning: str, config: GenerationConfig) -> Iterator[list[Choice] | Ending]:
-        """Continue a beginning, token by token.
-
-        Yields:
-            The tokens that were chosen since the last time, as they come; at last how the story ended.
+        """Continue a beginning: yields the tokens chosen since the last time and, in the end, how the story ended.
 
         Raises:
-            ValueError: The beginning is empty or leaves no room in the model's context.
+            ValueError: The beginning is empty or fills the model's context.
         """
         prompt = self._encode(beginning)
         choices, come, shown = _Choices(self.tokenizer, prompt, config), [], time.monotonic()
@@ -112,7 +102,7 @@ class LanguageModelDemo:
 
 
 class _Choices:
-    """Follows one story: the logits of each step, then the token that was chosen."""
+    """Follows one story: the logits of each step, then the chosen token."""
 
     def __init__(self, tokenizer: StoryTokenizer, prompt: Sequence[int], config: GenerationConfig) -> None:
         self.tokenizer, self.config = tokenizer, config

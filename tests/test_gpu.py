@@ -19,10 +19,10 @@ from lm.decoding.generation import generate
 from lm.decoding.sampling import LARGEST_DRAW, sample
 from lm.model.config import DecoderConfig
 from lm.model.decoder import Decoder
-from lm.model.loss import linear_cross_entropy, token_losses
+from lm.model.loss import linear_cross_entropy, summed_loss, token_losses
+from lm.training.compiled_loss import CompiledLoss
 from lm.training.module import LanguageModel
 from lm.training.muon import Muon, orthogonalize
-from lm.training.objective import CompiledLoss, summed_loss
 from tests.processes import Commands
 from tests.runs import STEPS, TINY, assert_same_run, kill_and_resume, rows, write_stories
 

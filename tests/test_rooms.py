@@ -1,6 +1,9 @@
-"""The packages are rooms on floors: a file imports from its own room and from the floors below it."""
+"""The packages are rooms on floors: a file imports from its own room and from the floors below it, and no more than a
+command needs."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -59,3 +62,34 @@ def test_no_file_imports_upward(module: str) -> None:
 
 def test_no_files_import_each_other_in_a_circle() -> None:
     TopologicalSorter({module: set(imports(file)) for module, file in FILES.items()}).prepare()  # raises CycleError
+
+
+OPTIONAL = ("lm.formats", "lm.play", "lm.decoding.", "experiment.compare", "experiment.pages.report", "lm.data.demo")
+
+
+def loaded(*modules: str) -> dict[str, int]:
+    """The files of ours that importing these loads in a new process, and their lines; of `__init__` there are none."""
+    script = f"import sys, {', '.join(modules)}; print(*sys.modules)"
+    names = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return {name: len(FILES[name].read_text().splitlines()) for name in names.split() if name in FILES}
+
+
+def test_training_loads_no_optional_part() -> None:
+    found = loaded("lm.__main__", "lm.cli")
+    surplus = {name for name in found if name.startswith(OPTIONAL)} - {"lm.decoding.config"}
+    assert not surplus
+    assert len(found) <= 52
+    assert sum(found.values()) <= 7300
+
+
+def test_a_training_step_is_read_in_few_files() -> None:
+    """The module, the decoder, the loss, the optimizer and the data, and what they import of lm."""
+    found = loaded("lm.training.module", "lm.model.decoder", "lm.model.loss", "lm.training.optim", "lm.data.module")
+    own = {name: lines for name, lines in found.items() if name.startswith("lm.")}
+    assert len(own) <= 12
+    assert sum(own.values()) <= 2200
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.startswith("lm.")])
+def test_no_file_is_long(module: str) -> None:
+    assert len(FILES[module].read_text().splitlines()) <= 350

@@ -1,1 +1,1 @@
-"""Stories become batches of tokens. Imports experiment.sources.files."""
+"""From stories to batches of tokens. Imports experiment.sources."""

@@ -2,13 +2,12 @@
 
 The file holds ``bos story eos bos story eos ...``; beside it are the offsets of its stories and, where not all of their
 tokens are trained on, which these are. A sample is a window of that file, and a batch is gathered in one numpy indexing
-operation, so that the loader is never what the model waits for.
+operation, so that the model never waits for the loader.
 """
 
 import json
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,15 +16,10 @@ import torch
 from torch.utils.data import Dataset
 
 from experiment.errors import InputError
-from experiment.progress import progress
 from experiment.sources.batches import rounded_width
-from lm.data.completions import encode_stories
-from lm.data.tokenizer import StoryTokenizer
 
 if TYPE_CHECKING:
-    from datasets import Dataset as Texts
-
-CHUNK = 2_000  # stories tokenised at a time, which bounds the memory
+    from lm.data.tokenizer import StoryTokenizer
 
 
 class Corpus:
@@ -70,39 +64,6 @@ class Corpus:
                 "data.sequence_length, or shorten the prompts"
             )
         return Windows(*(column[kept] for column in windows))
-
-
-def write_corpus(texts: "Texts", tokenizer: StoryTokenizer, folder: Path, name: str, notes: Sequence[str] = ()) -> None:
-    """Tokenises stories, as `encode_stories`, into a folder that `Corpus` reads, in bounded memory.
-
-    Raises:
-        InputError: all stories are empty, or what `encode_stories` refuses.
-    """
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    lengths, empty = [np.zeros(1, dtype=np.int64)], 0
-    with (
-        open(folder / "tokens.bin", "wb") as tokens_file,
-        open(folder / "learned.bin", "wb") as learned_file,
-        progress(f"tokenising {name}", len(texts)) as advance,
-    ):
-        for begin in range(0, len(texts), CHUNK):
-            read = min(CHUNK, len(texts) - begin)
-            stories, learned = encode_stories(texts[begin : begin + read], tokenizer, name)
-            sizes = np.fromiter(map(len, stories), np.int64, len(stories))
-            np.fromiter(chain.from_iterable(stories), dtype, sizes.sum()).tofile(tokens_file)
-            if learned is not None:
-                np.fromiter(chain.from_iterable(learned), np.bool_, sizes.sum()).tofile(learned_file)
-            lengths.append(sizes)
-            empty += read - len(stories)
-            advance(read)
-    offsets = np.cumsum(np.concatenate(lengths))
-    if len(offsets) == 1:
-        raise InputError(f"all stories of {name} are empty: expected at least one with text")
-    notes = list(notes)
-    if empty:
-        notes.append(f"{name}: {empty:,} empty {'story' if empty == 1 else 'stories'} left out")
-    np.save(folder / "offsets.npy", offsets)
-    (folder / "about.json").write_text(json.dumps({"dtype": dtype.name, "notes": notes}), encoding="utf-8")
 
 
 class Windows(NamedTuple):
@@ -150,7 +111,7 @@ def positions_in(starts: np.ndarray) -> np.ndarray:
 
 
 class WindowBatches(Dataset):
-    """``self[indices]`` is the batch of these windows, padded on the right; pads are told by position, never by id.
+    """``self[indices]`` is the batch of these windows, padded on the right; padding is identified by position.
 
     Args:
         corpus: where the tokens are.
@@ -165,7 +126,7 @@ class WindowBatches(Dataset):
         self,
         corpus: Corpus,
         windows: Windows,
-        tokenizer: StoryTokenizer,
+        tokenizer: "StoryTokenizer",
         width: int | None,
         with_bytes: bool = False,
         with_positions: bool = False,

@@ -9,7 +9,8 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from experiment.errors import InputError
-from lm.data.tokenizer import StoryTokenizer, from_pieces, piece_scores
+from lm.data.bpe import from_pieces, piece_scores
+from lm.data.tokenizer import StoryTokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, GGUFWriter

@@ -1,4 +1,4 @@
-"""The beginnings of stories that ``predict`` continues: given as a list or in a file, tokenised as batches."""
+"""Prompts of ``predict``: read from a list or a file, and tokenised as batches."""
 
 import json
 from collections.abc import Sequence
@@ -12,8 +12,7 @@ from lm.data.tokenizer import StoryTokenizer
 
 
 class PromptBatches(Dataset):
-    """``self[indices]`` is {"prompts": list of str, "input_ids": list of list of int (bos, where the tokenizer
-    puts it before a text, then tokens)}."""
+    """``self[indices]`` is {"prompts": texts, "input_ids": a list of ids for each}."""
 
     def __init__(self, prompts: Sequence[str], tokenizer: StoryTokenizer) -> None:
         self.prompts = list(prompts)

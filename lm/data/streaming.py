@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -174,3 +175,41 @@ class StreamProgress:
 
     def load(self, state: dict[str, Any]) -> None:
         self.positions, self.batches = state["positions"], state["batches"]
+
+    def state_of_processes(self, trainer: Trainer) -> dict[str, Any]:
+        """The states of all processes, as they stand within a training."""
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current
+        state = self.state(processed=batches.processed == batches.ready)
+        processes = [state] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(processes, state)
+        return {"processes": processes}
+
+    def load_state_of_processes(
+        self, state: dict[str, Any], trainer: Trainer, num_workers: int, cut: dict[str, Any]
+    ) -> None:
+        """Resume from a checkpoint's state.
+
+        Raises:
+            InputError: That run has not streamed, or other processes, workers or batches make its position useless.
+        """
+        if "processes" not in state:
+            raise InputError("this run has not streamed its data: resume it with --data.streaming false")
+        found = len(state["processes"]), state["num_workers"]
+        if found != (trainer.world_size, num_workers):
+            raise InputError(
+                f"this run has streamed with {found[0]} processes and data.num_workers {found[1]}: resume it with as "
+                "many, since each has its own share of the stories"
+            )
+        for name, now in cut.items():
+            if (before := state.get(name, now)) != now:
+                raise InputError(
+                    f"data.{name} {now}: this run has streamed with {before}, on which its place depends; "
+                    f"give --data.{name} {before}"
+                )
+        self.load(state["processes"][trainer.global_rank])
+
+
+def unchanged(batch: Any) -> Any:
+    """The collate_fn of batches that are made whole."""
+    return batch

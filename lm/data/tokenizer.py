@@ -1,22 +1,14 @@
-"""Tokenizers of the LLaMA kind: make one of pieces, train one, and know how many bytes each token stands for.
+"""Tokenizers of the LLaMA kind, and how many bytes each token stands for.
 
-Everything is one `tokenizers.Tokenizer` (Rust) behind `StoryTokenizer`, wherever it came from: one of the files that
-lm/data/tokenizer_files.py reads, or `train_tokenizer`. A trained one is laid out as LLaMA's: <unk> 0, <s> 1,
-</s> 2, the 256 bytes <0x00> ... <0xFF> at 3 to 258, then the pieces, in the order in which they were found.
-Text is encoded whole, with a space put before it, and what no piece covers falls back to its UTF-8 bytes, so that
-any text comes back unchanged.
-
-SentencePiece and llama2.c join, again and again, the adjacent pair whose union has the highest score. A `tokenizers`
-BPE has ranked pairs instead; `_merges` ranks every split of every piece by the piece's score, which gives the same
-ids. For a trained tokenizer this needs one more thing: the training splits words by a rule that looks at two
-neighbouring characters only (`_WORDS`), so no piece spans such a border, and no merge of the whole text can either.
+Everything is one `tokenizers.Tokenizer` (Rust) behind `StoryTokenizer`, wherever it came from: a file that
+lm/data/tokenizer_files.py reads, or `lm.data.bpe.train_tokenizer`.
 """
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,18 +16,7 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # before any fork of a data loader, or it warns each time
 
 import numpy as np
-from tokenizers import (
-    AddedToken,
-    Encoding,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import Encoding, Tokenizer, processors
 
 from experiment.errors import InputError
 from experiment.sources.paths import shortened
@@ -43,11 +24,7 @@ from experiment.sources.rows import repaired
 
 SPACE = "▁"  # U+2581, the visible space of SentencePiece
 BYTES = [f"<0x{value:02X}>" for value in range(256)]
-NO_CHARACTER = "\ufdd0"  # Unicode assigns it never, no piece holds it: its bytes join no neighbour
-SPECIALS = ["<unk>", "<s>", "</s>"]  # ids 0, 1, 2
-# Letters with a space before them, other marks with a space before them, single digits, single spaces. Controls,
-# newlines and other white space become bytes.
-_WORDS = rf"{SPACE}?[\p{{L}}\p{{M}}]+|{SPACE}?[^\p{{L}}\p{{M}}\p{{N}}\s\p{{C}}{SPACE}]+|\p{{N}}|{SPACE}"
+NO_CHARACTER = "\ufdd0"  # never assigned by Unicode and held by no piece: its bytes join no neighbour
 PROBE = 'Once upon a time, there was a little girl.\n"Wow!"  she said <s> 123 naïve 🎉'
 
 
@@ -118,8 +95,7 @@ class StoryTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a beginning as the model shall see it: with what the tokenizer puts before every text; bos alone for
-        no text."""
+        """Ids of a prompt, with what the tokenizer puts before every text; bos alone for no text."""
         return [*self.begins_with, *self.encode(text)] or [self.bos_id]
 
     def begin_with_bos(self) -> None:
@@ -218,8 +194,7 @@ class StoryTokenizer:
         off. The text of a continuation is `decode(prompt + new)` after `decode(prompt)`."""
         if self.byte_ids is None:
             return self.backend.decode(list(ids), skip_special_tokens=True)
-        # The backend gives up a whole run of byte tokens where one of them is no UTF-8, so that a model's slip would
-        # eat the characters of the prompt before it.
+        # The backend drops a whole run of byte tokens where one is not UTF-8, and with it characters of the prompt.
         text = b"".join(self._token_bytes[i] for i in ids)
         return text[text.startswith(b" ") * self.prefix_bytes :].decode(errors="replace")
 
@@ -238,17 +213,13 @@ class StoryTokenizer:
     def bytes_per_token(self) -> np.ndarray:
         """(vocab_size,) int64: UTF-8 bytes of each token in the middle of a text, 0 for special tokens. The first
         token of a text stands for `prefix_bytes` fewer; `text_bytes` takes them off."""
-        byte_level = "ByteLevel" in json.dumps(json.loads(self.backend.to_str())["decoder"])
+        if self.byte_ids is not None:
+            return np.array([len(piece) for piece in self._token_bytes])
         added = {token.content for token in self.backend.get_added_tokens_decoder().values()}
-        byte_pieces = frozenset(BYTES)
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
         for piece, i in self.backend.get_vocab(with_added_tokens=True).items():
-            if i in self.special_ids:
-                continue
-            if byte_level and piece not in added:
-                sizes[i] = len(piece)  # each character of a byte-level piece is one byte
-            else:
-                sizes[i] = 1 if piece in byte_pieces else len(piece.replace(SPACE, " ").encode())
+            if i not in self.special_ids:  # each character of a byte-level piece is one byte
+                sizes[i] = len(piece.encode() if piece in added else piece)
         return sizes
 
     @cached_property
@@ -294,113 +265,3 @@ def _replace(ids: list[int], old: list[int], new: list[int]) -> list[int]:
         here = len(result)
         result += new if ids[here : here + len(old)] == old else ids[here : here + 1]
     return result
-
-
-def from_pieces(
-    pieces: Sequence[bytes | str],
-    scores: Sequence[float],
-    bos_id: int = 1,
-    eos_id: int = 2,
-    control_ids: Collection[int] = (0, 1, 2),
-    name: str = "it",
-    adds_bos: bool = True,
-) -> StoryTokenizer:
-    """The tokenizer that joins, greedily, the adjacent pair whose union has the highest score, as SentencePiece's BPE
-    and llama2.c do.
-
-    Args:
-        pieces: the vocabulary in the order of its ids; the space is " " or U+2581, a byte is "<0x41>".
-        scores: a score for each piece; those of control tokens and bytes have no meaning.
-        bos_id: the id that begins a text.
-        eos_id: the id that ends it.
-        control_ids: the tokens that stand for no text; id 0 must be among them, it is the unknown token.
-        name: what to call it in messages.
-        adds_bos: whether it puts bos before every text.
-
-    Raises:
-        InputError: pieces that are not UTF-8, two that are equal, one of the 256 bytes missing.
-    """
-    try:
-        texts = [piece if isinstance(piece, str) else piece.decode() for piece in pieces]
-    except UnicodeDecodeError as error:
-        raise InputError(f"tokenizer {name!r} holds a piece that is not UTF-8 ({error.object!r})") from None
-    texts = [text.strip("\n") if i in control_ids else text.replace(" ", SPACE) for i, text in enumerate(texts)]
-    vocab = {text: i for i, text in enumerate(texts)}
-    if len(vocab) < len(texts):
-        double = next(text for i, text in enumerate(texts) if vocab[text] != i)
-        raise InputError(f"tokenizer {name!r} holds the piece {double!r} twice")
-    if missing := [piece for piece in BYTES if piece not in vocab]:
-        raise InputError(f"tokenizer {name!r} lacks {missing[0]}, so it cannot take any text; use another, or 'train'")
-    outside = {*control_ids, *(vocab[piece] for piece in BYTES)}
-    backend = Tokenizer(
-        models.BPE(
-            vocab=vocab,
-            merges=_merges(vocab, scores, outside),
-            unk_token=texts[0],
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-    backend.decoder = decoders.Sequence(
-        [
-            decoders.Replace(SPACE, " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", left=1, right=0),
-        ]
-    )
-    backend.add_special_tokens([AddedToken(texts[i], special=True, normalized=False) for i in sorted(control_ids)])
-    tokenizer = StoryTokenizer(backend, bos_id, eos_id, name=name)
-    if adds_bos:
-        tokenizer.begin_with_bos()
-    return tokenizer
-
-
-def _merges(vocab: dict[str, int], scores: Sequence[float], outside: set[int]) -> list[tuple[str, str]]:
-    """Every split of every piece into two pieces, best score first; ties as in transformers' converter."""
-    merges = []
-    for piece, i in vocab.items():
-        if i in outside:
-            continue
-        splits = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        splits = [(vocab[a], vocab[b]) for a, b in splits if a in vocab and b in vocab]
-        merges += [(-scores[i], i, left, right) for left, right in splits if not {left, right} & outside]
-    pieces = list(vocab)
-    return [(pieces[left], pieces[right]) for _, _, left, right in sorted(merges)]
-
-
-def piece_scores(tokenizer: StoryTokenizer) -> dict[str, float]:
-    """Scores by which the tokenizer's merges come in their order; what no merge makes (characters, bytes) has none."""
-    scores: dict[str, float] = {}
-    for left, right in json.loads(tokenizer.backend.to_str())["model"]["merges"]:
-        scores.setdefault(left + right, -float(len(scores)))
-    return scores
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> StoryTokenizer:
-    """A byte-fallback BPE (Sennrich et al. 2016, arXiv:1508.07909) of `vocab_size` tokens, LLaMA's layout;
-    of fewer where the texts yield no more.
-
-    A piece never crosses a word and never mixes letters, digits and other marks. Characters beyond the most frequent
-    (half of the pieces at most) are left to their bytes.
-
-    Raises:
-        InputError: a vocab_size that is too small for the bytes.
-    """
-    fixed = SPECIALS + BYTES
-    if vocab_size <= len(fixed):
-        raise InputError(f"vocab_size {vocab_size}: a tokenizer needs at least {len(fixed) + 1}; raise vocab_size")
-    trainee = Tokenizer(models.BPE(unk_token="<unk>"))
-    trainee.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-    trainee.pre_tokenizer = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=fixed,
-        limit_alphabet=(vocab_size - len(fixed)) // 2,
-        show_progress=False,  # who gives the texts shows how far they are
-    )
-    trainee.train_from_iterator(texts, trainer)
-    vocab = trainee.get_vocab()
-    pieces = sorted(vocab, key=vocab.__getitem__)
-    return from_pieces(pieces, [min(0.0, len(fixed) - i) for i in range(len(pieces))], name="train")

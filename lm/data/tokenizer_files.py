@@ -1,4 +1,4 @@
-"""Where tokenizers come from and go to: the hub, tokenizer.json, SentencePiece's .model and llama2.c's .bin."""
+"""Tokenizers read and written: hub, tokenizer.json, SentencePiece .model, llama2.c .bin, GGUF."""
 
 import json
 import struct
@@ -9,8 +9,9 @@ from tokenizers import Tokenizer
 from experiment.errors import InputError
 from experiment.sources.hub import look_for_hub
 from experiment.sources.paths import user_path
+from lm.data.bpe import SPECIALS, from_pieces, piece_scores
 from lm.data.gguf_tokenizer import read_gguf_tokenizer
-from lm.data.tokenizer import PROBE, SPACE, SPECIALS, StoryTokenizer, from_pieces, piece_scores
+from lm.data.tokenizer import PROBE, SPACE, StoryTokenizer
 
 _KINDS = (
     "a hub name, a folder with tokenizer.json, or a file: tokenizer.json, SentencePiece .model, llama2.c .bin, .gguf"
@@ -36,7 +37,7 @@ def load_tokenizer(name: str | Path) -> StoryTokenizer:
             raise InputError(f"tokenizer {name!r} does not exist; expected {_KINDS}, or 'train'")
         path = _from_hub(name)
     if path.suffix not in _READERS:
-        raise InputError(f"tokenizer {name!r} is none; expected {_KINDS}")
+        raise InputError(f"{name!r} is not a tokenizer; expected {_KINDS}")
     return _READERS[path.suffix](path, name)
 
 

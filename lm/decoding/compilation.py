@@ -1,10 +1,9 @@
 """The decoding step of one token as compiled code.
 
-For one story on a CPU a step of a small decoder takes about a millisecond, and torch.compile's way from Python to
-the compiled code and back takes half a millisecond more. There the step is machine code that AOTInductor makes once for
-a shape of decoder and keeps in tinylab's cache folder, where later processes find it ready; it reads the decoder's own
-weights, and takes from Python one call with the tensors that change. Several stories at a time, a GPU, autocast and
-other types than float32 go through torch.compile.
+For one story on a CPU a step of a small decoder takes a millisecond, and torch.compile's call overhead half of one.
+There AOTInductor compiles the step once for each decoder shape and caches it on disk for later processes; the code
+reads the decoder's own weights, and each step is one call with the tensors that change. Several stories, GPUs, autocast
+and types other than float32 go through torch.compile.
 """
 
 import functools
@@ -43,7 +42,7 @@ SOURCES: list[ModuleType] = [
     lm.decoding.quantization,
     lm.decoding.sampling,
 ]
-# What the step consists of, as it was when it was imported: other code makes another step.
+# Of the step's source code as imported: part of the cache key.
 DIGEST = hashlib.sha256(
     b"".join(Path(module.__file__).read_bytes() for module in (*SOURCES, sys.modules[__name__]))
 ).hexdigest()
@@ -59,17 +58,17 @@ class CompilationError(ValueError):
 
     def __init__(self) -> None:
         super().__init__(
-            "compile=True: the decoding step could not be compiled, for want of a C++ compiler perhaps; install g++ or "
-            "leave compile out"
+            "compile=True: the decoding step could not be compiled (is there a C++ compiler?); install g++ or leave "
+            "compile out"
         )
 
 
 class CompiledStep:
-    """Logits (B, V) of the next tokens, float32, and the likeliest of each row (B,) as `argmax` gives them.
+    """Logits (B, V) of the next tokens in float32, and their `argmax` (B,).
 
     Args:
-        decoder: In eval mode; as `prepare_for_decoding` lays it out, or as it is.
-        num_rows: How many stories the decoding begins with.
+        decoder: In eval mode, prepared for decoding or plain.
+        num_rows: Stories at the start.
 
     Raises:
         CompilationError: There is no compiler.
@@ -89,12 +88,12 @@ class CompiledStep:
             self.compiled = compiled_step(weight.device.type)
 
     def __call__(self, input_ids: Tensor, cache: KeyValueCache) -> tuple[Tensor, Tensor]:
-        """One more token a row, input_ids (B, 1), which the cache then holds, but for its count on the host."""
+        """Append input_ids (B, 1) to the cache, except for its count on the host."""
         if self.format is not None:
             logits, tokens = self.code.run(self, [input_ids, cache.lengths, *cache.buffers])
             return logits, tokens
-        # After the first step of a batch its guards hold: the same decoder, cache and shapes. To check them again
-        # would take a tenth of the time.
+        # After a batch's first step the guards hold: same decoder, cache and shapes. Checking them takes a tenth of
+        # the time.
         state = (cache, len(input_ids), cache.capacity)
         known, self.known = state == self.known, state
         if not known:
@@ -119,12 +118,12 @@ def one_token(
 @functools.cache
 def compiled_step(device_type: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """`one_token` by torch.compile, once a process, for every decoder."""
-    # On a CPU a step is so short that allocating its results from Python takes a tenth of it.
+    # On a CPU, allocating results from Python would take a tenth of a step.
     return torch.compile(one_token, options={"cpp_wrapper": True} if device_type == "cpu" else None)
 
 
 class _Step(nn.Module):
-    """`one_token` of tensors alone."""
+    """`one_token` with tensors as its only arguments."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
@@ -135,13 +134,12 @@ class _Step(nn.Module):
 
 
 class _MachineCode:
-    """Loaded code, of which a process has one for each shape, since it is never quite unloaded. It reads the weights of
-    the step that ran last."""
+    """Loaded code, one for each shape in a process; it reads the weights of the step that ran last."""
 
     def __init__(self, package: Path) -> None:
         self.loader = torch._inductor.aoti_load_package(str(package)).loader
         self.lock = Lock()
-        # The code never lets go of the tensors that it was given: these stay, what they hold changes.
+        # The compiled code keeps references to its constants, so we keep those tensors and swap their storage.
         self.slots: dict[str, Tensor] = {}
         self.bound: Callable[[], CompiledStep | None] = lambda: None
 
@@ -165,7 +163,7 @@ def _weights(decoder: Decoder, loader: torch._C._aoti.AOTIModelPackageLoader) ->
 
 
 def _package(decoder: Decoder, format: WeightDtype) -> Path:
-    """The machine code for decoders of this shape, without weights: in the cache, made if need be."""
+    """The cached code for decoders of this shape, without weights; compiled where it is missing."""
     key = {
         "decoder": asdict(decoder.config),
         "weights": format,
@@ -180,7 +178,7 @@ def _package(decoder: Decoder, format: WeightDtype) -> Path:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _build(decoder: Decoder, format: WeightDtype, package: Path) -> None:
-    # Weights of its own, since export cannot look at those that were made in inference mode.
+    # A new decoder: export cannot trace weights made in inference mode.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         step = _Step(prepare_for_decoding(Decoder(decoder.config).float().eval(), format))
     cache = KeyValueCache(decoder.config, 1, 2)

@@ -12,23 +12,22 @@ class GenerationConfig:
     """How to choose the next token, and when to stop.
 
     Args:
-        max_new_tokens: Most tokens to add to a prompt.
-        temperature: Divides the logits; 0 is greedy, whatever the filters say.
+        max_new_tokens: Longest continuation, in tokens.
+        temperature: Divides the logits; 0 decodes greedily.
         top_k: Keep the k most likely tokens.
-        top_p: Keep the most likely tokens up to the first whose sum of probabilities reaches p (nucleus sampling,
-            Holtzman et al. 2020, arXiv:1904.09751).
-        min_p: Keep tokens at least this fraction as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082).
-        repetition_penalty: Above 1, makes tokens of the prompt and of the story less likely to come again (Keskar
-            et al. 2019, arXiv:1909.05858).
+        top_p: Keep the most likely tokens until their probabilities sum to p (nucleus sampling, Holtzman et al. 2020,
+            arXiv:1904.09751).
+        min_p: Keep tokens at least this fraction as likely as the most likely (Nguyen et al. 2024, arXiv:2407.01082).
+        repetition_penalty: Above 1, makes tokens of prompt and story less likely (Keskar et al. 2019,
+            arXiv:1909.05858).
         seed: Of sampling.
-        use_cache: Keep keys and values; without, the whole sequence is recomputed for each token.
-        sliding_window: Go on past the decoder's context with the newest half of it, instead of stopping.
+        use_cache: Keep keys and values; otherwise the whole sequence is recomputed for each token.
+        sliding_window: Beyond the decoder's context continue with the newest half of it, instead of stopping.
         stop: Strings that end a story as soon as they occur in its new text.
-        weight_dtype: How the decoder's matrices are stored while decoding, on a CPU: "bfloat16" and "int8" read a
-            half and a quarter of the bytes and change the story a little (see quantization.py); null leaves them.
-        compile: Compile the step of one token with torch.compile: fewer and faster kernels, the same tokens. Needs a
-            C++ compiler (Triton on a GPU), the cache, and about half a minute: once for one story at a time on a
-            CPU, whose code is kept (see lm/decoding/compilation.py), else in each process.
+        weight_dtype: Type of the decoder's matrices while decoding on a CPU: bfloat16 and int8 read a half and a
+            quarter of the bytes and change the story a little (see quantization.py); null leaves them.
+        compile: Compile the step of one token: fewer and faster kernels, the same tokens. Needs a C++ compiler (Triton
+            on a GPU), the cache, and half a minute; on a CPU the code for one story at a time is cached on disk.
 
     Raises:
         ValueError: If a number is out of range.

@@ -1,10 +1,10 @@
-"""Decoding that never waits for the device: a step, the choice of its tokens and all that is counted are tensors there.
+"""Decoding without synchronisation: a step, the choice of its tokens and all counters are tensors on the device.
 
-On a GPU a step of a small decoder is some hundred kernels of a few microseconds, which the host takes longer to launch
-than the GPU to run. Here it is captured once as a CUDA graph over static buffers
-(https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs) and then replayed; random numbers lie on the device
-beforehand, and tokens are read `LATE` steps at a time, while the next ones are computed. Where capturing fails, and on
-other devices, the same step is called.
+On a GPU a step of a small decoder is a hundred kernels of a few microseconds, which take longer to launch than to run.
+Here it is captured once as a CUDA graph over static buffers
+(https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs) and replayed; random numbers are on the device beforehand,
+and tokens are read `LATE` steps at a time, while the next ones are computed. Where capturing fails, and on other
+devices, the same step runs without a graph.
 """
 
 import weakref
@@ -25,7 +25,7 @@ from lm.model.kv_cache import KeyValueCache
 
 DEVICES = {"cuda"}  # where the host is slower than the device
 LATE = 4  # steps whose tokens are read together
-SHORTEST = 128  # slots that attention reads at least; then twice as many, and so on: one graph for each
+SHORTEST = 128  # least slots that attention reads, doubled as needed: one graph for each number
 
 
 def _bucket(num_slots: int) -> int:
@@ -36,14 +36,14 @@ def _bucket(num_slots: int) -> int:
 
 
 def can_run_ahead(decoder: Decoder) -> bool:
-    """Whether decoding shall run ahead of the host: on a GPU, but for autocast, whose casts are made anew in each step,
-    and for a subclass, which is how FSDP marks a decoder whose weights are not all here."""
+    """Whether decoding can run ahead of the host: on a GPU, without autocast, which would cast weights in each step,
+    and with a plain decoder: FSDP makes a sharded one an instance of a subclass."""
     device_type = decoder.embedding.weight.device.type
     return device_type in DEVICES and type(decoder) is Decoder and not torch.is_autocast_enabled(device_type)
 
 
 class GraphSteps:
-    """The static buffers of a batch of stories, and the graphs that work on them.
+    """Static buffers of a batch of stories, and the graphs over them.
 
     Args:
         decoder: In eval mode; not kept.
@@ -75,12 +75,12 @@ class GraphSteps:
     def run(
         self, decoder: Decoder, windows: Sequence[Sequence[int]], count: int, draws: Tensor | None, held: Tensor | None
     ) -> Iterator[list[int]]:
-        """The next `count` tokens of every row, at most the capacity, step by step; later steps are under way before
-        the tokens of a step are given.
+        """The next `count` tokens of every row, at most the capacity; later steps are queued before a step's tokens
+        are yielded.
 
         Args:
             decoder: The same, with weights in the same place.
-            windows: Token ids that each row holds.
+            windows: Token ids of each row.
             count: Steps.
             draws: (count, B) on the host; see `lm.decoding.sampling.choose`, as for held.
             held: (B, V) on the host.
@@ -106,7 +106,7 @@ class GraphSteps:
             yield from coming.popleft()()
 
     def _advance(self, decoder: Decoder, held: int) -> None:
-        """One more token a row, after which no row that still counts holds more than `held`."""
+        """One more token a row; active rows then hold at most `held`."""
         visible = min(_bucket(held), self.capacity)
         if visible in self.graphs:
             self.graphs[visible].replay()
@@ -119,7 +119,7 @@ class GraphSteps:
             self._plain(decoder, visible)
 
     def _warm_up(self, decoder: Decoder, visible: int) -> None:
-        """A first step where later ones will be captured: it compiles, and makes what libraries keep for a stream."""
+        """The first step on the capturing stream: it compiles, and initialises what libraries keep for a stream."""
         if not self.on_gpu:
             return self._plain(decoder, visible)
         current = torch.cuda.current_stream()
@@ -140,10 +140,10 @@ class GraphSteps:
             raise CompilationError from error
 
     def _capture(self, decoder: Decoder, visible: int) -> bool:
-        """Make the graph, without running it; False where that is not possible, now and from then on."""
+        """Capture the graph without running it; False where that is not possible, now and later."""
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            # One at a time in a process; other threads may go on with work of their own.
+            # One at a time in a process; other threads may work meanwhile.
             with _capturing, torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self._plain(decoder, visible)
         except RuntimeError:
@@ -164,7 +164,7 @@ class GraphSteps:
         self.step += 1
 
     def _fetch(self, begin: int, end: int) -> Callable[[], list[list[int]]]:
-        """What reads the tokens of these steps once they are there."""
+        """A function that waits for the tokens of these steps and reads them."""
         if not self.tokens.is_cuda:
             return self.tokens[begin:end].tolist
         self.fetched[begin:end].copy_(self.tokens[begin:end], non_blocking=True)
@@ -184,8 +184,7 @@ _keeping, _capturing = Lock(), Lock()
 
 @contextmanager
 def steps_for(decoder: Decoder, num_rows: int, capacity: int, config: "GenerationConfig") -> Iterator[GraphSteps]:
-    """Buffers and graphs for this work, for the caller alone. They are kept for the next of its kind as long as the
-    decoder lives and its weights stay where they are."""
+    """Buffers and graphs for exclusive use, reused while the decoder lives and its weights stay in place."""
     capacity = min(_bucket(capacity), decoder.config.max_sequence_length)
     chosen = (config.temperature, config.top_k, config.top_p, config.min_p, config.repetition_penalty, config.compile)
     tensors = [*decoder.parameters(), *decoder.buffers()]

@@ -1,14 +1,13 @@
 """Decoding: greedy or sampled, cached or recomputed, one prompt or a batch of prompts of different lengths.
 
-What a prompt becomes depends on the decoder, the prompt and the configuration only: not on the cache, nor on the
-other prompts of the batch (up to the rounding of the decoder's products, which may differ between batch sizes).
-Every row draws from a generator of its own, seeded by the seed and the prompt; a prompt that stands several times
-in one batch becomes several stories, the first of which is the one it becomes alone.
+A story depends on the decoder, the prompt and the configuration only: not on the cache, nor on the other prompts of
+the batch (up to rounding, which may differ between batch sizes). Every row draws from its own generator, seeded by the
+seed and the prompt; a prompt repeated in a batch becomes several stories, the first of which is the one it becomes
+alone.
 
-Each new token needs everything before it to fit the decoder's context. A row that has filled the context ends with
-"length"; with `sliding_window` it goes on instead from the newest half of its tokens, whose positions start at 0
-again. The window is cut once it is full, not shifted at each step, because a shifted token is another position and
-would have to be recomputed; cached and recomputed decoding see the same windows.
+A row that fills the decoder's context ends with "length"; with `sliding_window` it continues from the newest half of
+its tokens, whose positions start at 0 again. The window is cut once it is full rather than shifted at each step, since
+shifting changes every position and would recompute everything; cached and recomputed decoding see the same windows.
 """
 
 import hashlib
@@ -207,8 +206,7 @@ def _finish_reason(
 def _in_turn(
     decoder: Decoder, rows: list[_Row], config: GenerationConfig, on_logits: Callable[[int, Tensor], None] | None
 ) -> Iterator[list[int]]:
-    """The next token of every row, step by step, each fetched before the next is computed. Rows that ended are no
-    longer computed, and have -1."""
+    """The next token of every row, step by step; -1 for rows that ended, which are no longer computed."""
     compile = config.compile and type(decoder) is Decoder  # not its variants
     next_logits = Cached(decoder, config.max_new_tokens, compile) if config.use_cache else Recomputed(decoder)
     while active := [row for row in rows if row.finish_reason is None]:
@@ -226,14 +224,14 @@ def _in_turn(
 
 
 def _ahead(decoder: Decoder, rows: list[_Row], config: GenerationConfig) -> Iterator[list[int]]:
-    """As `_in_turn`, but the device is never waited for: it is given the next steps before the tokens of the last ones
-    are read. What a row is given after its end is surplus."""
+    """As `_in_turn`, but without waiting for the device: the next steps are queued before tokens are read. What a row
+    gets after its end is surplus."""
     context = decoder.config.max_sequence_length
     # The last token is never read back.
     capacity = min(max(len(row.window) for row in rows) + config.max_new_tokens - 1, context)
     with steps_for(decoder, len(rows), capacity, config) as steps:
         while active := [row for row in rows if row.finish_reason is None]:
-            # All rows end where they are full, or go on together from where the first of them is cut.
+            # All rows end where they are full, or continue together from where the first of them is cut.
             full = [context + 1 - len(row.window) for row in active]
             left = [config.max_new_tokens - row.num_new for row in active]
             count = min(*full, max(left)) if config.sliding_window else max(map(min, full, left))

@@ -1,12 +1,12 @@
-"""Weights laid out for decoding: read with the memory's full bandwidth, or stored in half or a quarter of the bytes.
+"""Weights prepared for decoding on a CPU: read with full memory bandwidth, or stored in fewer bytes.
 
-Decoding one story reads every matrix once for each token and multiplies it with one row, so that its time is the
-memory's. Three things are done about that, all to the matrices alone (norms and the embedding's rows stay float32):
+Decoding one story multiplies every matrix by one row for each token, so that memory bandwidth decides. Three formats of
+the matrices (norms and the embedding stay float32):
 
-- float32: one row is multiplied in compiled code that reads four parts of the matrix at once, since one stream of
-  addresses does not fill a CPU's memory bandwidth (the head alone, on two cores with AVX2: 43 GB/s instead of
-  18); else oneDNN has a matrix packed once, 1.8 to 2.5 times as fast as `F.linear` at 8 to 32 rows, and on an AMD
-  CPU, where `F.linear` is slow (see docs/speed.md), three times with one row.
+- float32: for one row, compiled code reads four parts of the matrix at once, since one address stream does not fill
+  the bandwidth (the head on two cores with AVX2: 43 GB/s instead of 18); otherwise oneDNN packs the matrix once, 1.8
+  to 2.5 times as fast as `F.linear` at 8 to 32 rows, and three times with one row on an AMD CPU, where `F.linear` is
+  slow (see docs/speed.md).
 - bfloat16: rounded, multiplied in float32 where compiled.
 - int8: `round(w / scale)` with one scale an output channel, its largest magnitude / 127 (symmetric, weight-only);
   multiplied in float32 where compiled for one row, else by a factor in bfloat16.
@@ -29,10 +29,7 @@ BLOCK = 32  # int8 elements
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The int8 matrix (N, K) and the float32 scales (N,) whose product stands for weight (N, K).
-
-    Symmetric, one scale a row: the largest magnitude of a row becomes 127. A row of zeros has scale 1.
-    """
+    """weight (N, K) as an int8 matrix (N, K) times float32 scales (N,): the largest magnitude of a row becomes 127."""
     weight = weight.detach().float()
     scale = weight.abs().amax(-1) / 127
     scale = torch.where(scale > 0, scale, 1.0)
@@ -51,7 +48,7 @@ def _(rows: Tensor, packed: Tensor, height: int) -> Tensor:
 
 
 class DecodingLinear(nn.Module):
-    """`x @ weight.T` without gradient, of a matrix stored in a format that is read fast.
+    """`x @ weight.T` without gradient, with the matrix in a fast format.
 
     Args:
         weight: (N, K), float32; shared, not copied, where the format is float32.
@@ -73,7 +70,7 @@ class DecodingLinear(nn.Module):
         self.register_buffer("scale", scale)
 
     def pack(self) -> None:
-        """Make products fast that are not compiled for one row, for a copy of the matrix."""
+        """Copy the matrix into oneDNN's layout, for products of several rows or without compilation."""
         if self.packed is None and self.weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
 
@@ -95,19 +92,18 @@ class DecodingLinear(nn.Module):
 
 
 def weight_dtype(decoder: Decoder) -> WeightDtype | None:
-    """How a decoder that `prepare_for_decoding` made stores its matrices; None of any other."""
+    """The format of a decoder made by `prepare_for_decoding`; None of any other."""
     layer = decoder.blocks[0].attention.qkv
     return layer.format if isinstance(layer, DecodingLinear) else None
 
 
 def prepare_for_decoding(decoder: Decoder, format: WeightDtype = "float32", pack: bool = False) -> Decoder:
-    """A decoder of the same weights that decodes faster, and does nothing else.
+    """A copy of the decoder that only decodes, faster.
 
     Args:
-        decoder: On a CPU, in float32; left as it is. One that is prepared already comes back, in its own format.
-        format: How its matrices are stored: float32 is exact, and shares them.
-        pack: Whether several rows and plain code shall be fast too, in float32: a copy of the matrices, 2 ms a million
-            weights.
+        decoder: On a CPU, in float32; not changed. A prepared one is returned in its own format.
+        format: Of its matrices: float32 is exact, and shares them.
+        pack: Also pack float32 matrices, for several rows and uncompiled code: a copy, 2 ms a million weights.
 
     Raises:
         ValueError: If the weights are not float32 on a CPU.

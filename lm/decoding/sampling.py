@@ -1,4 +1,4 @@
-"""What stands between logits and a token: the likeliest, filters, and the penalty on repetition."""
+"""From logits to a token: argmax, filters, repetition penalty, sampling."""
 
 import functools
 import math
@@ -9,15 +9,14 @@ from torch import Tensor
 
 from lm.decoding.config import GenerationConfig
 
-NUCLEUS = 256  # tokens that are looked at first
-LARGEST_DRAW = 1 - 2**-22  # in float32, for not every device has float64, more times a sum may round up to that sum
+NUCLEUS = 256  # most likely tokens, which are tried first
+LARGEST_DRAW = 1 - 2**-22  # larger ones times a float32 sum could round up to the sum
 
 
 def argmax(logits: Tensor, block_size: int = 64) -> Tensor:
-    """The token (B,) of the largest of logits (B, V), the first of equals; -1 where that is not finite.
+    """The first largest of logits (B, V) as ids (B,); -1 where it is not finite.
 
-    Of blocks first, since torch compares the elements of a row one by one, but takes the maxima of many short rows at
-    the CPU's full width.
+    In two stages, because torch's argmax of a long row is scalar code, while maxima of short rows are vectorised.
     """
     if logits.shape[-1] % block_size:
         highest, token = logits.max(-1)
@@ -33,8 +32,7 @@ def filter_logits(
 ) -> Tensor:
     """Logits (B, V) with -inf for every token that a filter excludes.
 
-    The filters act in this order, each on the distribution that the one before left. At least the likeliest token
-    stays.
+    Filters act in this order, each on what the one before left; at least one token stays.
     """
     kept, ids = _filtered(logits, top_k, top_p, min_p)
     return kept if ids is None else torch.full_like(logits, -math.inf).scatter(1, ids, kept)
@@ -43,13 +41,12 @@ def filter_logits(
 def _filtered(
     logits: Tensor, top_k: int | None, top_p: float | None, min_p: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """What `filter_logits` leaves: logits (B, n), and the ids (B, n) of their tokens; None for all, in their order."""
+    """What `filter_logits` leaves: logits (B, n) and their ids (B, n), None for all ids in order."""
     ids = None
     if top_k is not None or top_p is not None:
         vocab_size = logits.shape[-1]
         most = min(top_k or vocab_size, vocab_size)
-        # A nucleus is small, and a whole vocabulary slow to sort: first the likeliest, which mostly hold it. On a GPU
-        # the host would have to wait to know.
+        # A nucleus is small and sorting a vocabulary slow: first try few tokens; not on a GPU, where that would wait.
         few_first = top_k is None and logits.device.type == "cpu"
         for size in (min(NUCLEUS, most), most) if few_first else (most,):
             ordered, ids = logits.topk(size)
@@ -69,24 +66,22 @@ def _filtered(
 
 
 def penalize_repetition(logits: Tensor, held: Tensor, penalty: float) -> Tensor:
-    """Divide the positive and multiply the negative logits (B, V) by the penalty where `held` (B, V) is True: for the
-    tokens that a row holds."""
+    """Divide positive and multiply negative logits (B, V) by the penalty where `held` (B, V): tokens of the row."""
     return logits.where(~held, torch.where(logits > 0, logits / penalty, logits * penalty))
 
 
 def choose(
     logits: Tensor, argmax: Tensor, draws: Tensor | None, held: Tensor | None, config: "GenerationConfig"
 ) -> Tensor:
-    """The next token (B,) of each row; -1 where `argmax` says that its logits are not finite.
+    """The next token (B,) of each row; -1 where its logits are not finite.
 
-    On a GPU the host does not wait for it, and what is computed depends on the configuration alone, so that it can be
-    part of a CUDA graph.
+    Without synchronisation and with control flow by the configuration alone, so that a CUDA graph can hold it.
 
     Args:
         logits: (B, V), float32.
         argmax: (B,), of `argmax`.
-        draws: (B,) random numbers in [0, `LARGEST_DRAW`], one a row; None where temperature is 0.
-        held: (B, V), True for the tokens that a row holds; None where there is no penalty.
+        draws: (B,) random numbers in [0, `LARGEST_DRAW`]; None where temperature is 0.
+        held: (B, V), True for tokens of the row; None without a penalty.
         config: Temperature, filters and penalty.
     """
     if config.repetition_penalty != 1:
@@ -101,7 +96,7 @@ def choose(
 
 
 def sample(logits: Tensor, draws: Tensor, config: "GenerationConfig") -> Tensor:
-    """The token (B,) at which the cumulative distribution of each row reaches its draw; arguments as of `choose`."""
+    """The token (B,) at which each row's cumulative distribution reaches its draw; arguments as of `choose`."""
     if logits.is_cuda and (kernel := _sampling_kernel()) is not None and logits.shape[-1] <= kernel.LARGEST:
         return kernel.sample(logits, draws, config)
     # Divided by the temperature after the maximum is taken off, or a tiny temperature would overflow.

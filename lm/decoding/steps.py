@@ -1,6 +1,6 @@
-"""Logits of the next tokens of some stories: from their whole text, or from a cache, plain or compiled.
+"""Logits of the next tokens of several stories: recomputed from the whole text, or from a cache, plain or compiled.
 
-Each way is called with the tokens of every story, {row: token ids}, once for each new token.
+Each class is called once for each new token, with the token ids of every row: {row: token ids}.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,27 +15,23 @@ from lm.model.decoder import Decoder
 from lm.model.kv_cache import KeyValueCache
 
 GROWTH = 64  # tokens that a cache read by compiled code gains at a time
-STEPPED = 4  # tokens of a prompt that compiled code takes one by one sooner than plain code takes them all
-PACKED_FROM = 16  # tokens to come, from which laying out the matrices anew pays for itself
+STEPPED = 4  # prompts up to this length are faster token by token in compiled code than as one eager prefill
+PACKED_FROM = 16  # new tokens from which packing the matrices pays for itself
 
 
 def prepare_if_faster(
-    decoder: Decoder, num_rows: int, max_new_tokens: int, weights: WeightDtype | None, compile: bool
+    decoder: Decoder, num_rows: int, max_new_tokens: int, dtype: WeightDtype | None, compile: bool
 ) -> Decoder:
-    """The decoder with its matrices laid out for decoding in the format `weights`, or as is where that does not pay.
-
-    Raises:
-        ValueError: `weights` is given for a decoder that is not float32 on a CPU.
-    """
+    """`prepare_for_decoding` of the decoder, or the decoder itself where that would not be faster; same errors."""
     weight = decoder.embedding.weight
     # A subclass is how FSDP marks a decoder whose weights are not all here.
     plain = type(decoder) is Decoder and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if weights is None and not (plain and weight.device.type == "cpu"):
+    if dtype is None and not (plain and weight.device.type == "cpu"):
         return decoder
     pack = max_new_tokens >= PACKED_FROM and not (compile and num_rows == 1)
-    if weights is None and not compile and not pack:
+    if dtype is None and not compile and not pack:
         return decoder
-    return prepare_for_decoding(decoder, weights or "float32", pack)
+    return prepare_for_decoding(decoder, dtype or "float32", pack)
 
 
 class Recomputed:
@@ -45,18 +41,18 @@ class Recomputed:
         self.decoder = decoder
 
     def __call__(self, windows: Mapping[int, Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Of each row's tokens: logits (B, V) in float32, and the likeliest tokens (B,)."""
+        """Logits (B, V) in float32, and their argmax (B,)."""
         input_ids, lengths = pad(list(windows.values()), self.decoder)
         return last_logits(self.decoder, self.decoder.hidden_states(input_ids), lengths)
 
 
 class Cached:
-    """Logits of the next tokens from the last tokens and a cache of all before.
+    """Logits of the next tokens from the last tokens and a cache.
 
     Args:
         decoder: In eval mode.
-        max_new_tokens: That a row gains at most.
-        compile: Whether compiled code takes the steps of one token.
+        max_new_tokens: Most new tokens of a row.
+        compile: Take steps of one token in compiled code.
     """
 
     def __init__(self, decoder: Decoder, max_new_tokens: int, compile: bool) -> None:
@@ -103,7 +99,7 @@ class Cached:
         return KeyValueCache(self.decoder.config, num_rows, capacity, cache_dtype(self.decoder), device)
 
     def _step(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """One more token a row, by compiled code, which is made when it is first needed."""
+        """One more token a row, by compiled code, compiled at the first call."""
         if self.compiled is None:
             self.compiled = CompiledStep(self.decoder, self.num_rows)
         if max(self.held.values()) > self.cache.capacity:
@@ -119,7 +115,7 @@ class Cached:
 
 
 def cache_dtype(decoder: Decoder) -> torch.dtype:
-    """Of keys and values: the decoder's, or that of autocast where it is on."""
+    """Type of keys and values: autocast's where it is on, else the decoder's."""
     weight = decoder.embedding.weight
     autocast = torch.is_autocast_enabled(weight.device.type)
     return torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
@@ -136,8 +132,8 @@ def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Ten
 
 
 def last_logits(decoder: Decoder, hidden: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Logits (B, V), float32, of each row's last hidden state, for the head is the dearest product of a step; and the
-    likeliest tokens (B,)."""
+    """Logits (B, V) in float32 of each row's last hidden state alone, since the head is the largest product; and their
+    argmax (B,)."""
     rows = torch.arange(len(hidden), device=hidden.device)
     last = hidden[:, -1] if lengths is None else hidden[rows, lengths - 1]
     logits = decoder.logits(last).float()

@@ -1,1 +1,1 @@
-"""Weights and tokenizers of other programs, read and written. Imports lm.model.decoder and lm.data.module."""
+"""Weights and tokenizers of other programs, read and written. Imports lm.model and lm.data."""

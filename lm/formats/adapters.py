@@ -1,8 +1,8 @@
-"""LoRA for the decoder, by PEFT's names for a Llama, though query, key and value, and gate and up, are stacked here.
+"""LoRA for the decoder, with PEFT's names for a Llama.
 
-Each part of a stacked matrix has its own A and B, so that an adapter is the same numbers as PEFT's, in files of PEFT's
-format for `LlamaForCausalLM`. `inject` adapts a decoder by the layers of experiment/nn/lora.py, `inject_peft` by PEFT's
-own, for the comparison; both draw the same numbers from the same seed.
+Our query, key and value share a matrix, as do gate and up; each part has its own A and B, so that adapters equal PEFT's
+and are saved in PEFT's format for `LlamaForCausalLM`. `inject` uses the layers of experiment/nn/lora.py, `inject_peft`
+PEFT's own; both draw the same numbers from the same seed.
 """
 
 import warnings
@@ -25,7 +25,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def _modules(config: DecoderConfig) -> Iterator[tuple[str, list[str]]]:
-    """Our modules with weights, and Llama's that each is stacked from, in Llama's order."""
+    """Our modules with weights, and those of Llama that each is stacked from, in Llama's order."""
     for ours, parts in parameter_names(config).items():
         if not config.tie_embeddings or ours != "head.weight":
             yield ours.removesuffix(".weight"), [part.removesuffix(".weight") for part in parts]
@@ -34,7 +34,7 @@ def _modules(config: DecoderConfig) -> Iterator[tuple[str, list[str]]]:
 
 
 def peft_names(config: DecoderConfig) -> dict[str, str]:
-    """Our modules, the parts of stacked ones apart, and what a Llama calls them."""
+    """Our modules, parts of stacked ones listed separately, and Llama's names."""
     names = {}
     for ours, parts in _modules(config):
         for part in parts:
@@ -47,11 +47,7 @@ def _last(name: str) -> str:
 
 
 def targeted(config: DecoderConfig, lora: LoRAConfig) -> set[str]:
-    """The modules, by Llama's names, that are adapted.
-
-    Raises:
-        ValueError: A target matches nothing.
-    """
+    """The modules to adapt, by Llama's names; ValueError where a target matches nothing."""
     whole = _saved_whole(config, lora)  # what trains in full gets no adapter
     names = [part for ours, part in peft_names(config).items() if _last(part) in TARGETS and ours not in whole]
     if lora.target_modules == ALL_LINEAR:
@@ -60,11 +56,7 @@ def targeted(config: DecoderConfig, lora: LoRAConfig) -> set[str]:
 
 
 def _saved_whole(config: DecoderConfig, lora: LoRAConfig) -> list[str]:
-    """Our modules that train in full.
-
-    Raises:
-        ValueError: A name matches nothing, or a part of a stacked matrix, or a matrix that two share.
-    """
+    """Our modules that train in full; ValueError where a name matches none, a part of one, or a shared matrix."""
     whole = {part: ours for ours, part in peft_names(config).items() if not ours.endswith("_proj")}
     if config.tie_embeddings:
         whole = {part: ours for part, ours in whole.items() if ours not in ("embedding", "head")}
@@ -76,11 +68,7 @@ def _saved_whole(config: DecoderConfig, lora: LoRAConfig) -> list[str]:
 
 
 def inject(decoder: Decoder, lora: LoRAConfig) -> None:
-    """Put adapters on a decoder's targeted matrices, in place, and freeze the rest.
-
-    Raises:
-        ValueError: A target, or a module to train in full, matches nothing.
-    """
+    """Put adapters on a decoder's targeted matrices, in place, and freeze the rest; errors as of `targeted`."""
     chosen, saved = targeted(decoder.config, lora), _saved_whole(decoder.config, lora)
     for ours, parts in list(_modules(decoder.config)):
         adapted = [part for part in parts if part in chosen]
@@ -139,11 +127,8 @@ def _tied_head(decoder: Decoder) -> nn.Linear:
     return head
 
 
-# ---------------------------------------------------------------- by PEFT
-
-
 class _Unstacked(nn.Module):
-    """The matrices of a stacked layer, each a layer of its own, for PEFT knows no other."""
+    """The matrices of a stacked layer as separate layers, as PEFT needs them."""
 
     def __init__(self, layer: nn.Linear, rows: dict[str, int]) -> None:
         super().__init__()
@@ -185,16 +170,13 @@ def inject_peft(decoder: Decoder, lora: LoRAConfig) -> None:
 
 
 def our_key(key: str) -> str:
-    """The name here of a parameter in a decoder that PEFT has adapted."""
+    """Our name of a parameter in a decoder with PEFT's layers."""
     key = key.replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector")
     return key.replace("modules_to_save.default.", "").replace(".default", "")
 
 
-# ---------------------------------------------------------------- what is trained, and what was there
-
-
 def base_weights(decoder: Decoder) -> dict[str, Tensor]:
-    """The state dict of the plain decoder that was adapted, whoever has adapted it."""
+    """The state dict of the decoder below the adapters, ours or PEFT's."""
     tied_head = "head." if decoder.config.tie_embeddings else None
     parts: dict[str, list[Tensor]] = {}
     for key, weight in decoder.named_parameters(remove_duplicate=True):
@@ -209,16 +191,14 @@ def base_weights(decoder: Decoder) -> dict[str, Tensor]:
 
 
 def trained_weights(decoder: Decoder) -> dict[str, Tensor]:
-    """What trains, under our names, whoever has adapted the decoder."""
+    """The trained weights under our names, for our adapters and PEFT's."""
     return {our_key(key): weight for key, weight in decoder.named_parameters() if weight.requires_grad}
 
 
 @torch.no_grad()
 def merged(decoder: Decoder, lora: LoRAConfig) -> Decoder:
-    """A plain decoder of the adapted one's logits, in evaluation mode; its weights are its own.
-
-    Where the embedding of a tied model is adapted, or its head, the two part.
-    """
+    """A plain decoder with the logits of the adapted one, in eval mode, with weights of its own; untied where the
+    embedding or the head of a tied model is adapted."""
     if any(isinstance(module, _Unstacked) for module in decoder.modules()):  # by PEFT
         decoder = adapted(decoder.config, base_weights(decoder), lora, trained_weights(decoder))
     untied = decoder.config.tie_embeddings and (
@@ -241,11 +221,7 @@ def merged(decoder: Decoder, lora: LoRAConfig) -> Decoder:
 
 
 def adapted(config: DecoderConfig, base: dict[str, Tensor], lora: LoRAConfig, trained: dict[str, Tensor]) -> Decoder:
-    """A decoder adapted by our layers, from the weights that were there and those that were trained.
-
-    Raises:
-        ValueError: They do not fit.
-    """
+    """A decoder with our adapters, from its base and trained weights; ValueError where they do not fit."""
     with torch.random.fork_rng(devices=[]):
         decoder = Decoder(config)
         decoder.load_state_dict(base)
@@ -257,12 +233,9 @@ def adapted(config: DecoderConfig, base: dict[str, Tensor], lora: LoRAConfig, tr
 
 @torch.no_grad()
 def load_trained(decoder: Decoder, trained: dict[str, Tensor]) -> None:
-    """Put weights of `trained_weights` into an adapted decoder, whoever has adapted it."""
+    """Load `trained_weights` into a decoder with our adapters or PEFT's."""
     for name, parameter in trained_weights(decoder).items():
         parameter.copy_(trained[name])
-
-
-# ---------------------------------------------------------------- files
 
 
 def _peft_key(key: str, names: dict[str, str]) -> str:

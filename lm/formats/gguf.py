@@ -7,7 +7,6 @@ into float32; what is read is compared with the header's shape first.
 """
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -19,6 +18,7 @@ from lm.data.gguf_tokenizer import add_tokenizer, gguf_package, open_gguf, read_
 from lm.data.tokenizer import StoryTokenizer
 from lm.formats.hugging_face import (
     LONGEST_CONTEXT,
+    all_or_nothing,
     check_vocabulary,
     join_weights,
     parameter_names,
@@ -66,24 +66,18 @@ def to_gguf(decoder: Decoder, tokenizer: StoryTokenizer, path: str | Path, type:
     gguf, path, config = gguf_package(), Path(path), decoder.config
     check_vocabulary(config, tokenizer)
     weights = split_weights(decoder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=".export-") as scratch:
-        partial = Path(scratch) / path.name
+    with all_or_nothing(path) as partial:
         writer = gguf.GGUFWriter(partial, _architecture(config))
         writer.add_name(path.stem)
         writer.add_file_type({"f32": 0, "f16": 1, "q8_0": 7}[type])
-        writer.add_vocab_size(config.vocab_size)
-        writer.add_context_length(config.max_sequence_length)
-        writer.add_embedding_length(config.hidden_size)
-        writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_block_count(config.num_layers)
-        writer.add_head_count(config.num_heads)
-        writer.add_head_count_kv(config.kv_heads)
-        writer.add_key_length(config.head_dim)
-        writer.add_value_length(config.head_dim)
-        writer.add_rope_dimension_count(config.head_dim)
-        writer.add_rope_freq_base(config.rope_theta)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        for name, value in {
+            "vocab_size": config.vocab_size, "context_length": config.max_sequence_length,
+            "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size,
+            "block_count": config.num_layers, "head_count": config.num_heads, "head_count_kv": config.kv_heads,
+            "key_length": config.head_dim, "value_length": config.head_dim, "rope_dimension_count": config.head_dim,
+            "rope_freq_base": config.rope_theta, "layer_norm_rms_eps": config.rms_norm_eps,
+        }.items():  # fmt: skip
+            getattr(writer, f"add_{name}")(value)
         add_tokenizer(writer, tokenizer, config.vocab_size)
         for name, theirs in _tensor_names(config).items():
             weight = weights[name]
@@ -98,7 +92,6 @@ def to_gguf(decoder: Decoder, tokenizer: StoryTokenizer, path: str | Path, type:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        partial.replace(path)
 
 
 def from_gguf(path: str | Path) -> tuple[Decoder, StoryTokenizer]:

@@ -6,6 +6,8 @@ folder is executed, and names and shapes are compared before anything of their s
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +34,16 @@ _BLOCK = {
     "feed_forward.down": ("mlp.down_proj",),
 }
 _QUERY_KEY_NORM = {"attention.query_norm": ("self_attn.q_norm",), "attention.key_norm": ("self_attn.k_norm",)}
+# Fields of DecoderConfig and of config.json, with the defaults of transformers' LlamaConfig.
+_CONFIG = {
+    "vocab_size": ("vocab_size", None),
+    "hidden_size": ("hidden_size", None),
+    "intermediate_size": ("intermediate_size", None),
+    "num_layers": ("num_hidden_layers", None),
+    "num_heads": ("num_attention_heads", None),
+    "num_kv_heads": ("num_key_value_heads", None),
+    "max_sequence_length": ("max_position_embeddings", 2048),
+}
 LONGEST_CONTEXT = 2**22  # a config.json could ask for rotary tables of any size
 
 
@@ -124,14 +136,9 @@ def to_hugging_face(decoder: Decoder, tokenizer: StoryTokenizer, folder: str | P
     description = {
         "architectures": ["Qwen3ForCausalLM" if config.query_key_norm else "LlamaForCausalLM"],
         "model_type": "qwen3" if config.query_key_norm else "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
+        **{theirs: getattr(config, ours) for ours, (theirs, _) in _CONFIG.items()},
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_sequence_length,
         "rms_norm_eps": config.rms_norm_eps,
         # transformers 5 reads the second, transformers 4 the first.
         "rope_theta": config.rope_theta,
@@ -140,25 +147,27 @@ def to_hugging_face(decoder: Decoder, tokenizer: StoryTokenizer, folder: str | P
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
         "dtype": "float32",
         "torch_dtype": "float32",
     }
-    # The pad is no part of config.json: there, it would freeze that token's embedding in transformers.
-    defaults = {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
-    }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=".export-") as scratch:
-        partial = Path(scratch) / "model"
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    description |= special
+    defaults = special | {"pad_token_id": tokenizer.pad_id}  # in config.json it would freeze that token's embedding
+    with all_or_nothing(folder) as partial:
         tokenizer.save(partial)
         (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         (partial / "generation_config.json").write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        partial.replace(folder)
+
+
+@contextmanager
+def all_or_nothing(path: Path) -> Iterator[Path]:
+    """A place to write a file or folder to, which gets its name once it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix=".export-") as scratch:
+        partial = Path(scratch) / path.name
+        yield partial
+        partial.replace(path)
 
 
 def from_hugging_face(folder: str | Path) -> tuple[Decoder, StoryTokenizer]:
@@ -240,14 +249,17 @@ def _read_config(folder: Path) -> DecoderConfig:
     rope = described.get("rope_parameters") or {}
     scaling = described.get("rope_scaling") or {}
     rope_type = scaling.get("rope_type", scaling.get("type", rope.get("rope_type", "default")))
-    hidden_size, num_heads = _integer(described, "hidden_size", path), _integer(described, "num_attention_heads", path)
+    if described.get("num_key_value_heads") is None:
+        described["num_key_value_heads"] = described.get("num_attention_heads")
+    sizes = {ours: _integer(described, theirs, path, default) for ours, (theirs, default) in _CONFIG.items()}
+    head_dim = sizes["hidden_size"] // max(1, sizes["num_heads"])
     for name, found, accepted in (
         ("rope_type", rope_type, ("default",)),
         ("partial_rotary_factor", rope.get("partial_rotary_factor", 1), (1,)),
         ("attention_bias", described.get("attention_bias"), (None, False)),
         ("mlp_bias", described.get("mlp_bias"), (None, False)),
         ("hidden_act", described.get("hidden_act", "silu"), ("silu", "swish")),
-        ("head_dim", described.get("head_dim"), (None, hidden_size // max(1, num_heads))),
+        ("head_dim", described.get("head_dim"), (None, head_dim)),
         ("use_sliding_window", described.get("use_sliding_window"), (None, False)),
         ("quantization_config", described.get("quantization_config"), (None,)),
     ):
@@ -256,15 +268,8 @@ def _read_config(folder: Path) -> DecoderConfig:
                 f"{path}: {name} {found!r}; our decoder knows {accepted[-1]!r} alone, so import another model"
             )
     try:
-        # The defaults are those of transformers' LlamaConfig.
         config = DecoderConfig(
-            vocab_size=_integer(described, "vocab_size", path),
-            hidden_size=hidden_size,
-            intermediate_size=_integer(described, "intermediate_size", path),
-            num_layers=_integer(described, "num_hidden_layers", path),
-            num_heads=num_heads,
-            num_kv_heads=_integer(described, "num_key_value_heads", path, num_heads),
-            max_sequence_length=_integer(described, "max_position_embeddings", path, 2048),
+            **sizes,
             rope_theta=float(rope.get("rope_theta", described.get("rope_theta", 10000.0))),
             rms_norm_eps=float(described.get("rms_norm_eps", 1e-6)),
             tie_embeddings=bool(described.get("tie_word_embeddings", False)),

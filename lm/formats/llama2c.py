@@ -10,7 +10,6 @@ import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from experiment.errors import InputError
 from lm.data.tokenizer import StoryTokenizer
 from lm.data.tokenizer_files import read_llama2c_tokenizer, write_llama2c_tokenizer
-from lm.formats.hugging_face import check_vocabulary, join_weights, parameter_shape, split_weights
+from lm.formats.hugging_face import all_or_nothing, check_vocabulary, join_weights, parameter_shape, split_weights
 from lm.model.config import DecoderConfig
 from lm.model.decoder import Decoder, rotary_tables
 
@@ -97,9 +96,7 @@ def to_llama2c(decoder: Decoder, tokenizer: StoryTokenizer, path: str | Path) ->
     weights["rotary tables"] = torch.cat((cos[:, :half], sin[:, half:]))
     sizes = config.hidden_size, config.intermediate_size, config.num_layers, config.num_heads, config.kv_heads
     vocab_size = config.vocab_size if config.tie_embeddings else -config.vocab_size
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=".export-") as scratch:
-        partial = Path(scratch) / path.name
+    with all_or_nothing(path) as partial:
         write_llama2c_tokenizer(tokenizer, llama2c_tokenizer_path(partial))
         with partial.open("wb") as file:
             file.write(_HEADER.pack(*sizes, vocab_size, config.max_sequence_length))
@@ -109,7 +106,6 @@ def to_llama2c(decoder: Decoder, tokenizer: StoryTokenizer, path: str | Path) ->
                     weight = halves_to_neighbours(weight, config.head_dim)
                 file.write(weight.numpy().astype("<f4").tobytes())
         llama2c_tokenizer_path(partial).replace(llama2c_tokenizer_path(path))
-        partial.replace(path)
 
 
 def llama2c_tokenizer_path(path: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""Weights and tokenizers that are there already: of a run, of a checkpoint, or of what other programs write."""
+"""Pretrained weights and tokenizers: of a run, a checkpoint, or in the formats of other programs."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -28,14 +28,14 @@ def load_pretrained(name: str | Path, tokenizer: str | None = None) -> tuple[Dec
     .bin or a .gguf.
 
     Args:
-        name: Which.
+        name: Path or hub name.
         tokenizer: Of a llama2.c .bin; by default model.tokenizer.bin, tokenizer.bin or tok512.bin beside it.
 
     Returns:
-        The decoder, in evaluation mode, an adapter merged into it; the tokenizer; and where that is.
+        The decoder in eval mode, adapters merged; the tokenizer; and the tokenizer's place.
 
     Raises:
-        InputError: There is nothing, it cannot be read, or our decoder cannot express it.
+        InputError: It does not exist, cannot be read, or is not expressible by our decoder.
     """
     from experiment.runs.run import find_checkpoint, is_run, run_of  # bring Lightning, which --help need not wait for
 

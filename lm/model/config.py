@@ -23,10 +23,10 @@ class DecoderConfig:
         rms_norm_eps: Added to the mean square before the root.
         tie_embeddings: Whether the output head is the embedding matrix.
         dropout: Probability of dropping an element of the embeddings and of each residual branch in training.
-        query_key_norm: Whether queries and keys go through an RMSNorm of each head before they are turned, as in
-            Qwen3 (arXiv:2505.09388): such a model exports as that one and is no LLaMA.
-        value_residual: Whether each later layer mixes its values with the first layer's, in two learned shares that
-            begin at a half (Zhou et al. 2024, arXiv:2410.17897): no other program knows such a model.
+        query_key_norm: RMSNorm of each head's queries and keys before rotation, as in Qwen3 (arXiv:2505.09388): the
+            model exports as a Qwen3, not as a LLaMA.
+        value_residual: Each later layer mixes its values with the first layer's by two learned weights that start at
+            0.5 (Zhou et al. 2024, arXiv:2410.17897): not exportable.
 
     Raises:
         ValueError: If the numbers do not make a decoder.
@@ -88,20 +88,18 @@ class DecoderConfig:
 
 @dataclass
 class Variant:
-    """What differs from the decoder of lm.model.decoder; by default nothing.
+    """What differs from the decoder; by default nothing.
 
     Attributes:
         positions: ``rotary``; ``learned``, a vector for each position that is added to the embedding (Vaswani et al.
             2017, arXiv:1706.03762); or ``none``, where the causal mask alone tells order (Kazemnejad et al. 2023,
             arXiv:2305.19466).
-        norm: ``rms``; ``layer``, which takes the mean off too (Ba et al. 2016, arXiv:1607.06450), without a bias, so
-            that there are as many parameters; or ``none``. Norms of queries and keys stay.
-        norm_place: ``pre``, norm(x) goes into each branch; or ``post``, x + branch goes through the norm, as in the
-            first transformer, and there is no last norm.
-        feed_forward: ``swiglu``; or ``silu`` or ``gelu`` between two matrices without a gate, 1.5 times as wide, so
-            that there are as many parameters.
-        scaled_residuals: Whether the matrices that end the branches begin smaller by sqrt(2 num_layers) (Radford et
-            al. 2019).
+        norm: ``rms``; ``layer``, LayerNorm without a bias (Ba et al. 2016, arXiv:1607.06450); or ``none``. Norms of
+            queries and keys stay.
+        norm_place: ``pre``, branch(norm(x)); or ``post``, norm(x + branch(x)) without a last norm, as in the first
+            transformer.
+        feed_forward: ``swiglu``; or ``silu`` or ``gelu`` without a gate, 1.5 times as wide for as many parameters.
+        scaled_residuals: Initialise the last matrix of each branch smaller by sqrt(2 num_layers) (Radford et al. 2019).
     """
 
     positions: Literal["rotary", "learned", "none"] = "rotary"

@@ -1,19 +1,15 @@
 """The decoder: a LLaMA-style transformer in plain torch.
 
-Architecture (Touvron et al. 2023, arXiv:2302.13971): pre-norm blocks of RMSNorm, causal attention with
-rotary positions and grouped key-value heads, and SwiGLU; no biases. Equal to `transformers.LlamaForCausalLM`
-weight for weight: a rotary pair is element i of each half of a head (Hugging Face's layout), not two
-neighbours (Meta's and llama2.c's).
+Architecture (Touvron et al. 2023, arXiv:2302.13971): pre-norm blocks of RMSNorm, causal attention with rotary positions
+and grouped key-value heads, and SwiGLU; no biases. Equal to `transformers.LlamaForCausalLM` weight for weight: a rotary
+pair is element i of each half of a head (Hugging Face's layout), not two neighbours (Meta's and llama2.c's).
 
-Two choices differ from the reference in form, not in value:
+It differs from the reference in form only: query, key and value share one matrix (`qkv`), as do gate and up
+(`gate_up`), for fewer and larger products; and the operations between them (`lm.model.functional`) have manual
+gradients that keep less memory.
 
-- query, key and value share one matrix (`qkv`), gate and up another (`gate_up`): fewer, larger products, and
-  one cast of each input under autocast. `lm.convert` splits them.
-- what stands between the products (`lm.model.functional`) has its gradient written out and keeps less for it.
-
-Training calls `scaled_dot_product_attention` with `is_causal` and no mask, which keeps it on the fused kernel of every
-device (but for bfloat16 on a CPU: see experiment/nn/attention.py); dropout stands on the residual branches only:
-on attention weights it would leave that kernel.
+Training calls `scaled_dot_product_attention` with `is_causal` and no mask, and has dropout on the residual branches
+only, to stay on the fused kernel of every device (bfloat16 on a CPU: see experiment/nn/attention.py).
 """
 
 import math
@@ -47,10 +43,10 @@ class RMSNorm(nn.Module):
 def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines of rotary angles (Su et al. 2021, arXiv:2104.09864), each (length, head_dim).
 
-    Pair i of a head, its elements i and i + head_dim / 2, turns by `position * theta^(-2i / head_dim)`. The
-    sine is negated in the first half, so that `lm.model.functional.rotate` needs no negation of its own.
+    Pair i of a head, its elements i and i + head_dim / 2, turns by `position * theta^(-2i / head_dim)`. The sine is
+    negated in the first half for `lm.model.functional.rotate`.
     """
-    # In float32 as in transformers: at late positions the rounding of the angle is larger than 1e-5.
+    # In float32 as in transformers: at late positions the angle's rounding exceeds 1e-5.
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
     angles = torch.outer(torch.arange(length).float(), frequencies)
     cos, sin = angles.cos(), angles.sin()
@@ -145,22 +141,13 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, compute: "Compute", *inputs: Any) -> tuple[Tensor, Tensor]:
-        """What ``compute``, which is `compute_block` or what training has made of it, gives for this block. The hooks
-        of the module, by which FSDP fetches its weights, run outside of it."""
+        """``compute``, which is `compute_block`, compiled or checkpointed, of this block. The module's hooks, by which
+        FSDP fetches its weights, run outside of it."""
         return compute(self, *inputs)
 
-    def compute(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        first_value: Tensor | None = None,
-        cache: "KeyValueCache | None" = None,
-        span: Span | None = None,
-        layer: int = 0,
-    ) -> tuple[Tensor, Tensor]:
-        """The residual stream (B, T, H) after the block, and the values, as of `Attention`."""
-        mixed, value = self.attention(self.attention_norm(x), cos, sin, first_value, cache, span, layer)
+    def compute(self, x: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
+        """The residual stream (B, T, H) after the block, and the values; context as of `Attention`."""
+        mixed, value = self.attention(self.attention_norm(x), *context)
         x = x + self.dropout(mixed)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), value
 
@@ -202,7 +189,7 @@ class Decoder(nn.Module):
         if not config.tie_embeddings:
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.compiled_block: Compute | None = None
-        self.recompute = False  # in the backward pass what is inside the blocks, rather than keep it
+        self.recompute = False  # activation checkpointing of the blocks
         self.set_rotary_tables()
         self.initialize()
 
@@ -237,8 +224,8 @@ class Decoder(nn.Module):
         return weight.normal_(0.0, 0.02 / math.sqrt(2 * self.config.num_layers) if is_residual else 0.02)
 
     def compile_blocks(self) -> None:
-        """Let training run its blocks in code that torch.compile makes at the first step: once for all of them, and for
-        batches of any shape, so that a run that goes on in another process, from another batch, has the same code."""
+        """Train with compiled blocks: compiled once for all blocks and batches of any shape, so that a resumed run has
+        the same code."""
         self.compiled_block = torch.compile(compute_block, dynamic=True)
 
     @property
@@ -283,7 +270,7 @@ class Decoder(nn.Module):
         return hidden
 
     def embed(self, input_ids: Tensor, positions: slice | Tensor) -> Tensor:
-        """What enters the first block, (B, T, H), of input_ids (B, T) at `positions` of a table of all positions."""
+        """The input (B, T, H) of the first block for input_ids (B, T) at `positions`."""
         return self.dropout(self.embedding(input_ids))
 
     def run(self, input_ids: Tensor, cache: "KeyValueCache | None" = None, span: Span | None = None) -> Tensor:
@@ -296,7 +283,7 @@ class Decoder(nn.Module):
         compiled = self.compiled_block is not None and self.training
         if compiled:
             compute = self.compiled_block
-            # Else a length that equals a width by chance would be taken for it, and another length compiled anew.
+            # Else a length that equals a width would be taken for it, and another length recompiled.
             for tensor in (x, cos, sin, self.cos, self.sin):
                 torch._dynamo.mark_static(tensor, tensor.ndim - 1)
         if self.recompute and self.training:

@@ -1,8 +1,8 @@
-"""The decoder's element-wise operations with their gradients written out.
+"""The decoder's element-wise operations with manual gradients.
 
-Autograd over the plain formulas keeps every intermediate value for the backward pass and joins the gradients of split
-tensors by copying. Here only the inputs are kept, what follows from them is computed again, and gradients are written
-where they belong: for a model this small that is a fifth of a training's memory. The values are the plain formulas'.
+Autograd over the plain formulas saves every intermediate value and concatenates the gradients of split tensors by
+copying. Here only inputs are saved, the rest is recomputed, and gradients are written in place: a fifth of a small
+model's training memory. The values equal the plain formulas'.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """`silu(gate) * up` of gate and up that lie beside each other in the last dimension (Shazeer 2020)."""
+    """`silu(gate) * up` of gate and up, concatenated in the last dimension (Shazeer 2020)."""
     return _call(_SwiGLU, gate_up)
 
 
@@ -39,9 +39,10 @@ def split_and_rotate(
 
 
 def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Attention of one token a story, on a CPU or in compiled code. On a CPU the kernel of
-    `scaled_dot_product_attention` takes longer to start than to run for a single story, and with a mask three times as
-    long as plain products for many; on a GPU, torch.compile joins the sums with their neighbours.
+    """Attention of one token a row, on a CPU or in compiled code.
+
+    On a CPU, `scaled_dot_product_attention` has more overhead than work for one row, and with a mask takes three times
+    as long as plain products for many; on a GPU, torch.compile fuses the sums.
 
     Args:
         query: (B, heads, 1, head_dim).
@@ -53,7 +54,7 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tenso
         (B, heads, 1, head_dim).
     """
     grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1)) * query.shape[-1] ** -0.5  # (B, kv_heads, group, D)
-    sums = len(query) == 1 or query.is_cuda  # which torch.compile joins with their neighbours
+    sums = len(query) == 1 or query.is_cuda  # which torch.compile fuses
     scores = (grouped.unsqueeze(3) * key.unsqueeze(2)).sum(-1) if sums else grouped @ key.mT
     probs = scores.masked_fill(~mask, -torch.inf).softmax(-1)  # (B, kv_heads, group, S)
     mixed = (probs.unsqueeze(-1) * value.unsqueeze(2)).sum(-2) if sums else probs @ value
@@ -63,7 +64,7 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tenso
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
     """Turn the pairs of x (B, T, heads, head_dim) by tables (1 or B, T, 1, head_dim) of `rotary_tables`."""
     half = x.shape[-1] // 2
-    if torch.compiler.is_compiling():  # one kernel, which writing in place would cut in three
+    if torch.compiler.is_compiling():  # one kernel; in-place writes would make three
         return x * cos + torch.cat((x[..., half:], x[..., :half]), dim=-1) * sin
     out = torch.mul(x, cos, out=out)
     out[..., :half].addcmul_(x[..., half:], sin[..., :half])

@@ -65,15 +65,15 @@ class KeyValueCache:
                 "max_sequence_length; shorten the sequence or use a model of longer context"
             )
         self.capacity = capacity
-        # Zeros, not empty: a masked slot still enters a product with weight 0, and 0 * nan is nan. One slot
-        # more than the capacity takes the padding of ragged calls; it is never read.
+        # Zeros: a masked slot enters a product with weight 0, and 0 * nan is nan. The slot beyond the capacity takes
+        # the padding of ragged calls and is never read.
         shape = (batch_size, config.kv_heads, capacity + 1, config.head_dim)
         self._layers = [
             [torch.zeros(shape, dtype=dtype, device=device) for _ in ("keys", "values")]
             for _ in range(config.num_layers)
         ]
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self._lengths = [0] * batch_size  # the same on the host, so that no step waits for the device
+        self._lengths = [0] * batch_size  # the same on the host, without synchronisation
 
     def reserve(self, num_tokens: int, lengths: Tensor | None = None) -> CacheSpan:
         """Plan for `num_tokens` more tokens a row, of which the first `lengths[b]` count (all if None).
@@ -113,8 +113,7 @@ class KeyValueCache:
 
     @classmethod
     def of(cls, buffers: Sequence[Tensor], lengths: Tensor) -> "KeyValueCache":
-        """The cache that consists of these tensors, for code that is given tensors alone: of it, `next_span` and
-        `write` may be called."""
+        """A cache of these tensors, for compiled code; only for `next_span` and `write`."""
         cache = cls.__new__(cls)
         cache._layers = [list(buffers[i : i + 2]) for i in range(0, len(buffers), 2)]
         cache.lengths = lengths
@@ -154,21 +153,21 @@ class KeyValueCache:
         self.capacity = capacity
 
     def mark_dynamic(self) -> None:
-        """Let torch.compile make code for every number of rows and every capacity at once."""
+        """Let torch.compile make one code for all numbers of rows and capacities."""
         torch._dynamo.maybe_mark_dynamic(self.lengths, 0)
         for stored in self.buffers:
             torch._dynamo.maybe_mark_dynamic(stored, 0)
             torch._dynamo.mark_dynamic(stored, 2)
 
     def next_span(self, slots: Tensor | None = None) -> CacheSpan:
-        """Where one more token a row goes, by tensors alone, so that all steps share what was compiled or captured for
-        one. The step adds 1 to `lengths`; on the host, `advance_one` counts.
+        """The span of one more token a row, by tensor operations alone, so that all steps share compiled or captured
+        code. The step adds 1 to `lengths`; `advance_one` counts on the host.
 
         Args:
-            slots: 0, 1, 2 … of as many slots as attention shall read, at least those that rows hold by now. Given them,
-                rows may outgrow the capacity: what they write then is never read. None reads the whole capacity.
+            slots: arange of the number of slots that attention reads, at least those in use; rows may then outgrow the
+                capacity, and what they write is never read. None reads the whole capacity.
         """
-        capacity = self._layers[0][0].shape[2] - 1  # which as a number would become part of the code
+        capacity = self._layers[0][0].shape[2] - 1  # symbolic, where self.capacity would be a constant of the code
         positions = self.lengths[:, None]
         if slots is None:
             return CacheSpan(positions, self._mask(positions, capacity), False, positions, capacity)
@@ -177,11 +176,11 @@ class KeyValueCache:
         return CacheSpan(held, mask, False, positions.clamp(max=capacity), slots.shape[0])
 
     def advance_one(self) -> None:
-        """Count one more token a row that compiled code has written."""
+        """Count one more token a row, written by compiled code."""
         self._lengths = [held + 1 for held in self._lengths]
 
     def advance(self, span: CacheSpan) -> None:
-        """Count the tokens of a span once every layer has written them."""
+        """Count the tokens of a span after every layer has written them."""
         self.lengths += span.added
         self._lengths = span.lengths
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head without keeping the logits.
+"""The loss of a batch, and cross-entropy of a linear head without keeping the logits.
 
 With a vocabulary of 32,768 the logits are the largest tensor of a small model by far: 32 x 128 tokens make 512 MiB
 in float32, and autograd keeps several of that size. Here losses and both gradients of a chunk of rows at a time are
@@ -16,12 +16,41 @@ The price: a forward pass under grad costs the whole gradient even if backward i
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 CHUNK_SIZE = 512  # rows; each chunk reads the matrix anew and adds to all of its gradient
 BLOCK_SIZE = 2048  # of the vocabulary
+IGNORED = -100  # cross_entropy's own mark of a target that does not count
 GPU_CHUNK_SIZE = 4096  # rows; with the vocabulary of 32,768 half a GiB of logits in float32
+
+
+def summed_loss(
+    decoder: nn.Module, tokens: Tensor, loss_mask: Tensor, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The sum of the losses of all tokens that count, in nats, and their number.
+
+    Args:
+        decoder: Whose losses.
+        tokens: (B, T + 1) of any integer type: T inputs and, one later, T targets.
+        loss_mask: (B, T) bool, whether a target counts.
+        positions: (B, T) of the inputs, as of `Decoder.hidden_states`.
+    """
+    tokens = tokens.long()
+    hidden = decoder.hidden_states(tokens[:, :-1], positions=positions).flatten(0, 1)
+    targets, counted = tokens[:, 1:].flatten(), loss_mask.flatten()
+    # torch.compile fuses cross_entropy into few kernels that read the logits once.
+    if torch.compiler.is_compiling() or not has_plain_head(decoder):
+        logits = decoder.logits(hidden).float()
+        loss = F.cross_entropy(logits, targets.masked_fill(~counted, IGNORED), ignore_index=IGNORED, reduction="sum")
+    else:
+        loss = linear_cross_entropy(hidden, decoder.head_weight, targets, counted.float())
+    return loss, counted.sum()
+
+
+def has_plain_head(decoder: nn.Module) -> bool:
+    """Whether the head is a plain matrix, without an adapter."""
+    return decoder.head is None or isinstance(decoder.head, nn.Linear)
 
 
 def linear_cross_entropy(

@@ -1,10 +1,9 @@
-"""The decoder with one part of it changed, to see what each part gives: `--model.variant.positions none`.
-
-Variants train, are evaluated and write stories as the decoder does. They are there to be compared, by
-configs/comparisons/lm_ablation.yaml, and no other program knows them: none can be exported.
+"""The decoder with one part changed, for ablations (configs/comparisons/lm_ablation.yaml): `--model.variant.positions
+none`. Variants train, evaluate and decode as the decoder does; they cannot be exported.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 from lm.model.config import DecoderConfig, Variant
 from lm.model.decoder import Block, Decoder, RMSNorm, SwiGLU
-from lm.model.kv_cache import KeyValueCache, Span
 
 
 class UngatedFeedForward(SwiGLU):
@@ -21,9 +19,7 @@ class UngatedFeedForward(SwiGLU):
     def __init__(self, config: DecoderConfig, activation: str) -> None:
         super().__init__(config)
         self.rows = [config.intermediate_size * 3 // 2]
-        self.gate_up = nn.Linear(
-            config.hidden_size, self.rows[0], bias=False
-        )  # the name by which the optimizer knows it
+        self.gate_up = nn.Linear(config.hidden_size, self.rows[0], bias=False)  # the name that the optimizer knows
         self.down = nn.Linear(self.rows[0], config.hidden_size, bias=False)
         self.activation = {"silu": F.silu, "gelu": F.gelu}[activation]
         nn.init.normal_(self.gate_up.weight, std=0.02)
@@ -36,23 +32,14 @@ class UngatedFeedForward(SwiGLU):
 class PostNormBlock(Block):
     """norm(x + attention(x)), then norm(x + feed_forward(x))."""
 
-    def compute(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        first_value: Tensor | None = None,
-        cache: "KeyValueCache | None" = None,
-        span: Span | None = None,
-        layer: int = 0,
-    ) -> tuple[Tensor, Tensor]:
-        mixed, value = self.attention(x, cos, sin, first_value, cache, span, layer)
+    def compute(self, x: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
+        mixed, value = self.attention(x, *context)
         x = self.attention_norm(x + self.dropout(mixed))
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x))), value
 
 
 class VariantDecoder(Decoder):
-    """A decoder whose parts are those of a variant; what both have begins with the same values."""
+    """A decoder with the parts of a variant; shared parts have the same initial values."""
 
     def __init__(self, config: DecoderConfig, variant: Variant) -> None:
         super().__init__(config)

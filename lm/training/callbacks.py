@@ -1,4 +1,4 @@
-"""What happens beside training: perplexity, sample stories, and predictions to file."""
+"""Callbacks: perplexity, sample stories, predictions."""
 
 import json
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ PROMPTS = ("Once upon a time", "One day, a little girl named", "Tom had a red ba
 
 
 class Perplexity(Callback):
-    """Logs perplexity and bits per byte of the whole split, from the token sums of the module."""
+    """Logs perplexity and bits per byte of a whole split, from the module's token sums."""
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log("val", pl_module)
@@ -44,11 +44,10 @@ class Perplexity(Callback):
 
 
 class FirstValidation(Callback):
-    """Validates before the first step of a training that starts from weights that are there, so that one sees what it
-    gains."""
+    """Validates pretrained weights before the first step, to show what training gains."""
 
     def __init__(self) -> None:
-        self.wanted = False  # set where the command line is read
+        self.wanted = False  # set by the command line
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.wanted or trainer.global_step or trainer.fast_dev_run or not trainer.enable_validation:
@@ -64,7 +63,7 @@ class FirstValidation(Callback):
 
 
 class Samples(Callback):
-    """Writes stories from fixed prompts while the model learns: to the terminal, to samples.jsonl, to W&B."""
+    """Writes stories from fixed prompts during training: to the terminal, to samples.jsonl, to W&B."""
 
     def __init__(
         self,
@@ -80,7 +79,7 @@ class Samples(Callback):
             prompts: The beginnings of the stories.
             max_new_tokens: Longest continuation, in tokens.
             temperature: Sampling temperature; 0 decodes greedily.
-            seed: Seed of the sampling, the same in each round. Training's own random numbers are left alone.
+            seed: Seed of the sampling, the same in each round; training's random numbers are not touched.
         """
         if every_n_steps < 0:
             raise InputError(f"samples.every_n_steps {every_n_steps}: expected 0 (none) or more")
@@ -89,11 +88,7 @@ class Samples(Callback):
         self.config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
     def check(self, tokenizer: "StoryTokenizer", context: int) -> None:
-        """See that the prompts fit a model's context, in tokens.
-
-        Raises:
-            InputError: One does not.
-        """
+        """Raise an InputError where a prompt is longer than the model's context, in tokens."""
         for prompt in self.prompts if self.every_n_steps else ():
             if (length := len(tokenizer.encode_prompt(prompt))) > context:
                 raise InputError(
@@ -107,7 +102,7 @@ class Samples(Callback):
 
     @rank_zero_only
     def _rewind(self, file: Path, step: int) -> None:
-        """Drop what a killed run wrote after the checkpoint that this one goes on from."""
+        """Drop what a killed run wrote after the checkpoint that this run resumes from."""
         if file.exists():
             lines = [
                 line
@@ -143,7 +138,7 @@ class Samples(Callback):
 
     @rank_zero_only
     def write(self, stories: Sequence[str], trainer: Trainer) -> None:
-        """Show one round of samples, and keep it."""
+        """Print one round of samples, and append it to samples.jsonl."""
         step = trainer.global_step
         console.print(f"samples at step {step:,}", style="dim")
         samples = Path(trainer.default_root_dir) / "samples.jsonl"

@@ -21,9 +21,8 @@ from experiment.runs.step_sums import StepModule
 from lm.decoding.config import GenerationConfig
 from lm.model.config import DecoderConfig, Variant
 from lm.model.decoder import Decoder
-from lm.model.loss import token_losses
+from lm.model.loss import has_plain_head, summed_loss, token_losses
 from lm.training.metrics import TokenSums
-from lm.training.objective import MOST_GRAPHED, CompiledLoss, has_plain_head, summed_loss
 from lm.training.optim import OptimizerConfig, learning_rate_factor, make_optimizer
 
 Batch = dict[str, Tensor]
@@ -151,6 +150,8 @@ class LanguageModel(StepModule):
         if self.compile_blocks and can_compile(self.device.type):
             # On a CPU blocks for any shape, so that a resumed run has the same code; FSDP fetches weights between them.
             if self.device.type == "cuda" and not isinstance(self.decoder, FSDPModule):
+                from lm.training.compiled_loss import MOST_GRAPHED, CompiledLoss
+
                 alone = self.trainer.accumulate_grad_batches == self.trainer.world_size == 1
                 small = sum(weight.numel() for weight in self.decoder.parameters()) <= MOST_GRAPHED
                 rows = getattr(self.trainer.datamodule, "batch_size", 0)

@@ -1,9 +1,8 @@
-"""Muon: momentum whose every update is made orthogonal (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+"""Muon: momentum with orthogonalised updates (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
-`torch.optim.Muon` computes the same in bfloat16 alone, one matrix after the other: on a CPU that emulates
-bfloat16, its step takes longer than the forward and backward pass. Here the products are taken in the type that is fast
-on the device, those of equal shape together, and matrices that the model keeps stacked (query, key and value) are
-orthogonalised each by itself.
+`torch.optim.Muon` works in bfloat16 only and on one matrix at a time: on a CPU that emulates bfloat16 its step takes
+longer than forward and backward. Here products are in the device's fast type, batched over matrices of equal shape, and
+stacked matrices (query, key and value) are orthogonalised separately.
 """
 
 from collections import defaultdict
@@ -13,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The quintic whose iterates grow small singular values fastest; they end around 1, not at 1, which does no harm.
+# The quintic that grows small singular values fastest; they end near 1, not at 1, which does no harm.
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 ITERATIONS = 5
-Part = tuple[Tensor, Tensor, float]  # a weight, its gradient with momentum, the learning rate
+Part = tuple[Tensor, Tensor]  # a weight, its gradient with momentum
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -39,7 +38,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, made orthogonal, as the update of matrices; decoupled weight decay."""
+    """Orthogonalised Nesterov momentum as the update of matrices; decoupled weight decay."""
 
     def __init__(
         self,
@@ -52,13 +51,13 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         """
         Args:
-            params: Matrices, or groups of them. A group's ``rows`` names the heights of the matrices that each of its
-                parameters is stacked from; None where it is one.
+            params: Matrices, or groups of them. A group's ``rows`` are the heights of the matrices that each of its
+                parameters is stacked from; None for one matrix.
             lr: Learning rate; an update's singular values are about ``lr * sqrt(max(1, rows / columns))``.
             momentum: Decay of the running mean of gradients.
-            weight_decay: Times the learning rate, the share of a weight that each step takes away.
-            dtype: Of the products of the orthogonalisation; momentum stays in the parameter's own.
-            compiled: Orthogonalise in code that torch.compile makes, once for each shape.
+            weight_decay: Decoupled: times the learning rate, the share of a weight that a step removes.
+            dtype: Of the orthogonalisation's products; momentum has the parameter's.
+            compiled: Compile the orthogonalisation, once for each shape.
 
         Raises:
             ValueError: If a parameter is no matrix.
@@ -77,8 +76,8 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # By shape, wide matrices and tall ones: what is done to all of a kind takes few kernels of a GPU.
-        alike: dict[tuple[int, int], tuple[list[Part], list[Part]]] = defaultdict(lambda: ([], []))
+        # By rate and shape, wide and tall, so that a GPU needs few kernels.
+        alike: dict[tuple[float, int, int], tuple[list[Part], list[Part]]] = defaultdict(lambda: ([], []))
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
@@ -94,30 +93,21 @@ class Muon(torch.optim.Optimizer):
             for parameter, update in zip(parameters, updates, strict=True):
                 rows = group["rows"] or [len(parameter)]
                 for weight, part in zip(parameter.split(rows), update.split(rows), strict=True):
-                    height, width = part.shape
-                    alike[min(height, width), max(height, width)][height > width].append((weight, part, group["lr"]))
-        for wide, tall in alike.values():
-            parts = [part for _, part, _ in wide] + [part.mT for _, part, _ in tall]
+                    low, high = sorted(part.shape)
+                    alike[group["lr"], low, high][len(part) > low].append((weight, part))
+        for (rate, _, _), (wide, tall) in alike.items():
+            parts = [part for _, part in wide] + [part.mT for _, part in tall]
             updates = self._orthogonalize(torch.stack(parts), self.dtype).to(parts[0].dtype)
-            _move(wide, updates[: len(wide)])
-            _move(tall, updates[len(wide) :].mT.contiguous())
+            for moved, by in ((wide, updates[: len(wide)]), (tall, updates[len(wide) :].mT.contiguous())):
+                if moved:
+                    scale = max(1.0, by.shape[1] / by.shape[2]) ** 0.5
+                    torch._foreach_add_([weight for weight, _ in moved], list(by.unbind()), alpha=-rate * scale)
         return loss
 
 
-def _move(parts: list[Part], updates: Tensor) -> None:
-    """Take the updates (N, rows, columns) times their rates off the weights."""
-    scale = max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
-    for rate in {rate for _, _, rate in parts}:
-        chosen = [i for i, (_, _, other) in enumerate(parts) if other == rate]
-        moved = list(updates.unbind()) if len(chosen) == len(parts) else [updates[i] for i in chosen]
-        torch._foreach_add_([parts[i][0] for i in chosen], moved, alpha=-rate * scale)
-
-
 class JointOptimizer(torch.optim.Optimizer):
-    """Several optimizers, each with parameters of its own, as one: Lightning's automatic optimization takes one only.
-
-    Groups and state are the optimizers' own, so that schedules and checkpoints see all of them.
-    """
+    """Several optimizers as one, as Lightning's automatic optimization needs it; groups and state are shared with
+    them, so that schedules and checkpoints see all."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
         self.optimizers = optimizers
@@ -125,7 +115,7 @@ class JointOptimizer(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Hand groups and state, which loading replaces, to the optimizers."""
+        """Give the optimizers their groups and state, which loading replaces."""
         groups = iter(self.param_groups)
         for optimizer in self.optimizers:
             optimizer.param_groups = [next(groups) for _ in optimizer.param_groups]

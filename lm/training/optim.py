@@ -1,4 +1,4 @@
-"""Which parameters decay, which optimizer moves them, and how the learning rate goes over a run."""
+"""Parameter groups, optimizers and the learning rate schedule."""
 
 import math
 from collections.abc import Iterable
@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from lm.model.decoder import Attention, SwiGLU
-from lm.training.muon import JointOptimizer, Muon
 
 
 @dataclass
@@ -18,18 +17,18 @@ class OptimizerConfig:
 
     Attributes:
         learning_rate: The highest learning rate, reached after the warm-up.
-        muon_learning_rate: Where given, Muon (see muon.py) moves the blocks' matrices, with this as its highest
-            learning rate, and AdamW only embeddings, head and norms.
+        muon_learning_rate: If given, Muon (see muon.py) trains the blocks' matrices with this as its highest learning
+            rate, and AdamW only embeddings, head and norms.
         weight_decay: Decay of the matrices; norms are never decayed.
         beta1: Decay of the running mean of gradients.
         beta2: Decay of the running mean of squared gradients.
         eps: Term added to the denominator.
-        schedule: After the warm-up: ``constant``; ``cosine``, down to final_ratio at the last step (Loshchilov &
-            Hutter 2017); or ``wsd`` (warm-up, stable, decay), constant and then down in a line over the last
-            decay_fraction of the steps (Hu et al. 2024, MiniCPM).
-        warmup_steps: Optimizer steps over which the learning rate rises in a line from 0.
-        final_ratio: The last learning rate, as a share of the highest.
-        decay_fraction: Share of all steps that the decay of ``wsd`` takes.
+        schedule: After the warm-up: ``constant``; ``cosine``, to final_ratio at the last step (Loshchilov & Hutter
+            2017); or ``wsd`` (warm-up, stable, decay), constant, then linear over the last decay_fraction of the steps
+            (Hu et al. 2024, MiniCPM).
+        warmup_steps: Optimizer steps of linear warm-up from 0.
+        final_ratio: Last learning rate over the highest.
+        decay_fraction: Share of all steps in the decay of ``wsd``.
     """
 
     learning_rate: float = 6e-4
@@ -59,7 +58,7 @@ class OptimizerConfig:
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
-    """The trainable ones in two groups: matrices, which decay, and vectors (norms, biases), which do not."""
+    """The trainable parameters in two groups: matrices with weight decay; vectors (norms, biases) without."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
@@ -68,7 +67,7 @@ def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) ->
 
 
 def block_matrices(module: nn.Module) -> list[dict]:
-    """The matrices of a decoder's blocks in groups for Muon, each with the heights of those that it is stacked from."""
+    """The matrices of a decoder's blocks in groups for Muon, with the heights of stacked ones."""
     attentions = [part for part in module.modules() if isinstance(part, Attention)]
     feed_forwards = [part for part in module.modules() if isinstance(part, SwiGLU)]
     return [
@@ -89,10 +88,10 @@ def make_optimizer(
 
     Args:
         module: A decoder, or what holds one.
-        config: The rates.
-        fused: Whether AdamW updates all of its parameters in one kernel.
+        config: The hyper-parameters.
+        fused: Use AdamW's fused kernel.
         products: Type of Muon's matrix products.
-        compiled: Whether Muon's are taken in compiled code.
+        compiled: Compile Muon's matrix products.
     """
     matrices = [] if config.muon_learning_rate is None else block_matrices(module)
     taken = {parameter for group in matrices for parameter in group["params"]}
@@ -105,12 +104,14 @@ def make_optimizer(
     )
     if not matrices:
         return adamw
+    from lm.training.muon import JointOptimizer, Muon
+
     rate, decay = config.muon_learning_rate, config.weight_decay
     return JointOptimizer(adamw, Muon(matrices, lr=rate, weight_decay=decay, dtype=products, compiled=compiled))
 
 
 def learning_rate_factor(step: int, total_steps: float, config: OptimizerConfig) -> float:
-    """The learning rate of a step as a share of the highest.
+    """The learning rate of a step over the highest.
 
     Args:
         step: Optimizer steps done, from 0.

@@ -23,12 +23,12 @@ from common import DEVICE, ROUNDS, Row, Worker, alternate, beside, fastest, left
 from jsonargparse import auto_cli
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lm.convert import llama2c_tokenizer_path, to_llama2c
 from lm.data.tokenizer_files import load_tokenizer
 from lm.decoding.config import GenerationConfig
 from lm.decoding.generation import generate
 from lm.decoding.quantization import WeightDtype, prepare_for_decoding
 from lm.formats.hugging_face import split_weights
+from lm.formats.llama2c import llama2c_tokenizer_path, to_llama2c
 from lm.model.config import DecoderConfig
 from lm.model.decoder import Decoder
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from common import DEVICE
 
-from lm.data.tokenizer import StoryTokenizer, from_pieces
+from lm.data.bpe import from_pieces
+from lm.data.tokenizer import StoryTokenizer
 from lm.model.decoder import Decoder
 
 

@@ -17,8 +17,8 @@ from rich.table import Table
 from experiment.console import console
 from experiment.runs.run import find_checkpoint
 from experiment.sources.files import load_texts
-from lm.convert import load_checkpoint
 from lm.decoding.quantization import WeightDtype, prepare_for_decoding
+from lm.formats.pretrained import load_checkpoint
 
 
 @torch.inference_mode()

@@ -22,9 +22,9 @@ from common import BENCH, Worker, machine, own_memory
 
 from experiment.console import console
 from experiment.nn.hardware import fast_bfloat16
+from lm.data.bpe import train_tokenizer
 from lm.data.demo_stories import write_story
 from lm.data.module import TextDataModule
-from lm.data.tokenizer import train_tokenizer
 from lm.model.config import DecoderConfig
 from lm.model.decoder import Decoder
 from lm.model.loss import linear_cross_entropy

@@ -21,11 +21,12 @@ from transformers import PreTrainedTokenizerFast
 
 from classify.module import ReviewClassifier
 from experiment.pages.play import main, open_page
-from lm.convert import load_checkpoint, write_run
+from lm.convert import write_run
+from lm.data.bpe import train_tokenizer
 from lm.data.demo_stories import write_story
-from lm.data.tokenizer import train_tokenizer
 from lm.decoding.config import GenerationConfig
 from lm.decoding.generation import generate
+from lm.formats.pretrained import load_checkpoint
 from lm.model.config import DecoderConfig
 from lm.model.decoder import Decoder
 from tests.classify.conftest import save_tiny_bert

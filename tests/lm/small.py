@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from experiment.errors import InputError
+from lm.data.bpe import train_tokenizer
 from lm.data.demo_stories import write_story
-from lm.data.tokenizer import StoryTokenizer, train_tokenizer
+from lm.data.tokenizer import StoryTokenizer
 from lm.model.config import DecoderConfig
 from lm.model.decoder import Decoder
 

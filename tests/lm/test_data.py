@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiment.errors import InputError
-from lm.data.corpus import Corpus, WindowBatches, first_windows, packed_windows, sliding_windows, write_corpus
+from lm.data.bpe import train_tokenizer
+from lm.data.corpus import Corpus, WindowBatches, first_windows, packed_windows, sliding_windows
 from lm.data.demo_stories import demo_texts
 from lm.data.module import TextDataModule
 from lm.data.prompts import read_prompts
-from lm.data.tokenizer import train_tokenizer
+from lm.data.source import write_corpus
 from tests.windows import unpacked
 
 STORIES = demo_texts("validation")[:60]
@@ -294,7 +295,7 @@ def test_second_start_reads_the_cache_and_not_the_texts(module, monkeypatch):
         return rows(data.train_dataloader(), "input_ids") + rows(data.val_dataloader(), "input_ids")
 
     first = batches()
-    monkeypatch.setattr("lm.data.module.load_texts", None)
+    monkeypatch.setattr("lm.data.source.load_texts", None)
     assert batches() == first
 
 
@@ -327,7 +328,7 @@ def test_killed_tokenising_leaves_nothing_behind(module, source, monkeypatch):
 def test_corpus_is_the_same_whatever_the_chunks(tmp_path, monkeypatch):
     texts = datasets.Dataset.from_dict({"text": STORIES})
     for chunk in (7, 1000):
-        monkeypatch.setattr("lm.data.corpus.CHUNK", chunk)
+        monkeypatch.setattr("lm.data.source.CHUNK", chunk)
         (tmp_path / str(chunk)).mkdir()
         write_corpus(texts, TOKENIZER, tmp_path / str(chunk), "test")
     one, other = Corpus(tmp_path / "7"), Corpus(tmp_path / "1000")

@@ -16,12 +16,14 @@ import torch
 
 from experiment.errors import InputError
 from experiment.runs.run import check_fits, read_checkpoint
-from lm.convert import from_gguf, from_hugging_face, from_llama2c, to_gguf, to_hugging_face, to_llama2c
+from lm.data.bpe import train_tokenizer
 from lm.data.demo_stories import demo_texts
 from lm.data.module import TextDataModule
 from lm.data.prompts import read_prompts
-from lm.data.tokenizer import train_tokenizer
 from lm.data.tokenizer_files import load_tokenizer
+from lm.formats.gguf import from_gguf, to_gguf
+from lm.formats.hugging_face import from_hugging_face, to_hugging_face
+from lm.formats.llama2c import from_llama2c, to_llama2c
 from lm.model.config import DecoderConfig
 from lm.model.decoder import Decoder
 from lm.training.module import LanguageModel

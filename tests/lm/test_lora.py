@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from experiment.nn.lora import LoRAConfig
 from lm.__main__ import main as lm
-from lm.convert import from_gguf, from_hugging_face, from_llama2c, load_checkpoint
 from lm.convert import main as convert
 from lm.data.demo_letters import main as letters
 from lm.data.demo_stories import demo_texts
@@ -30,7 +29,10 @@ from lm.formats.adapters import (
     save_adapter,
     trained_weights,
 )
-from lm.formats.hugging_face import to_hugging_face
+from lm.formats.gguf import from_gguf
+from lm.formats.hugging_face import from_hugging_face, to_hugging_face
+from lm.formats.llama2c import from_llama2c
+from lm.formats.pretrained import load_checkpoint
 from lm.model.decoder import Decoder
 from tests.lm.small import VOCAB_SIZE, logits, make_decoder, make_tokenizer, random_ids
 
@@ -362,7 +364,7 @@ def test_both_adapters_train_alike_and_a_resumed_run_to_the_bit(source, in_tmp):
             "there are q_p",
         ),
         (["--model.init_from=source", "--model.adapter=lora", "--model.lora.r=0"], "rank"),
-        (["--model.init_from=source", "--model.decoder.hidden_size=64"], "the weights that are there have 48"),
+        (["--model.init_from=source", "--model.decoder.hidden_size=64"], "the pretrained weights have 48"),
         (["--model.init_from=source", "--model.adapter=lora", "--model.adapter_weights=source"], "adapter_config.json"),
         (["--model.init_from=source", "--model.adapter_weights=source"], "needs model.adapter"),
         (["--model.init_from=source", "--model.adapter=lora", "--model.optimizer.muon_learning_rate=0.1"], "null"),

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from lm.__main__ import main
-from lm.data.tokenizer import train_tokenizer
+from lm.data.bpe import train_tokenizer
 from tests.runs import STORIES, refused, write_stories
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from experiment.commands import cli
 from lm.__main__ import main
-from lm.data.tokenizer import train_tokenizer
+from lm.data.bpe import train_tokenizer
 from tests.runs import STORIES, TINY, assert_same_run, refused, rows, write_stories
 
 SHORT = [*TINY, "--samples.every_n_steps=0", "--trainer.val_check_interval=3"]

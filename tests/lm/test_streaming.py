@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader
 
 from experiment.errors import InputError
 from lm.data import streaming
+from lm.data.bpe import train_tokenizer
 from lm.data.demo_stories import demo_texts
 from lm.data.module import TextDataModule
 from lm.data.streaming import StoryStream, StreamProgress
-from lm.data.tokenizer import train_tokenizer
 from tests.windows import unpacked
 
 TEXTS = [text.replace("\n", " ")[: 30 + 7 * i].strip() for i, text in enumerate(demo_texts("validation")[:23])]

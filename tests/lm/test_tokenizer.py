@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from experiment.errors import InputError
+from lm.data.bpe import from_pieces, train_tokenizer
 from lm.data.demo_stories import demo_texts
-from lm.data.tokenizer import BYTES, SPACE, StoryTokenizer, from_pieces, train_tokenizer
+from lm.data.tokenizer import BYTES, SPACE, StoryTokenizer
 from lm.data.tokenizer_files import load_tokenizer, read_llama2c_tokenizer, write_llama2c_tokenizer
 
 STORIES = demo_texts("validation")[:200]

@@ -7,7 +7,8 @@ import torch
 
 from lm.model.config import DecoderConfig
 from lm.model.decoder import Decoder
-from lm.training.objective import CompiledLoss, summed_loss
+from lm.model.loss import summed_loss
+from lm.training.compiled_loss import CompiledLoss
 
 
 @pytest.mark.parametrize("config", [{}, {"query_key_norm": True, "value_residual": True, "tie_embeddings": False}])

@@ -1,42 +1,13 @@
-"""From a batch to the sum of its losses: in plain code, or as one compiled function on a GPU."""
+"""The loss of a batch as one compiled function, on a GPU."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lm.model.decoder import Decoder
-from lm.model.loss import linear_cross_entropy
+from lm.model.loss import summed_loss
 
-IGNORED = -100  # cross_entropy's own mark of a target that does not count
 MOST_GRAPHED = 50_000_000  # weights; kernels of larger models take longer than their launch, which graphs save
-
-
-def summed_loss(
-    decoder: Decoder, tokens: Tensor, loss_mask: Tensor, positions: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The sum of the losses of all tokens that count, in nats, and their number.
-
-    Args:
-        decoder: Whose losses.
-        tokens: (B, T + 1) of any integer type: T inputs and, one later, T targets.
-        loss_mask: (B, T) bool, whether a target counts.
-        positions: (B, T) of the inputs, as of `Decoder.hidden_states`.
-    """
-    tokens = tokens.long()
-    hidden = decoder.hidden_states(tokens[:, :-1], positions=positions).flatten(0, 1)
-    targets, counted = tokens[:, 1:].flatten(), loss_mask.flatten()
-    # Compiling joins what follows to a few kernels that read the logits once.
-    if torch.compiler.is_compiling() or not has_plain_head(decoder):
-        logits = decoder.logits(hidden).float()
-        loss = F.cross_entropy(logits, targets.masked_fill(~counted, IGNORED), ignore_index=IGNORED, reduction="sum")
-    else:
-        loss = linear_cross_entropy(hidden, decoder.head_weight, targets, counted.float())
-    return loss, counted.sum()
-
-
-def has_plain_head(decoder: Decoder) -> bool:
-    """Whether the head is a matrix and no more, without an adapter of its own."""
-    return decoder.head is None or isinstance(decoder.head, torch.nn.Linear)
 
 
 class CompiledLoss:
