@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from experiment.commands.allocators import set_up_allocators
+from experiment.allocators import set_up_allocators
 from experiment.commands.orphans import end_with_launcher
 from experiment.commands.overview import answer
 

@@ -73,9 +73,9 @@ def waited_in_vain(error: RuntimeError) -> str | None:
     rank, world = rank_zero_only.rank, "several"
     if torch.distributed.is_initialized():
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    ours = Path(__file__).parents[2]
+    ours = [Path(__file__).parents[2] / package for package in ("experiment", "lm", "classify")]
     frames = traceback.extract_tb(error.__traceback__)
-    *_, place = [frame for frame in frames if Path(frame.filename).parent.parent == ours]
+    *_, place = [frame for frame in frames if any(Path(frame.filename).is_relative_to(package) for package in ours)]
     return (
         f"process {rank} of {world} waited in vain for another one in {place.name} ({Path(place.filename).name}:"
         f"{place.lineno}): {str(error).splitlines()[0]}; look whether the others have reported an error; a longer wait "

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from experiment.allocators import give_back_large_blocks
 from experiment.renamed import current_checkpoint
 
 Part = Literal["all", "weights", "outline"]
@@ -60,6 +61,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
         super().__init__(1, 1, save_distributed_checkpoint, process_group_backend, timeout)
 
     def setup_environment(self) -> None:
+        if self.root_device.type == "cpu":
+            give_back_large_blocks()
         self._data_parallel_size = self.num_processes * self.num_nodes
         super().setup_environment()
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from experiment.commands.allocators import GLIBC, VARIABLES
+from experiment.allocators import GLIBC, VARIABLES
 from experiment.console import console
 from experiment.nn.hardware import fast_bfloat16
 

@@ -10,7 +10,7 @@ import pytest
 PROGRAM = """
 import os
 from pathlib import Path
-from experiment.commands.allocators import set_up_allocators
+from experiment.allocators import set_up_allocators
 
 def resident():
     return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) >> 10

@@ -17,6 +17,7 @@ VARIABLES = {
 }
 # glibc's: the variable that a user would set, the number by which its mallopt knows it, and our value.
 GLIBC = {"MALLOC_MMAP_MAX_": (-4, 0), "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1)}
+_GIVE_BACK = {"MALLOC_MMAP_MAX_": (-4, 65536), "MALLOC_MMAP_THRESHOLD_": (-3, 2**20)}
 _FOREIGN = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")  # whoever sets these has chosen an allocator's settings
 
 
@@ -27,7 +28,21 @@ def set_up_allocators() -> None:
     for name, value in VARIABLES.items():
         if name != "PYTORCH_ALLOC_CONF" or "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
             os.environ.setdefault(name, value)
+    _set_glibc(GLIBC)
+
+
+def give_back_large_blocks() -> None:
+    """From now on, return blocks of a MiB and more to the system as soon as they are freed.
+
+    For weights that are fetched for one layer at a time: between what lives longer, their blocks leave holes, which took
+    as much memory again as was in use.
+    """
+    if sys.platform == "linux":
+        _set_glibc(_GIVE_BACK)
+
+
+def _set_glibc(options: dict[str, tuple[int, int]]) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and not any(name.startswith(_FOREIGN) for name in os.environ):
-        for number, value in GLIBC.values():
+        for number, value in options.values():
             mallopt(number, value)
