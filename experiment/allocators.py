@@ -34,8 +34,8 @@ def set_up_allocators() -> None:
 def give_back_large_blocks() -> None:
     """From now on, return blocks of a MiB and more to the system as soon as they are freed.
 
-    For weights that are fetched for one layer at a time: between what lives longer, their blocks leave holes, which took
-    as much memory again as was in use.
+    For weights that are fetched for one layer at a time: between what lives longer, kept blocks leave holes, which came
+    to more than half of what was in use.
     """
     if sys.platform == "linux":
         _set_glibc(_GIVE_BACK)

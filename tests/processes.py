@@ -31,7 +31,7 @@ def run(request):
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if request["memory"] is not None:
-        resource.setrlimit(resource.RLIMIT_AS, (request["memory"],) * 2)
+        resource.setrlimit(resource.RLIMIT_DATA, (request["memory"],) * 2)
     if request["largest_file"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
     sys.argv = [request["package"], *request["args"]]
@@ -71,8 +71,8 @@ class Process:
     def output(self) -> str:
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
-    def peak(self, kind: Literal["VmPeak", "VmHWM"]) -> int:
-        """Bytes of address space, or of memory, that it has taken at most; 0 where it is no more."""
+    def memory(self, kind: Literal["VmData", "VmHWM"]) -> int:
+        """Bytes of data that it has now, or that were resident at most; 0 where it is no more."""
         try:
             status = Path(f"/proc/{self.pid}/status").read_text()
         except OSError:
@@ -105,7 +105,9 @@ class Commands:
 
     def __init__(self) -> None:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}  # its own
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        environment["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # its own maps a gigabyte at the start
         self._server = subprocess.Popen(
             [sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -126,8 +128,8 @@ class Commands:
         memory: int | None = None,
         folder: Path | None = None,
     ) -> Process:
-        """``python -m package args`` in ``folder`` or the working directory, with files and an address space of so many
-        bytes at most."""
+        """``python -m package args`` in ``folder`` or the working directory, with files and data (``ulimit -d``) of so
+        many bytes at most."""
         folder = folder or Path.cwd()
         self._count += 1
         log = folder / f"output-{self._count}.log"

@@ -8,26 +8,32 @@ import sys
 import pytest
 
 PROGRAM = """
-import os
+import os, sys
 from pathlib import Path
-from experiment.allocators import set_up_allocators
+from experiment import allocators
 
 def resident():
     return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) >> 10
 
-set_up_allocators()
+allocators.set_up_allocators()
+if "divided" in sys.argv:
+    allocators.give_back_large_blocks()
 before, block = resident(), bytearray(b"x") * (64 << 20)
 del block
 print(resident() - before, os.environ.get("PYTORCH_ALLOC_CONF"), os.environ.get("THP_MEM_ALLOC_ENABLE"))
 """
 
 
-def outcome(**environment: str) -> tuple[int, str, str]:
+def outcome(*arguments: str, **environment: str) -> tuple[int, str, str]:
     """MiB that stay with the process after it has freed 64, and two variables as it leaves them."""
     ours = ("MALLOC_", "PYTORCH_", "THP_", "GLIBC_", "LD_")
     plain = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=plain | environment, check=True, capture_output=True, text=True
+        [sys.executable, "-c", PROGRAM, *arguments],
+        env=plain | environment,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     kept, *variables = done.stdout.split()
     return int(kept), *variables
@@ -39,3 +45,9 @@ def test_freed_memory_stays_for_the_next_batch_unless_the_user_has_set_the_alloc
     assert outcome(MALLOC_ARENA_MAX="1")[0] < 16
     assert outcome(PYTORCH_ALLOC_CONF="max_split_size_mb:64")[1] == "max_split_size_mb:64"
     assert outcome(PYTORCH_CUDA_ALLOC_CONF="backend:native", THP_MEM_ALLOC_ENABLE="0")[1:] == ("None", "0")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_goes_back_where_weights_are_divided_among_processes() -> None:
+    assert outcome("divided")[0] < 16
+    assert outcome("divided", MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**30))[0] == pytest.approx(64, abs=8)
