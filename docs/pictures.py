@@ -1,4 +1,4 @@
-"""``make pictures``: the pictures of the README, taken of the newest demo's runs in a headless Chromium.
+"""``make pictures``: the pictures of README and docs, drawn from results or taken of the newest demo in Chromium.
 
 Needs Debian's packages chromium and chromium-driver (or Google's Chrome and its driver) and the extras dev and play.
 """
@@ -10,6 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pandas as pd
+
+from experiment.compare.comparison import read_comparison
+from experiment.compare.differences import draw
 from experiment.pages.play import newest_demo, open_page
 from experiment.pages.report import write_report
 
@@ -90,7 +94,14 @@ def take_report(run: Path) -> None:
         browser.quit()
 
 
+def draw_ablation() -> None:
+    """lm_ablation.png: what `make lm-ablation` gave, kept in docs/lm_ablation.csv."""
+    comparison, _ = read_comparison(["configs/comparisons/lm_ablation.yaml"])
+    draw(comparison, pd.read_csv(PICTURES.with_name("lm_ablation.csv")), PICTURES / "lm_ablation.png")
+
+
 def main() -> None:
+    draw_ablation()
     runs = newest_demo()
     PICTURES.mkdir(exist_ok=True)
     take_play_page(runs)
