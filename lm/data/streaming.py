@@ -7,6 +7,7 @@ order within each block. A reader is one worker of one process; each has its own
 import os
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ GIVEN, START = 1 << 32, 1 << 33  # bits of a token that is not trained on; that 
 Position = dict[str, Any]  # plain values: where a reader's next batch begins
 
 
+@dataclass(eq=False)
 class StoryStream(IterableDataset):
     """Endless batches as `WindowBatches` gives them, each with a ``reader`` and the ``position`` from which that reader
     goes on after this batch.
@@ -48,31 +50,17 @@ class StoryStream(IterableDataset):
         InputError: The source cannot be read, or gives a reader no story.
     """
 
-    def __init__(
-        self,
-        path: str,
-        tokenizer: StoryTokenizer,
-        sequence_length: int,
-        batch_size: int,
-        packing: bool,
-        seed: int,
-        rank: int = 0,
-        processes: int = 1,
-        progress: "StreamProgress | None" = None,
-        revision: str | None = None,
-        with_positions: bool = False,
-    ) -> None:
-        self.path = path
-        self.tokenizer = tokenizer
-        self.sequence_length = sequence_length
-        self.batch_size = batch_size
-        self.packing = packing
-        self.seed = seed
-        self.rank = rank
-        self.processes = processes
-        self.revision = revision
-        self.with_positions = with_positions
-        self.progress = progress or StreamProgress()
+    path: str
+    tokenizer: StoryTokenizer
+    sequence_length: int
+    batch_size: int
+    packing: bool
+    seed: int
+    rank: int = 0
+    processes: int = 1
+    progress: "StreamProgress" = field(default_factory=lambda: StreamProgress())
+    revision: str | None = None
+    with_positions: bool = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.progress.finish()  # an epoch that trainer.limit_train_batches has ended

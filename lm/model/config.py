@@ -47,19 +47,9 @@ class DecoderConfig:
     value_residual: bool = False
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "max_sequence_length",
-            "rope_theta",
-            "rms_norm_eps",
-        ):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number; give one")
+        for name, value in vars(self).items():
+            if value is not None and not isinstance(value, bool) and name != "dropout" and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value}: expected a positive number; give one")
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}; choose a divisor"
