@@ -64,7 +64,7 @@ def test_no_files_import_each_other_in_a_circle() -> None:
     TopologicalSorter({module: set(imports(file)) for module, file in FILES.items()}).prepare()  # raises CycleError
 
 
-OPTIONAL = ("lm.formats", "lm.play", "lm.decoding.", "experiment.compare", "experiment.pages.report", "lm.data.demo")
+OPTIONAL = ("lm.formats", "lm.play", "lm.decoding.", "experiment.compare", "lm.data.demo")
 
 
 def loaded(*modules: str) -> dict[str, int]:
