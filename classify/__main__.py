@@ -40,7 +40,7 @@ def main(args: Sequence[str] | None = None) -> "ClassifyCLI":
     set_up_allocators()
     end_with_launcher()
     from classify.cli import ClassifyCLI
-    from experiment.commands.cli import run  # brings Lightning, which --help need not wait for
+    from experiment.commands.main import run  # brings Lightning, which --help need not wait for
 
     return run(ClassifyCLI, args)
 

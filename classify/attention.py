@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from experiment.compat.transformers import attention_of, takes_other_attention
 from experiment.nn.attention import attention, uses_manual_backward
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ def use_fast_attention(model: "PreTrainedModel") -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
+    if attention_of(model) == "sdpa" and takes_other_attention(model):
         AttentionInterface.register(NAME, _forward)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
@@ -25,7 +26,7 @@ def use_fast_attention(model: "PreTrainedModel") -> None:
 
 def has_fast_attention(model: nn.Module) -> bool:
     """Whether `use_fast_attention` took effect: then a mask (B, 1, 1, T) bool goes to attention as it is."""
-    return model.config._attn_implementation == NAME
+    return attention_of(model) == NAME
 
 
 def _forward(

@@ -12,11 +12,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.table import Table
 
 from classify.pretrained import PACKAGE, resolve
-from experiment.errors import InputError
 from experiment.pages.summary import read_metrics
 from experiment.progress import console
 from experiment.runs.checkpoints import BestCheckpoint
 from experiment.runs.run import read_checkpoint
+from experiment.sources.paths import write_text
+
+CARD = Path(__file__).with_name("model_card.md")
 
 
 class _Verdicts:
@@ -30,7 +32,7 @@ class _Verdicts:
         self._batches.append([outputs[name] for name in ("index", "labels", "probabilities")])
 
     def gather(self, trainer: Trainer) -> None:
-        """Bring together what the processes hold; to be called in each of them."""
+        """Gather what the processes hold. Call it in all of them."""
         columns = (torch.cat(column).tolist() for column in zip(*self._batches, strict=True))
         # Position (-1: padding among processes), label (-1: unknown), probabilities.
         self._rows: list[tuple[int, int, list[float]]] = [row for row in zip(*columns, strict=True) if row[0] >= 0]
@@ -113,7 +115,7 @@ class Evaluation(Callback):
             return
         # Lightning calls checkpoints last, so that BestCheckpoint will find the same answer and save right after.
         best = next(callback for callback in trainer.checkpoint_callbacks if isinstance(callback, BestCheckpoint))
-        if best.check_monitor_top_k(trainer, trainer.callback_metrics.get(best.monitor)):
+        if best.is_better(trainer):
             self._verdicts.gather(trainer)
             if trainer.is_global_zero:
                 file = Path(trainer.default_root_dir) / "evaluation.jsonl"
@@ -150,66 +152,31 @@ def model_card(trainer: Trainer, module: LightningModule, step: int) -> str:
         module: What was trained.
         step: Optimizer steps after which the exported weights were taken.
     """
-    h, data = module.hparams, trainer.datamodule
+    from jinja2 import Environment, StrictUndefined
+
+    h, data, run = module.hparams, trainer.datamodule, Path(trainer.default_root_dir)
     trainable, total = module.parameter_counts()
     imports, base, code = _base_in_python(h.name)
-    tokenizer = "base" if data.tokenizer_name in (None, h.name) else _base_in_python(data.tokenizer_name)[2]
-    run = Path(trainer.default_root_dir)
     rows = read_metrics(run) if (run / "metrics.csv").exists() else []
     row = next((row for row in rows if row["step"] == step), {})
-    scores = {name: value for name, value in row.items() if name.startswith("val/")}
-    table = "\n".join(f"| {name} | {value:.4f} |" for name, value in scores.items()) or "| not validated | |"
-    variant = "DoRA" if h.use_dora else "rsLoRA" if h.use_rslora else "LoRA"
-    validated = f" ({data.sizes['validation']:,} texts)" if data.sizes["validation"] else ""
-    by = "PEFT" if h.adapter == "peft" else "a hand-written LoRALinear"
-    return f"""---
-base_model: {json.dumps(base)}
-library_name: peft
-pipeline_tag: text-classification
-tags: [lora, text-classification]
----
-
-# {variant} adapter: {" or ".join(h.label_names)}
-
-Sorts texts into {", ".join(h.label_names)}. Trained with {by}; the files are in PEFT's format.
-
-| | |
-|---|---|
-| base model | {h.name} |
-| data | {data.path}: {data.sizes["train"] or "all"} texts, seed {data.seed} |
-| text | at most {data.max_length} tokens, {data.eval_max_length} in evaluation, truncation {data.truncation} |
-| adapter | r {h.r}, alpha {h.lora_alpha:g}, dropout {h.lora_dropout:g}, on {h.target_modules} |
-| trained in full | {", ".join(h.modules_to_save)} |
-| trainable parameters | {trainable:,} of {total:,} |
-| training | {trainer.global_step:,} steps of {data.batch_size}, learning rate {h.learning_rate:g} |
-
-These weights, of step {step:,}, in validation{validated}:
-
-| metric | value |
-|---|---|
-{table}
-
-In this folder:
-
-```python
-{imports}import torch
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-labels = {json.dumps(h.label_names)}
-base = {code}
-tokenizer = AutoTokenizer.from_pretrained({tokenizer})
-model = AutoModelForSequenceClassification.from_pretrained(
-    base, num_labels=len(labels), dtype=torch.float32, ignore_mismatched_sizes=True
-)
-model = PeftModel.from_pretrained(model, ".").eval()
-inputs = tokenizer("I loved it.", truncation=True, max_length={data.eval_max_length}, return_tensors="pt")
-with torch.no_grad():
-    print(labels[model(**inputs).logits.argmax()])
-```
-
-It was trained and validated on the data above and no other: test it on your own texts before you rely on it.
-"""
+    markdown = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    markdown.filters |= {"thousands": "{:,}".format, "tojson": json.dumps}
+    return markdown.from_string(CARD.read_text(encoding="utf-8")).render(
+        h=h,
+        data=data,
+        base=base,
+        code=code,
+        imports=imports,
+        tokenizer="base" if data.tokenizer_name in (None, h.name) else _base_in_python(data.tokenizer_name)[2],
+        variant="DoRA" if h.use_dora else "rsLoRA" if h.use_rslora else "LoRA",
+        by="PEFT" if h.adapter == "peft" else "a hand-written LoRALinear",
+        trainable=trainable,
+        total=total,
+        steps=trainer.global_step,
+        step=step,
+        validated=f" ({data.sizes['validation']:,} texts)" if data.sizes["validation"] else "",
+        scores={name: value for name, value in row.items() if name.startswith("val/")},
+    )
 
 
 def _base_in_python(name: str) -> tuple[str, str, str]:
@@ -221,18 +188,3 @@ def _base_in_python(name: str) -> tuple[str, str, str]:
     path = Path(resolve(name))
     place = str(path.resolve()) if path.is_dir() else name
     return "", place, json.dumps(place)
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        InputError: the folder or the disk does not allow it.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(file.name + ".partial")
-        partial.write_text(text, encoding="utf-8", errors="replace")
-        partial.replace(file)
-    except OSError as error:
-        raise InputError(f"{file} cannot be written ({error.strerror}): choose another --run_dir") from error

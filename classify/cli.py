@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from classify.callbacks import AdapterExport, Evaluation, PredictionWriter
 from classify.data import TextClassificationDataModule
 from classify.module import ReviewClassifier
+from classify.pretrained import longest_input
 from experiment.commands.cli import ExperimentCLI
 from experiment.errors import InputError
 from experiment.runs.run import CONFIG, read_checkpoint, recorded
@@ -27,21 +29,15 @@ class ClassifyCLI(ExperimentCLI):
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.link_arguments("data.label_names", "model.label_names", apply_on="instantiate")
 
-    def before_instantiate_classes(self) -> None:
-        super().before_instantiate_classes()
-        config = self.config[self.subcommand]
+    def adjust(self, config: Namespace) -> None:
         if config.data.tokenizer is None:
-            self.set_for_this_call("data.tokenizer", config.model.name)
-        if config.data.order_seed is None and isinstance(config.seed_everything, int):
-            self.set_for_this_call("data.order_seed", int(config.seed_everything))
+            config.data.tokenizer = config.model.name
+        if config.data.order_seed is None:
+            config.data.order_seed = int(config.seed_everything)
         if self.subcommand == "predict" and config.data.texts is not None and config.data.label_names is None:
             # The checkpoint knows the classes: no training data is needed to classify texts.
-            hyperparameters = read_checkpoint(self.checkpoint).get("hyper_parameters", {}) if self.checkpoint else {}
+            hyperparameters = read_checkpoint(self.checkpoint).get("hyper_parameters", {})
             config.data.label_names = hyperparameters.get("label_names")
-
-    def before_fit(self) -> None:
-        self.model.check_trainer(self.trainer)
-        super().before_fit()
 
     def instantiate_classes(self) -> None:
         try:
@@ -54,6 +50,18 @@ class ClassifyCLI(ExperimentCLI):
             own = self.run_dir / CONFIG
             other = ", or name texts with --data.texts" if self.subcommand == "predict" else ""
             raise InputError(f"{error}; this run was trained on {path}: for that take --config {own}{other}") from error
+        self._check_data_fits_model()
+
+    def _check_data_fits_model(self) -> None:
+        data, model, longest = self.datamodule, self.model.model, longest_input(self.model.model)
+        for option in ("max_length", "eval_max_length"):
+            if longest is not None and (value := getattr(data, option)) > longest:
+                raise InputError(f"data.{option} {value} is more than the {longest} positions of the model")
+        if len(data.tokenizer) > model.config.vocab_size:
+            raise InputError(
+                f"data.tokenizer {data.tokenizer_name!r} has {len(data.tokenizer)} tokens, the model "
+                f"{self.model.hparams.name!r} {model.config.vocab_size}: take the model's own (null)"
+            )
 
 
 CLI = ClassifyCLI  # by this name, comparisons find the command line of a package

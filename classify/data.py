@@ -181,7 +181,7 @@ class TextClassificationDataModule(ResumableDataModule):
         backend = self.tokenizer.backend_tokenizer.to_str()
         source = source_fingerprint(self.path, self.revision)
         if self.path == "demo":
-            source += hashlib.sha256(Path(reviews.__file__).read_bytes()).hexdigest()
+            source += hashlib.sha256(Path(reviews.__file__).read_bytes() + reviews.DATA.read_bytes()).hexdigest()
         key = {
             "format": 2,
             "source": source,
@@ -301,8 +301,9 @@ def training_plan(
 ) -> list[list[int]]:
     """One epoch's batches, each review at most once; the remainder that fills no step of all processes is left out.
 
-    With `lengths` (N,), each batch holds reviews of similar length. The `world` batches of one step hold together
-    what one process would take with a batch of `world * batch_size`.
+    With `lengths` (N,), each batch holds reviews of similar length; by hand, since transformers' LengthGroupedSampler
+    keeps the batches of a pool in the order of their length. The `world` batches of one step hold together what one
+    process would take with a batch of `world * batch_size`.
     """
     rng = np.random.default_rng(seed)
     step = world * batch_size

@@ -79,7 +79,7 @@ class ClassifierDemo:
             text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
         )
         ids = np.array(encoded["input_ids"], dtype=np.int64)
-        # Which tokens are read is told by the class that prepares the training's reviews.
+        # The class that prepares the training's reviews knows which tokens are read.
         special = (self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id)
         places = self._read(np.arange(len(ids)), (-1, -1, -1))[1:-1]
         input_ids = torch.from_numpy(self._read(ids, special))[None]

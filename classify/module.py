@@ -15,20 +15,13 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from classify.attention import has_fast_attention
 from classify.dropout import use_fast_dropout
-from classify.pretrained import load_classifier, longest_input
+from classify.pretrained import load_classifier
 from experiment.console import console
 from experiment.errors import InputError
 from experiment.nn.adapter_files import PEFT_PREFIX, adapter_state_dict, load_adapter, write_adapter
 from experiment.nn.hardware import can_compile
-from experiment.nn.lora import (
-    LoRAConfig,
-    count_parameters,
-    fingerprint,
-    inject_lora,
-    saved_whole,
-    target_names,
-    train_only,
-)
+from experiment.nn.lora_config import LoRAConfig
+from experiment.nn.lora_models import count_parameters, fingerprint, inject_lora, saved_whole, target_names, train_only
 from experiment.runs.step_sums import StepModule
 
 Adapter = Literal["custom", "peft", "full", "head"]
@@ -89,7 +82,7 @@ class ReviewClassifier(StepModule):
             attention_dropout: Dropout on attention weights; null keeps the model's own, 0 keeps the fast kernel.
             ignore_padding: Mask padded positions. False is a mistake, here for the comparison.
             dropout_active: Train with the model's dropout. False is a mistake, here for the comparison: what
-                Lightning does with a transformers model unless told otherwise.
+                Lightning does with a transformers model by default.
             compile: Train in code made by torch.compile at the first step, which takes a minute once; a note, and the
                 plain code, where there is no compiler.
         """
@@ -195,22 +188,6 @@ class ReviewClassifier(StepModule):
         if not self.hparams.dropout_active:  # Lightning would warn of what was asked for
             warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
 
-    def setup(self, stage: str) -> None:
-        """See that the data suits the model."""
-        data = getattr(self.trainer, "datamodule", None)
-        longest = longest_input(self.model)
-        if data is None or not hasattr(data, "tokenizer"):
-            return
-        for option in ("max_length", "eval_max_length"):
-            if longest is not None and getattr(data, option) > longest:
-                value = getattr(data, option)
-                raise InputError(f"data.{option} {value} is more than the {longest} positions of the model")
-        if len(data.tokenizer) > self.model.config.vocab_size:
-            raise InputError(
-                f"data.tokenizer {data.tokenizer_name!r} has {len(data.tokenizer)} tokens, the model "
-                f"{self.hparams.name!r} {self.model.config.vocab_size}: take the model's own (null)"
-            )
-
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         logits = self.logits(batch, self._trained_forward)
         labels = batch["labels"]
@@ -240,7 +217,7 @@ class ReviewClassifier(StepModule):
         return _verdicts(batch, self.logits(batch))
 
     def check_trainer(self, trainer: Trainer) -> None:
-        """See that the schedule has an end to fall to.
+        """Check that the schedule has an end to fall to.
 
         Raises:
             InputError: It has none.
@@ -263,7 +240,8 @@ class ReviewClassifier(StepModule):
         return [{"params": some, "lr": own, "weight_decay": decayed} for some, own, decayed in groups if some]
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW whose rate rises, then falls, linearly."""
+        """AdamW whose rate rises, then falls, linearly. (transformers' schedule begins at 0: its first step learns
+        nothing.)"""
         optimizer = torch.optim.AdamW(self.parameter_groups(), fused=self.trainer.precision != "16-mixed")
         steps = int(self.trainer.estimated_stepping_batches)
         rising = round(self.hparams.warmup * steps)
@@ -311,7 +289,7 @@ class ReviewClassifier(StepModule):
             }
         else:
             weights = adapter_state_dict(self.model, config.modules_to_save)
-        path = self.model.config._name_or_path
+        path = self.model.config.name_or_path
         write_adapter(weights, config, folder, path, {"base_fingerprint": self.base_fingerprint})
 
     def _load_adapter(self, folder: str) -> None:

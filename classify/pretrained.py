@@ -55,7 +55,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     """The tokenizer of a pretrained model; it must have the tokens [CLS], [SEP] and [PAD] or their likes.
 
     Raises:
-        InputError: it can't be had, or is not one of the BERT family.
+        InputError: it can't be loaded, or is not of the BERT family.
     """
     from transformers import AutoTokenizer
 
@@ -84,7 +84,7 @@ def load_classifier(
         The model, and the names of the parameters that its files lack and that hold random numbers: the head.
 
     Raises:
-        InputError: the model can't be had, or is no encoder whose files can be read.
+        InputError: the model can't be loaded, or is not an encoder.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
     from transformers.utils import logging

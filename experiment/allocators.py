@@ -10,7 +10,7 @@ import os
 import sys
 
 VARIABLES = {
-    # Tensors of 2 MiB and more lie in huge pages, where the system has them on request.
+    # Put tensors of 2 MiB and more into huge pages, where the system gives them on request.
     "THP_MEM_ALLOC_ENABLE": "1",
     # A GPU's memory grows in place, so that a batch of another width finds room.
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",

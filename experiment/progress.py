@@ -112,9 +112,7 @@ class RunProgressBar(ProgressBar):
         if self._bar is not None:
             self._bar.update(self._task, completed=trainer.global_step)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if self._bar is not None:
             shown = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"}
             self._bar.update(self._task, completed=trainer.global_step, metrics=shown)
@@ -141,7 +139,7 @@ class RunProgressBar(ProgressBar):
         self._start("testing", sum(trainer.num_test_batches))
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+        self, trainer: Trainer, pl_module: LightningModule, _: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         if self._bar is not None and trainer.state.fn == "fit":  # the bar is the training's
             self._bar.update(self._task, description=f"validating {batch_idx + 1}/{sum(trainer.num_val_batches)}")

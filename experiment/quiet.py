@@ -15,10 +15,6 @@ IGNORED: tuple[tuple[str, type[Warning]], ...] = (
     (r".*does not have many workers which may be a bottleneck.*", UserWarning),
     # Resuming in the middle of an epoch is exact here: the data module keeps the position (pytorch-lightning#20550).
     (r".*resuming from a checkpoint that ended before the epoch ended.*", UserWarning),
-    # A checkpoint used from another folder: there, the best is counted anew.
-    (r".*The dirpath has changed from .*", UserWarning),
-    # A resumed run goes on in its own folder, where its checkpoints lie already.
-    (r".*Checkpoint directory .* exists and is not empty.*", UserWarning),
     # Short runs and tests log less often than Lightning's default interval expects.
     (r".*The number of training batches .* is smaller than the logging interval.*", UserWarning),
     # The batch size is only needed to average metrics; ours are torchmetrics that carry their own weights.
@@ -52,7 +48,7 @@ def quiet_libraries(debug: bool = False) -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     if debug:
         return
-    # A hub that cannot be reached is told by our own line, not by one for each try.
+    # A hub that cannot be reached is reported by our own line, not by one for each attempt.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     for message, category in IGNORED:

@@ -40,7 +40,7 @@ def main(args: Sequence[str] | None = None) -> "LanguageCLI":
     answer(OVERVIEW, sys.argv[1:] if args is None else args)
     set_up_allocators()
     end_with_launcher()
-    from experiment.commands.cli import run  # brings Lightning, which --help need not wait for
+    from experiment.commands.main import run  # brings Lightning, which --help need not wait for
     from lm.cli import LanguageCLI
 
     return run(LanguageCLI, args)

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -53,51 +55,40 @@ class LanguageCLI(ExperimentCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("data.num_tokens", "model.decoder.vocab_size", apply_on="instantiate")
 
-    def before_instantiate_classes(self) -> None:
-        super().before_instantiate_classes()
-        # A run keeps its tokenizer, so that its model works without the source. One given as a flag wins.
-        if self.checkpoint is not None and (own := run_of(self.checkpoint) / "tokenizer").is_dir():
-            data, before = self.config[self.subcommand].data, recorded(own.parent, "data") or {}
-            trained = data.tokenizer == "train" and data.vocab_size == before.get("vocab_size", data.vocab_size)
-            if trained or data.tokenizer == before.get("tokenizer") != "train":
-                self.set_for_this_call("data.tokenizer", str(own))
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        config.data.seed = int(config.seed_everything)  # the one that was drawn, where it was true
 
-        self._take_weights()
-        config = self.config[self.subcommand]
-        if config.model.decoder.max_sequence_length is None:
-            outline = {} if self.checkpoint is None else read_checkpoint(self.checkpoint, part="outline")
-            before = outline.get("hyper_parameters", {}).get("decoder", {})
-            config.model.decoder.max_sequence_length = before.get("max_sequence_length", config.data.sequence_length)
-
-    def _take_weights(self) -> None:
-        """Take the decoder's shape and the tokenizer from pretrained weights or a run's own."""
-        config = self.config[self.subcommand]
-        model, init_from, decoder = config.model, config.model.init_from, None
+    def complete(self, config: Namespace) -> None:
+        """Take the shape of weights that are there already, and the tokenizer of those that a training starts from."""
+        model, init_from = config.model, config.model.init_from
         wanted = config.validate_first
         self.first_validation.wanted = init_from is not None if wanted is None else wanted
-        if init_from is None and model.adapter == "full":
-            return
-        from lm.formats.pretrained import BASE, load_pretrained
+        if init_from is not None or model.adapter != "full":
+            self._take_weights(config)
+        if model.decoder.max_sequence_length is None:
+            outline = {} if self.checkpoint is None else read_checkpoint(self.checkpoint, part="outline")
+            before = outline.get("hyper_parameters", {}).get("decoder", {})
+            model.decoder.max_sequence_length = before.get("max_sequence_length", config.data.sequence_length)
 
+    def _take_weights(self, config: Namespace) -> None:
+        model, init_from, decoder = config.model, config.model.init_from, None
         if self.checkpoint is not None:
-            # The run holds what it needs: its origin may be gone.
-            base = self.checkpoint.parent / BASE
             hyper_parameters = read_checkpoint(self.checkpoint).get("hyper_parameters", {})
             with suppress(TypeError, KeyError, ValueError):
                 decoder = DecoderConfig(**hyper_parameters["decoder"])
-            if model.adapter == "full" or base.is_file():
-                init_from = None if model.adapter == "full" else str(base)
-                self.set_for_this_call("model.init_from", init_from)
-            self.set_for_this_call("model.adapter_weights", None)
             for name, value in hyper_parameters.get("lora", {}).items():
                 if f"model.lora.{name}" not in self.flags and name != "lora_dropout":
                     config[f"model.lora.{name}"] = value
         elif init_from is not None:
+            from lm.formats.pretrained import load_pretrained
+
             source, _, tokenizer = load_pretrained(init_from)
             decoder = source.config
             if "data.tokenizer" not in self.flags:
                 config.data.tokenizer = tokenizer
-        if model.adapter != "full" and init_from is None:
+        if init_from is None and self._base is None:
             raise InputError(f"model.adapter {model.adapter}: there is nothing to adapt; give --model.init_from")
         for name, value in ({} if decoder is None else asdict(decoder)).items():
             flag = f"model.decoder.{name}"
@@ -107,13 +98,33 @@ class LanguageCLI(ExperimentCLI):
                 raise InputError(f"{flag} {config[flag]}: the pretrained weights have {value}; leave it out")
             config[flag] = value
 
-    def _set_seed(self) -> None:
-        super()._set_seed()
-        config = self.config[self.subcommand]
-        config.data.seed = int(config.seed_everything)  # drawn where it was true
+    def adjust(self, config: Namespace) -> None:
+        """Use the tokenizer and the base weights that a checkpoint's run has kept: their source may be gone. Another
+        tokenizer that is given by hand wins."""
+        if self.checkpoint is None:
+            return
+        if (own := run_of(self.checkpoint) / "tokenizer").is_dir():
+            data, before = config.data, recorded(own.parent, "data") or {}
+            trained = data.tokenizer == "train" and data.vocab_size == before.get("vocab_size", data.vocab_size)
+            if trained or data.tokenizer == before.get("tokenizer") != "train":
+                data.tokenizer = str(own)
+        model = config.model
+        if model.init_from is not None or model.adapter != "full":
+            model.adapter_weights = None
+            if model.adapter == "full":
+                model.init_from = None
+            elif self._base is not None:
+                model.init_from = str(self._base)
+
+    @property
+    def _base(self) -> Path | None:
+        """The weights that the checkpoint's run has adapted, where it holds them."""
+        from lm.formats.pretrained import BASE
+
+        file = None if self.checkpoint is None else self.checkpoint.parent / BASE
+        return file if file is not None and file.is_file() else None
 
     def before_fit(self) -> None:
-        self.model.check_trainer(self.trainer)
         self._check_state()
         super().before_fit()
         rank_zero_only(self.datamodule.tokenizer.save)(self.run_dir / "tokenizer")
@@ -146,7 +157,7 @@ class LanguageCLI(ExperimentCLI):
             init_from = self.config[self.subcommand].model.init_from
             if self.checkpoint is None and init_from is None:  # a new model learns that bos comes first
                 self.datamodule.tokenizer.begin_with_bos()
-            self._get(self.config_init, "samples").check(self.datamodule.tokenizer, context)
+            self.config_init[self.subcommand].samples.check(self.datamodule.tokenizer, context)
 
     def _check_state(self) -> None:
         """Raise an InputError where a checkpoint holds the state of another optimizer."""

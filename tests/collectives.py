@@ -10,7 +10,8 @@ from typing import Any
 
 import torch.distributed
 
-from experiment.commands.cli import run as run_cli
+from experiment.commands.main import run as run_cli
+from experiment.compat.lightning import is_accumulating
 from experiment.runs.step_sums import StepModule
 from lm.cli import LanguageCLI
 
@@ -32,7 +33,7 @@ def run(file: Path, arguments: list[str]) -> None:
 
     def on_train_batch_end(self: StepModule, *args: Any) -> None:
         ended(self, *args)
-        if not self.trainer.fit_loop._should_accumulate():
+        if not is_accumulating(self.trainer):
             taken[self.trainer.global_step] = list(calls)
             calls.clear()
 

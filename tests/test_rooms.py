@@ -6,13 +6,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    ("experiment",),  # errors, console, progress, quiet
+    ("experiment", "experiment.compat"),  # errors, console, progress, quiet; private interfaces of libraries
     ("experiment.nn",),
     ("experiment.sources",),
     ("experiment.runs",),
@@ -93,3 +94,62 @@ def test_a_training_step_is_read_in_few_files() -> None:
 @pytest.mark.parametrize("module", [name for name in FILES if name.startswith("lm.")])
 def test_no_file_is_long(module: str) -> None:
     assert len(FILES[module].read_text().splitlines()) <= 350
+
+
+def private_names(file: Path) -> Iterator[str]:
+    """Names with an underscore that a file takes from elsewhere: attributes, imports, and strings of getattr."""
+    tree = ast.parse(file.read_text())
+    nodes = list(ast.walk(tree))
+    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own |= {node.id for node in nodes if isinstance(node, ast.Name)}
+    own |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+            and ast.unparse(node.value) == "self"}  # fmt: skip
+    for node in nodes:
+        found: list[str] = []
+        if isinstance(node, ast.Attribute) and not (is_super(node.value) and node.attr.startswith("_")):
+            found = [node.attr] if node.attr not in own else []
+        elif isinstance(node, ast.Attribute):
+            found = [node.attr]
+        elif isinstance(node, ast.Import):
+            found = [part for alias in node.names for part in alias.name.split(".")]
+        elif isinstance(node, ast.ImportFrom):
+            found = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr"):
+            found = [node.args[1].value] if isinstance(node.args[1], ast.Constant) else []
+        for name in found:
+            if name.startswith("_") and not name.endswith("__") and ast.unparse(node) != "os._exit":  # a public one
+                yield f"line {node.lineno}: {ast.unparse(node)}"
+
+
+def is_super(node: ast.expr) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == "super"
+
+
+OUTSIDE_COMPAT = [module for module in FILES if not module.startswith("experiment.compat.")]
+
+
+@pytest.mark.parametrize("module", OUTSIDE_COMPAT)
+def test_private_names_of_libraries_stand_in_compat_only(module: str) -> None:
+    assert not list(private_names(FILES[module]))
+
+
+def test_no_class_replaces_a_private_method_of_a_library_outside_of_compat() -> None:
+    replaced = []
+    for name in OUTSIDE_COMPAT:
+        if name.endswith("__main__"):
+            continue
+        try:
+            module = import_module(name)
+        except ImportError:  # of an optional package
+            continue
+        for cls in vars(module).values():
+            if isinstance(cls, type) and cls.__module__ == name:
+                foreign = [base for base in cls.__mro__ if base.__module__.split(".")[0] not in PACKAGES]
+                known = {key for base in foreign for key in vars(base)}
+                own = [key for key, value in vars(cls).items() if callable(value) or isinstance(value, property)]
+                replaced += [f"{name}.{cls.__name__}.{key}" for key in own if is_private(key) and key in known]
+    assert not replaced
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith(("__", "_cls"))  # autograd.Function makes a _backward_cls

@@ -1,21 +1,51 @@
-"""What in a configuration cannot be right, told all at once before a training starts."""
+"""Mistakes in a configuration, all reported at once before training starts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from experiment.errors import InputError
 from experiment.sources.batches import ResumableDataModule
 
 
 def check_training(trainer: Trainer, data: ResumableDataModule) -> None:
-    """See that epochs, processes, accumulation and validation go together; the data is set up.
+    """Check that epochs, processes, accumulation and validation go together; the data is set up.
 
     Raises:
         InputError: They do not; the message lists everything that was found.
     """
     if problems := list(_problems(trainer, data)):
         raise InputError("; ".join(problems))
+
+
+def check_resume(trainer: Trainer, module: LightningModule, stored: Mapping[str, Any], file: Path) -> str | None:
+    """The option by which nothing is left to train from a checkpoint on; None where something is.
+
+    Raises:
+        InputError: The checkpoint is of another optimizer.
+    """
+    try:
+        epochs = stored["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    except (KeyError, TypeError):  # an imported model
+        return None
+    groups = [len(group["params"]) for group in module.parameter_groups()]
+    states = stored.get("optimizer_states", [])
+    before = [len(group["params"]) for state in states for group in state.get("param_groups", [])]
+    if before not in ([], groups):
+        raise InputError(
+            f"{file} is of another optimizer: its groups hold {before} weights, expected {groups}; give the "
+            "options, and the version of tinylab, that it was trained with, or begin a new run"
+        )
+    loop = trainer.fit_loop
+    if 0 <= trainer.max_steps <= stored["global_step"]:
+        return f"trainer.max_steps {trainer.max_steps}"
+    if loop.max_epochs is not None and 0 <= loop.max_epochs <= epochs:
+        limit = f"trainer.max_epochs {loop.max_epochs}"
+        loop.max_epochs = epochs  # Lightning refuses a smaller one
+        return limit
+    return None
 
 
 def _problems(trainer: Trainer, data: ResumableDataModule) -> Iterator[str]:

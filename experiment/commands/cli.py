@@ -1,62 +1,54 @@
 """The command line of both experiments: LightningCLI, with a folder for each run and errors that can be read."""
 
-import errno
 import os
 import secrets
 import shlex
-import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import yaml
-from filelock import FileLock, Timeout
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from experiment.commands.checks import check_training
-from experiment.commands.parser import ExperimentParser, check_configuration, reworded
-from experiment.commands.signals import ended_by_signals, leave_signals_to_us
+from experiment.commands.checks import check_resume, check_training
+from experiment.commands.parser import ExperimentParser, check_configuration, configs_first
+from experiment.compat.lightning import keep_buffers_local, leave_sigterm_alone, validate_by_steps
 from experiment.errors import InputError
 from experiment.nn.hardware import default_precision
-from experiment.pages.report import write_report
-from experiment.pages.wandb_logger import WandbLogger
 from experiment.progress import RunProgressBar, console, validation_results
-from experiment.quiet import quiet_libraries
 from experiment.renamed import current_arguments
 from experiment.runs.checkpoints import BestCheckpoint, ExactResume, StepCheckpoint
 from experiment.runs.finite import FiniteLoss
-from experiment.runs.interruption import Interrupted
-from experiment.runs.launch import agreed, leave_slurm_alone, waited_in_vain
+from experiment.runs.launch import agreed
 from experiment.runs.metrics_file import MetricsFile
 from experiment.runs.provenance import RunRecord, command_line
 from experiment.runs.run import (
     CONFIG,
     check_fits,
-    check_free,
+    hold_run_dir,
     read_checkpoint,
     resolve_checkpoint,
     resolve_run_dir,
     verify_together,
 )
-from experiment.sources.batches import validate_by_steps
+from experiment.runs.run_logger import RunLogger
+from experiment.sources.paths import write_text
 from experiment.sources.rows import repaired
 
 DESCRIPTIONS = {
-    "fit": "Train a model. What it learns and shows lies in the run's folder.",
+    "fit": "Train a model. Everything is written to the run's folder.",
     "validate": "Evaluate a checkpoint on the validation split.",
     "test": "Evaluate a checkpoint on the test split.",
     "predict": "Use a checkpoint on texts of your own; the results are shown and written to predictions.jsonl.",
 }
-LOCK_PATIENCE = 6.0  # seconds
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class ExperimentCLI(LightningCLI):
@@ -90,49 +82,40 @@ class ExperimentCLI(LightningCLI):
         self.package = package
         self.command = command_line(package, sys.argv[1:] if args is None else args)
         self.callbacks = callbacks
-        # Errors are printed by ``run``, on one line.
         options = {"exit_on_error": False, "default_env": True, "allow_abbrev": False}
-        super().__init__(
-            module,
-            data,
-            args=None if args is None else list(args),
-            save_config_callback=None,
-            parser_class=ExperimentParser,
-            trainer_defaults={
-                "enable_model_summary": False,
-                # Our batch schedules share the data among processes, without counting a sample twice.
-                "use_distributed_sampler": False,
-            },
-            parser_kwargs={
+        commands = {
+            name: {
                 **options,
-                "env_prefix": "TINYLAB",
-                "prog": f"python -m {package}",
-                **{
-                    name: {
-                        **options,
-                        "env_prefix": f"TINYLAB_{name.upper()}",
-                        "usage": f"python -m {package} {name} [--config FILE ...] [--OPTION VALUE ...]",
-                        "description": description,
-                    }
-                    for name, description in DESCRIPTIONS.items()
+                "env_prefix": f"TINYLAB_{name.upper()}",
+                "usage": f"python -m {package} {name} [--config FILE ...] [--OPTION VALUE ...]",
+                "description": description,
+            }
+            for name, description in DESCRIPTIONS.items()
+        }
+        with ExitStack() as self.until_the_end:
+            super().__init__(
+                module,
+                data,
+                args=None if args is None else list(args),
+                save_config_callback=None,
+                parser_class=ExperimentParser,
+                trainer_defaults={
+                    "enable_model_summary": False,
+                    # Our batch schedules share the data among processes, without counting a sample twice.
+                    "use_distributed_sampler": False,
                 },
-            },
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
+                parser_kwargs={**options, "env_prefix": "TINYLAB", "prog": f"python -m {package}", **commands},
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
+
+    # options
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The commands, and the arguments of the Trainer's methods that are not its to ask for."""
         skipped = {"ckpt_path", "weights_only", "return_predictions"}
         return {name: methods | skipped for name, methods in LightningCLI.subcommands().items()}
-
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        arguments = super()._prepare_subcommand_kwargs(subcommand)
-        arguments["ckpt_path"] = self.checkpoint and str(self.checkpoint)
-        if subcommand == "predict":
-            arguments["return_predictions"] = False  # they are written as they come, and else all kept in memory
-        return arguments
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -146,7 +129,7 @@ class ExperimentCLI(LightningCLI):
             "--ckpt_path",
             type=str | None,
             default=None,
-            help="The checkpoint to use: last or best of the run, or a file. With fit, training goes on from it.",
+            help="The checkpoint to use: last or best of the run, or a file. With fit, training resumes from it.",
         )
         parser.add_argument(
             "--seed_everything",
@@ -169,46 +152,43 @@ class ExperimentCLI(LightningCLI):
         # Text that the locale could not read, but no name of a file, whose bytes must stay as they are.
         given = [argument if _names_file(argument) else repaired(argument) for argument in given]
         self.flags = {flag.removeprefix("--").partition("=")[0] for flag in given if flag.startswith("--")}
-        ordered = configs_first(given)
-        for before, argument in zip(["", *ordered], ordered, strict=False):
-            if before in ("-c", "--config") or argument.startswith("--config="):
-                check_configuration(Path(argument.removeprefix("--config=")))
+        ordered, configs = configs_first(given)
+        for file in configs:
+            check_configuration(file)
         try:
             self.config = parser.parse_args(ordered)
         except ValueError as error:  # of a default that jsonargparse cannot combine with what is given
             raise InputError(str(error)) from error
+        config = self.config[self.config.subcommand]
+        # Lightning would take the checkpoint's hyperparameters over the user's flags, did it see this.
+        self.ckpt_path = config.pop("ckpt_path")
+        if config.seed_everything is True:  # Lightning would take 0
+            config.seed_everything = int(agreed("seed", _drawn_seed))
+        if not 0 <= config.seed_everything < 2**32:
+            raise InputError(f"seed_everything {config.seed_everything}: expected 0 to {2**32 - 1}, true or false")
 
-    def _parse_ckpt_path(self) -> None:
-        """Lightning lets the hyperparameters of a checkpoint override flags; here the user wins."""
+    # instances
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         configs = [Path(str(path)) for path in config.get("config") or []]
-        self.run_dir = resolve_run_dir(self.package, self.subcommand, config.run_dir, configs, config.ckpt_path)
-        self.checkpoint = resolve_checkpoint(self.subcommand, self.run_dir, config.ckpt_path)
-        self._as_given = {}
+        self.run_dir = resolve_run_dir(self.package, self.subcommand, config.run_dir, configs, self.ckpt_path)
+        self.checkpoint = resolve_checkpoint(self.subcommand, self.run_dir, self.ckpt_path)
         if self.checkpoint is not None:
             verify_together(self.checkpoint)
         if self.subcommand == "predict" and self.checkpoint is None:
             raise InputError("predict needs --ckpt_path: last or best of the run, or a file")
         if config.trainer.precision is None:
             config.trainer.precision = default_precision(config.trainer.accelerator)
-        config.trainer.default_root_dir = str(self.run_dir)
+        self.complete(config)
+        self.kept_config = self.config.clone()
+        self.adjust(config)
 
-    def set_for_this_call(self, key: str, value: Any) -> None:
-        """Use another value than the configuration's, which config.yaml keeps as it was given."""
-        config = self.config[self.subcommand]
-        self._as_given[key] = config[key]
-        config[key] = value
+    def complete(self, config: Namespace) -> None:
+        """Fill in values for the run's config.yaml."""
 
-    def _set_seed(self) -> None:
-        """As Lightning's, which for `true` takes 0 rather than a seed that is drawn."""
-        config = self.config[self.subcommand]
-        if config.seed_everything is True:
-            config.seed_everything = int(agreed("seed", _drawn_seed))
-        if not 0 <= config.seed_everything < 2**32:
-            raise InputError(f"seed_everything {config.seed_everything}: expected 0 to {2**32 - 1}, true or false")
-        super()._set_seed()
+    def adjust(self, config: Namespace) -> None:
+        """Fill in values for this call alone, such as places that may change."""
 
     def instantiate_classes(self) -> None:
         try:
@@ -235,138 +215,105 @@ class ExperimentCLI(LightningCLI):
                 yield str(error)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        config = self._get(self.config_init, "trainer")
-        loggers = [logger for logger in _as_list(config.logger) if isinstance(logger, Logger)]
-        training = self.subcommand == "fit"
+        config = self.config_init[self.subcommand].trainer
         callbacks = [ExactResume(), *_as_list(config.callbacks), FiniteLoss(), *self.callbacks]
         if config.enable_progress_bar is not False:
             callbacks.append(RunProgressBar(self.shown_as_written))
+        loggers: list[Logger] | bool = False
+        if self.subcommand == "fit":
+            loggers = [MetricsFile(self.run_dir), *(one for one in _as_list(config.logger) if isinstance(one, Logger))]
         if self.subcommand == "predict":  # one process writes the one file, whatever the training was configured for
             kwargs |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}
-        metrics = MetricsFile(self.run_dir)
+        kwargs |= {"logger": loggers, "callbacks": callbacks, "default_root_dir": str(self.run_dir)}
         try:
-            trainer = super().instantiate_trainer(
-                logger=[metrics, *loggers] if training else False, callbacks=callbacks, **kwargs
-            )
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:  # such as an accelerator that is not there
             raise InputError(f"trainer: {error}") from error
-        metrics.trainer = trainer
-        leave_signals_to_us(trainer)
+        leave_sigterm_alone(trainer)
         validate_by_steps(trainer)
         trainer.accumulate_grad_batches = self.datamodule.accumulation(
             trainer.world_size, trainer.accumulate_grad_batches
         )
         if isinstance(trainer.strategy, DDPStrategy):  # all buffers here are constants: positions, rotary tables
-            trainer.strategy._ddp_kwargs.setdefault("broadcast_buffers", False)
+            keep_buffers_local(trainer)
         return trainer
 
+    # commands
+
     def before_fit(self) -> None:
-        # What data and checkpoint do not allow is told before anything is written.
+        # Everything is checked before anything is written.
+        self.model.check_trainer(self.trainer)
         self.datamodule.trainer = self.trainer
         self.datamodule.prepare_data()
         self.datamodule.setup("fit")
         check_training(self.trainer, self.datamodule)
-        finished = self.checkpoint is not None and self._check_resume(read_checkpoint(self.checkpoint, part="outline"))
-        for logger in self._wandb_loggers():
-            logger.log_in()
+        stored = {} if self.checkpoint is None else read_checkpoint(self.checkpoint, part="outline")
+        finished = self.checkpoint is not None and self._is_finished(stored)
+        loggers = [logger for logger in self.trainer.loggers if isinstance(logger, RunLogger)]
+        for logger in loggers:
+            logger.check()
         if rank_zero_only.rank == 0:
-            self._take_folder()
+            self.until_the_end.enter_context(hold_run_dir(self.run_dir, resumed=self.ckpt_path is not None))
         if not finished:  # else the configuration has no effect
             self._save_config()
-        for logger in self.trainer.loggers:
-            if isinstance(logger, MetricsFile):
-                logger.rewind(_step_of(self.checkpoint))
-        self.record = RunRecord(self.run_dir, self.command)
         if self.trainer.is_global_zero:
-            self.record.begin(self.trainer, self.model, _step_of(self.checkpoint))
-            for logger in self._wandb_loggers():
-                logger.begin(self.trainer, self.run_dir, self.package, self.record.record)
+            step = stored.get("global_step", 0)
+            self.record = RunRecord(self.run_dir, self.command)
+            self.record.begin(self.trainer, self.model, step)
+            for logger in loggers:
+                logger.begin(self.trainer, self.run_dir, self.package, self.record.record, step)
         step = self.datamodule.describe_step(self.trainer.world_size, self.trainer.accumulate_grad_batches)
         rank_zero_only(console.print)(step)
         if self.checkpoint is not None:
             rank_zero_only(console.print)(f"resuming from {self.checkpoint}")
 
-    def _check_resume(self, stored: Mapping[str, Any]) -> bool:
-        """See that a checkpoint can be gone on from as the run is configured now; whether nothing is left to train.
-
-        Raises:
-            InputError: It cannot.
-        """
+    def _is_finished(self, stored: Mapping[str, Any]) -> bool:
+        """Check that training can resume from a checkpoint; True if nothing is left to do."""
         self.model.on_load_checkpoint(dict(stored))
         if position := stored.get(type(self.datamodule).__qualname__):
             self.datamodule.load_state_dict(position)
-        try:
-            epochs = stored["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-        except (KeyError, TypeError):  # an imported model
-            return False
-        groups = [len(group["params"]) for group in self.model.parameter_groups()]
-        states = stored.get("optimizer_states", [])
-        before = [len(group["params"]) for state in states for group in state.get("param_groups", [])]
-        if before not in ([], groups):
-            raise InputError(
-                f"{self.checkpoint} is of another optimizer: its groups hold {before} weights, expected {groups}; give "
-                "the options, and the version of tinylab, that it was trained with, or begin a new run"
-            )
-        loop, steps = self.trainer.fit_loop, stored["global_step"]
-        if 0 <= self.trainer.max_steps <= steps:
-            limit = f"trainer.max_steps {self.trainer.max_steps}"
-        elif loop.max_epochs is not None and 0 <= loop.max_epochs <= epochs:
-            limit = f"trainer.max_epochs {loop.max_epochs}"
-            loop.max_epochs = epochs  # Lightning refuses a smaller one
-        else:
-            return False
-        console.print(f"note: nothing is left to train: {self.checkpoint.name} has {steps} steps, and {limit} is given")
-        return True
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        with ExitStack() as self._until_the_end:
-            super()._run_subcommand(subcommand)
-
-    def _take_folder(self) -> None:
-        """Hold the run's folder until the command ends, so that no other training writes into it."""
-        # The workers of a training that was killed hold its lock for some seconds more.
-        lock = FileLock(self.run_dir / ".lock", timeout=LOCK_PATIENCE)
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            self._until_the_end.enter_context(lock)
-        except Timeout as error:
-            raise InputError(
-                f"run_dir {self.run_dir} is being written by another training: wait for its end, or name another folder"
-            ) from error
-        except NotImplementedError:  # a file system without locks
-            pass
-        except OSError as error:
-            raise _unwritable(self.run_dir, error) from error
-        check_free(self.run_dir, resumed=self.config["fit"].ckpt_path is not None)  # another may have been quicker
+        limit = check_resume(self.trainer, self.model, stored, self.checkpoint)
+        if limit is not None:
+            steps = stored["global_step"]
+            held = f"{self.checkpoint.name} has {steps} steps"
+            console.print(f"note: nothing is left to train: {held}, and {limit} is given")
+        return limit is not None
 
     @rank_zero_only
     def _save_config(self) -> None:
         """Write config.yaml: everything that was really used, except for what belongs to this one call."""
-        try:
-            (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            config = self.config["fit"].clone()
-            for key, value in self._as_given.items():
-                config[key] = value
-            config = yaml.safe_load(self._parser("fit").dump(config, skip_none=False))
-            for name in ("config", "run_dir", "ckpt_path", "debug"):
-                config.pop(name, None)
-            config["trainer"]["default_root_dir"] = None
-            partial = self.run_dir / f"{CONFIG}.partial"
-            partial.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
-            partial.replace(self.run_dir / CONFIG)
-        except OSError as error:
-            raise _unwritable(self.run_dir, error) from error
+        config = yaml.safe_load(self.parser.dump(self.kept_config, skip_none=False))["fit"]
+        for name in ("config", "run_dir", "ckpt_path", "debug"):
+            config.pop(name, None)
+        (self.run_dir / "checkpoints").mkdir(exist_ok=True)
+        write_text(self.run_dir / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+    def fit(self, **arguments: Any) -> None:
+        self.trainer.fit(**arguments, ckpt_path=self.checkpoint and str(self.checkpoint))
+
+    def validate(self, **arguments: Any) -> None:
+        self.trainer.validate(**arguments, ckpt_path=self.checkpoint and str(self.checkpoint))
+
+    def test(self, **arguments: Any) -> None:
+        self.trainer.test(**arguments, ckpt_path=self.checkpoint and str(self.checkpoint))
+
+    def predict(self, **arguments: Any) -> None:
+        # Predictions are written as they come, and else all kept in memory.
+        self.trainer.predict(**arguments, ckpt_path=self.checkpoint and str(self.checkpoint), return_predictions=False)
 
     def after_fit(self) -> None:
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
             return
         self.record.end(self.trainer.global_step)
-        for logger in self._wandb_loggers():
-            logger.end(self.run_dir)
-        console.print(f"\nfinished after {self.trainer.global_step:,} steps; everything lies in {self.run_dir}")
+        for logger in self.trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.end(self.run_dir)
+        console.print(f"\nfinished after {self.trainer.global_step:,} steps; everything is in {self.run_dir}")
         for name, value in validation_results(self.trainer).items():
             console.print(f"  {name:<20} {value:.4f}")
         if self.config["fit"].report and (self.run_dir / "metrics.csv").exists():
+            from experiment.pages.report import write_report  # brings Plotly's curves, which training does not need
+
             with console.status("drawing the report"):
                 page = write_report([self.run_dir])
             console.print(f"report: {page}")
@@ -375,25 +322,6 @@ class ExperimentCLI(LightningCLI):
             config = shlex.quote(str(self.run_dir / CONFIG))
             command = f"python -m {self.package} predict --config {config} --ckpt_path {kept}"
             console.print(f"next: {command} {self.example}")
-
-    def _wandb_loggers(self) -> list[WandbLogger]:
-        return [logger for logger in self.trainer.loggers if isinstance(logger, WandbLogger)]
-
-
-def configs_first(args: Sequence[str]) -> list[str]:
-    """The arguments with each ``--config`` before the flags, in their order: a flag wins wherever it stands."""
-    configs: list[str] = []
-    others: list[str] = []
-    left = list(args)
-    while left:
-        argument = left.pop(0)
-        if argument in ("-c", "--config") and left:
-            configs += [argument, left.pop(0)]
-        elif argument.startswith("--config="):
-            configs.append(argument)
-        else:
-            others.append(argument)
-    return [*others[:1], *configs, *others[1:]]  # the first of the others is the command
 
 
 def _names_file(argument: str) -> bool:
@@ -406,69 +334,8 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _unwritable(folder: Path, error: OSError) -> InputError:
-    return InputError(f"run_dir {folder} cannot be written ({error.strerror}): choose another with --run_dir")
-
-
 def _drawn_seed() -> str:
     """A seed by chance; that of the first process in those that Lightning starts beside it."""
     if os.environ.get("LOCAL_RANK", "0") != "0" and "PL_GLOBAL_SEED" in os.environ:
         return os.environ["PL_GLOBAL_SEED"]
     return str(secrets.randbelow(2**32))
-
-
-def _step_of(checkpoint: Path | None) -> int:
-    return 0 if checkpoint is None else int(read_checkpoint(checkpoint, part="outline")["global_step"])
-
-
-def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> ExperimentCLI:
-    """Run an experiment's command line.
-
-    Bad input ends with one line on stderr and exit code 2; ``--debug`` shows the traceback as well. So does a disk
-    that is full or cannot be written. Ctrl-C ends with exit code 130 and SIGTERM with 143, as shells have it. Every
-    other exception is a bug and passes.
-
-    Args:
-        cli: The experiment's own subclass of ExperimentCLI, which takes ``args`` alone.
-        args: Command line arguments, by default those of the process.
-    """
-    given = sys.argv[1:] if args is None else list(args)
-    debug = "--debug" in given
-    quiet_libraries(debug)
-    leave_slurm_alone()
-    console.quiet = rank_zero_only.rank != 0  # of several processes one speaks
-    try:
-        with ended_by_signals():
-            return cli(args)
-    except (InputError, jsonargparse.ArgumentError, MisconfigurationException) as error:  # the last is Lightning's own
-        if debug:
-            raise
-        print(f"error: {reworded(str(error), ())}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if debug or error.errno not in UNWRITABLE:
-            raise
-        print(
-            f"error: {error.filename or 'a file'} cannot be written ({error.strerror}): free space or choose another "
-            "place with --run_dir",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    except RuntimeError as error:
-        if debug or (line := waited_in_vain(error)) is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(1)
-    except Interrupted as interruption:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        # A make target may have hidden the command.
-        stopped = "stopped; " if args is not None else f"stopped: {shlex.join(['python', *sys.orig_argv[1:]])}\n"
-        console.print(f"{stopped}go on with the same command and --ckpt_path last")
-        sys.exit(interruption.exit_code)
-    except (KeyboardInterrupt, SystemExit) as ending:  # Lightning turns the first into the second
-        terminated = isinstance(ending, SIGTERMException)
-        if isinstance(ending, SystemExit) and not isinstance(ending.__context__, KeyboardInterrupt) and not terminated:
-            raise
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        console.print("\ninterrupted")
-        sys.exit(143 if terminated else 130)

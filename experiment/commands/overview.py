@@ -10,8 +10,8 @@ COMMANDS = ("fit", "validate", "test", "predict")
 
 
 def answer(overview: str, args: Sequence[str]) -> None:
-    """End here where the arguments ask for the overview (exit code 0), or name no command or none that there is (2), or
-    the system is none that this runs on."""
+    """End here where the arguments ask for the overview (exit code 0), or name no known command (2), or where the
+    system is not supported (2)."""
     if sys.platform == "win32":  # has neither signals, locks nor links as they are used here
         print("error: Windows is not supported: expected Linux or macOS; use WSL (wsl --install)", file=sys.stderr)
         sys.exit(2)

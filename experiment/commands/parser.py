@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,6 +10,7 @@ import yaml
 from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
+from experiment.compat.jsonargparse import move_group_last, option_strings
 from experiment.errors import InputError
 from experiment.renamed import current_config
 
@@ -57,7 +58,7 @@ set_loader("yaml", load_yaml, (yaml.YAMLError,))
 
 
 def check_configuration(file: Path) -> None:
-    """See that a configuration is text that names options, none of them twice.
+    """Check that a configuration is text that names options, none of them twice.
 
     Raises:
         InputError: It is not; the message names the file.
@@ -75,20 +76,35 @@ def check_configuration(file: Path) -> None:
         raise InputError(f"config {file} holds {found}: expected options, such as seed_everything: 1")
 
 
+def configs_first(args: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """The arguments with each ``--config`` before the flags, in their order: a flag wins wherever it stands. And the
+    files that are named so."""
+    configs: list[str] = []
+    others: list[str] = []
+    left = list(args)
+    while left:
+        argument = left.pop(0)
+        if argument in ("-c", "--config") and left:
+            configs.append(f"--config={left.pop(0)}")
+        elif argument.startswith("--config="):
+            configs.append(argument)
+        else:
+            others.append(argument)
+    files = [Path(config.removeprefix("--config=")) for config in configs]
+    return [*others[:1], *configs, *others[1:]], files  # the first of the others is the command
+
+
 class ExperimentParser(LightningArgumentParser):
     """Lightning's parser, whose help shows the Trainer's many options after those of the experiment."""
 
     def format_help(self) -> str:
         if trainer := self.groups.get("trainer"):
             trainer.title = "Lightning's Trainer"
-            self._action_groups.sort(key=lambda group: group is trainer)  # stable: the others keep their order
+            move_group_last(self, trainer)
         return super().format_help()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        commands = self._subcommands_action.choices.values() if self._subcommands_action else ()
-        super().error(
-            reworded(message, [option for one in (self, *commands) for option in one._option_string_actions]), ex
-        )
+        super().error(reworded(message, option_strings(self)), ex)
 
 
 def reworded(message: str, options: Iterable[str]) -> str:

@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from experiment.runs.interruption import StopRequest
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
-GRACE = 5.0  # seconds in which a process that was told to end may do so by itself
+GRACE = 5.0  # seconds that a process has to end by itself
 PULSE = 1.0  # seconds between two looks at the clock
 
 
@@ -43,12 +42,6 @@ def ended_by_signals() -> Iterator[None]:
         os.close(write)  # which ends the thread
 
 
-def leave_signals_to_us(trainer: Trainer) -> None:
-    """Keep Lightning from answering SIGTERM with a collective, from which a process that alone was told does not
-    return."""
-    trainer._signal_connector._sigterm_notifier_fn = lambda number, frame: None
-
-
 def _raise(number: int, frame: FrameType | None) -> NoReturn:
     raise SIGTERMException
 
@@ -64,6 +57,6 @@ def _watch(read: int) -> None:
             return
         if byte[0] in ENDING:
             received, number = received + 1, byte[0]
-            if getattr(signal.getsignal(number), "__func__", None) is not StopRequest._ask:
+            if getattr(signal.getsignal(number), "__func__", None) is not StopRequest.ask:
                 deadline = time.monotonic() + GRACE
     os._exit(128 + number)  # every file is written beside its place and renamed: nothing is left half-written

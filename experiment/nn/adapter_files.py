@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from experiment.nn.lora import LoRAConfig, inject_lora, lora_layers, saved_whole
+from experiment.nn.lora_config import LoRAConfig
+from experiment.nn.lora_models import inject_lora, lora_layers, saved_whole
 
 PEFT_PREFIX = "base_model.model."  # PEFT's path to the adapted model, part of every key in its files
 
@@ -122,7 +123,7 @@ def read_adapter(folder: str | Path) -> tuple[LoRAConfig, dict[str, Tensor], dic
 
 
 def check_adapter(weights: dict[str, Tensor], expected: dict[str, Tensor], folder: str | Path) -> None:
-    """See that an adapter's weights are those that a model needs; both under PEFT's keys.
+    """Check that an adapter's weights are those that a model needs; both under PEFT's keys.
 
     Raises:
         ValueError: one is missing, left over, or of another shape.

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from experiment.compat.torch import softmax_backward
+
 LONGEST = 512  # tokens; twice as many would keep four times the probabilities
 
 
@@ -75,7 +77,7 @@ class _Attention(torch.autograd.Function):
         grad = grad.reshape(rows.shape)
         grad_value = torch.bmm(probs.mT, grad)
         grad_probs = torch.bmm(grad, values.mT)
-        grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
+        grad_scores = softmax_backward(grad_probs, probs)
         grad_query = torch.bmm(grad_scores, keys).mul_(ctx.scale)
         grad_key = torch.bmm(grad_scores.mT, rows).mul_(ctx.scale)
         return grad_query.view(query_shape), grad_key.view(key_shape), grad_value.view(key_shape), None, None

@@ -16,9 +16,8 @@ def fast_bfloat16(accelerator: str = "auto") -> bool:
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if accelerator in ("auto", "cpu") and not (accelerator == "auto" and torch.backends.mps.is_available()):
-        if torch.cpu._is_amx_tile_supported():
-            return True
-        return torch.cpu._is_avx512_bf16_supported() and "Intel" not in torch.cpu.get_capabilities()["cpu_name"]
+        found = torch.cpu.get_capabilities()
+        return found.get("amx_tile", False) or (found.get("avx512_bf16", False) and "Intel" not in found["cpu_name"])
     return False
 
 

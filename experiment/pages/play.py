@@ -1,6 +1,6 @@
 """``tinylab play [RUN …]``: a page on this machine to try what runs have learned.
 
-Each package brings its own tab, `lm.play` and `classify.play`; which one a run belongs to is told by its checkpoint.
+Each package brings its own tab, `lm.play` and `classify.play`; a run's checkpoint says which.
 The page is for whoever sits at this machine: it listens on 127.0.0.1 alone, and nothing of it comes from a network.
 """
 
@@ -9,12 +9,12 @@ import os
 import threading
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiment.console import console
 from experiment.errors import InputError, one_line_errors
+from experiment.extras import require
 from experiment.quiet import quiet_libraries
 from experiment.sources.paths import user_path
 
@@ -67,8 +67,7 @@ def open_page(runs: Sequence[Path], port: int | None = None) -> tuple["gr.Blocks
     Raises:
         InputError: A run cannot be read, the port is taken, or Gradio is not installed.
     """
-    if find_spec("gradio") is None:
-        raise InputError("gradio is not installed: pip install -e '.[play]'")
+    require("gradio", "play")
     # Both are read when the libraries are imported. The base model of a run was fetched when it was trained.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

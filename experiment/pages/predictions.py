@@ -12,6 +12,7 @@ from experiment.pages.curves import COLORS
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+    from matplotlib.figure import Figure
 
 # The first that a run has: how its best validation judged the reviews, else what predict was asked.
 SOURCES = ("evaluation.jsonl", "predictions.jsonl")
@@ -46,14 +47,26 @@ class Verdicts:
     def accuracy(self) -> float:
         return float(self.correct.mean())
 
+    def table(self) -> tuple[list[str], list[list[Any]]]:
+        """Columns and rows: each text with the predicted and the true class, and the probability of each."""
+        classes = zip(self.predicted, self.truth, strict=True)
+        rows = zip(self.texts, classes, self.probabilities.tolist(), strict=True)
+        columns = ["text", "label", "true_label", *self.names]
+        return columns, [[text, self.names[guess], self.names[true], *p] for text, (guess, true), p in rows]
+
     def confusion(self) -> np.ndarray:
         """(c, c) counts: true class by predicted class."""
-        counts = np.zeros((len(self.names), len(self.names)), dtype=int)
-        np.add.at(counts, (self.truth, self.predicted), 1)
-        return counts
+        import torch
+        from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+        predicted, truth = torch.from_numpy(self.predicted), torch.from_numpy(self.truth)
+        return multiclass_confusion_matrix(predicted, truth, len(self.names)).numpy()
 
     def calibration(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mean confidence, accuracy and number of texts of each of ten equal bins of confidence that holds any."""
+        """Mean confidence, accuracy and number of texts of each of ten equal bins of confidence that holds any.
+
+        By hand: torchmetrics' CalibrationError does not give the bins, and has one more for a confidence of 1.
+        """
         place = np.minimum((self.confidence * BINS).astype(int), BINS - 1)
         counts = np.bincount(place, minlength=BINS)
         held = counts > 0
@@ -166,8 +179,8 @@ def draw_calibration(verdicts: Verdicts) -> "go.Figure":
     return figure
 
 
-def draw_pngs(verdicts: Verdicts, folder: Path) -> None:
-    """confusion.png and calibration.png."""
+def draw_confusion_png(verdicts: Verdicts) -> "Figure":
+    """The same on white, by matplotlib."""
     from matplotlib.figure import Figure
 
     counts, names = verdicts.confusion(), verdicts.names
@@ -179,12 +192,18 @@ def draw_pngs(verdicts: Verdicts, folder: Path) -> None:
         axes.text(column, row, f"{count:,}\n{shares[row, column]:.1%}", ha="center", va="center", fontsize=9)
     axes.set(title="Confusion", xlabel="predicted", ylabel="true")
     axes.set(xticks=range(len(names)), xticklabels=names, yticks=range(len(names)), yticklabels=names)
-    figure.savefig(folder / "confusion.png", dpi=250)
+    return figure
 
+
+def draw_pngs(verdicts: Verdicts, folder: Path) -> None:
+    """confusion.png and calibration.png."""
+    from matplotlib.figure import Figure
+
+    draw_confusion_png(verdicts).savefig(folder / "confusion.png", dpi=250)
     confidence, accuracy, counts = verdicts.calibration()
     figure = Figure(figsize=(4, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    low = 1 / len(names)
+    low = 1 / len(verdicts.names)
     axes.plot([low, 1], [low, 1], ":", color="#8a8f98", label="calibrated")
     axes.plot(confidence, accuracy, color=COLORS[0])
     axes.scatter(confidence, accuracy, s=20 + 200 * counts / counts.sum(), color=COLORS[0], alpha=0.8)

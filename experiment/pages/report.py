@@ -1,8 +1,8 @@
 """``tinylab report RUN [RUN …]``: a page that shows what a run did, or how several compare.
 
 The page is one file that needs no network: curves to hover over (Plotly, whose script is inside), samples along the
-training, verdicts of a classifier, the configuration, the commands and the machine. PNGs of the main curves lie beside
-it.
+training, verdicts of a classifier, the configuration, the commands and the machine. PNGs of the main curves are written
+beside it.
 """
 
 import argparse

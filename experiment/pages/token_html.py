@@ -1,4 +1,6 @@
-"""Coloured words on a page, each with a card that unfolds where one points at it; HTML that no text breaks."""
+"""Coloured words on a page, each with a card that unfolds where one points at it; HTML that no text breaks.
+
+By hand, since Gradio's HighlightedText has neither cards nor a place for text that was not read."""
 
 import html
 import json

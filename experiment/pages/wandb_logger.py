@@ -2,31 +2,36 @@
 
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from experiment.compat.wandb import is_logged_in
 from experiment.console import console
 from experiment.errors import InputError
+from experiment.extras import require
 from experiment.pages.predictions import SOURCES, read_verdicts
 from experiment.pages.summary import FIGURES, best, read_metrics
+from experiment.runs.run_logger import RunLogger
+
+if TYPE_CHECKING:
+    import wandb
 
 STEP, TOKENS = "trainer/global_step", "tokens"
-RUN_ID = "wandb/run-id.txt"  # in the run's folder: a resumed training goes on with the same W&B run
+RUN_ID = "wandb/run-id.txt"  # in the run's folder: a resumed training continues the same W&B run
 
 
-class WandbLogger(LightningWandbLogger):
-    """Lightning's logger, with one row for each optimizer step and one W&B run for each run.
+class WandbLogger(RunLogger):
+    """One row for each optimizer step and one W&B run for each run.
 
-    Lightning lets W&B count its own calls, so that training and validation figures of a step stand in different rows,
-    and a resumed run begins anew (pytorch-lightning#5469, #13163). Here a row of W&B's history is an optimizer step,
-    holds the tokens seen so far as well, for the other axis, and a resumed run goes on after the step it resumed
-    from; what the killed part had logged past it is not logged again, since it would be the same.
+    Lightning's own logger lets W&B count its calls, so that training and validation figures of a step stand in
+    different rows, and a resumed run begins anew (pytorch-lightning#5469, #13163). Here a row of W&B's history is an
+    optimizer step and also holds the tokens seen so far, for the other axis. A resumed run continues after the step it
+    resumed from; what the killed part had logged past it is not logged again, since it would be the same.
     """
 
     def __init__(
@@ -51,116 +56,90 @@ class WandbLogger(LightningWandbLogger):
             save_dir: Where W&B's files go; by default the run's folder.
             id: Of the W&B run; by default a new one, or that of the run which is resumed.
         """
-        super().__init__(
-            name=name,
-            save_dir=save_dir,
-            offline=bool(offline),
-            id=id,
-            project=project,
-            group=group,
-            tags=tags,
-        )
-        self.keeps_model = log_model
-        self._chosen = offline
-        self.trainer: Trainer | None = None
+        super().__init__()
+        self.options = {"project": project, "group": group, "tags": tags}
+        self.run_name, self.run_id, self.folder = name, id, save_dir
+        self.mode = {None: None, True: "offline", False: "online"}[offline]
+        self.log_model = log_model
+        self.experiment: wandb.Run | None = None  # under the name that Lightning's loggers give it
 
     @rank_zero_only
-    def log_in(self) -> None:
-        """Find out whether somebody is logged in at the server, a private one too; to be called before anything is
-        written.
-
-        Raises:
-            InputError: Nobody is, and the run shall not be kept offline.
-        """
-        mode = "offline" if self._offline else os.environ.get("WANDB_MODE", "online" if self._chosen is False else None)
-        if mode not in ("online", None):
+    def check(self) -> None:
+        """Find out whether somebody is logged in at the server, a private one too."""
+        require("wandb", "wandb")
+        if self.mode != "offline":
+            self.mode = os.environ.get("WANDB_MODE", self.mode)
+        if self.mode not in ("online", None):
             return
         import wandb
-        from wandb.sdk import wandb_setup
-        from wandb.sdk.lib import wbauth
 
-        server = wandb_setup.singleton().settings.base_url
+        server = wandb.setup().settings.base_url
         try:
-            found = wbauth.authenticate_session(host=server, source="tinylab", prompt=False, update_session=False)
+            logged_in = is_logged_in(server)
         except wandb.errors.Error as error:  # a key of a form that none has
             raise InputError(f"W&B at {server}: {error}; log in with: wandb login --relogin") from error
-        if found is None and mode == "online":
+        if not logged_in and self.mode == "online":
             cure = "log in with: wandb login, or set WANDB_MODE=offline"
             raise InputError(f"W&B: nobody is logged in at {server}; {cure}")
-        self._offline = found is None
+        self.mode = "online" if logged_in else "offline"
 
     @rank_zero_only
-    def begin(self, trainer: Trainer, run: Path, package: str, record: Mapping[str, Any]) -> None:
-        """Start or continue the W&B run; to be called before training.
-
-        Args:
-            trainer: Whose steps are counted.
-            run: The run's folder, with its config.yaml.
-            package: lm or classify.
-            record: Of run.json: parameter counts, environment and commands.
-        """
+    def begin(self, trainer: Trainer, run: Path, package: str, record: Mapping[str, Any], step: int) -> None:
         import wandb
 
-        self.trainer = trainer
+        super().begin(trainer, run, package, record, step)
         os.environ.pop("WANDB_SERVICE", None)  # of the process that started this one, which may have ended since
-        self._wandb_init.pop("anonymous", None)  # Lightning passes it, wandb warns that it has no effect
-        self._name = self._wandb_init["name"] = self._name or f"{package}/{run.name}"
-        if self._save_dir in (None, "."):
-            self._save_dir = self._wandb_init["dir"] = str(run)
         (run / "wandb").mkdir(parents=True, exist_ok=True)  # else wandb falls back to a temporary folder
         file = run / RUN_ID
-        if self._id is None:
+        if self.run_id is None:
             known = file.read_text(encoding="utf-8").strip() if file.exists() else secrets.token_hex(4)
-            self._id = os.environ.get("WANDB_RUN_ID", known)  # which the agent of a sweep sets
-            self._wandb_init["id"] = self._id
-        if self._offline or os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
-            self._wandb_init["mode"] = "offline"
-            self._wandb_init["resume"] = None  # is for the server; `wandb sync` joins the parts by their id
-            self._wandb_init["settings"] = wandb.Settings(silent=True)  # one line at the end says what to do
-        file.write_text(f"{self._id}\n", encoding="utf-8")
+            self.run_id = os.environ.get("WANDB_RUN_ID", known)  # which the agent of a sweep sets
+        file.write_text(f"{self.run_id}\n", encoding="utf-8")
+        if self.mode in ("offline", "dryrun"):
+            # To resume is for the server; `wandb sync` joins the parts by their id. One line at the end says how.
+            how = {"mode": "offline", "settings": wandb.Settings(silent=True)}
+        else:
+            how = {"mode": self.mode, "resume": "allow"}
+        name, folder = self.run_name or f"{package}/{run.name}", self.folder or str(run)
+        self.experiment = wandb.init(name=name, id=self.run_id, dir=folder, **self.options, **how)
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         shown = {name: record[name] for name in ("parameters", "environment")}
         shown["command"] = record["calls"][-1]["command"]
         self.experiment.config.update({**config, **shown}, allow_val_change=True)
-        self.experiment.define_metric(TOKENS)
+        for axis in (STEP, TOKENS):
+            self.experiment.define_metric(axis)
+        self.experiment.define_metric("*", step_metric=STEP, step_sync=True)
         for metric, better in FIGURES.items():
             self.experiment.define_metric(metric, step_metric=STEP, step_sync=True, summary=better.__name__)
 
     @rank_zero_only
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The whole configuration is there already."""
-
-    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        row = dict(metrics)
-        if self.trainer is not None:
-            step = self.trainer.global_step
-            tokens = self.trainer.callback_metrics.get("train/tokens")
-            if tokens is not None:
-                row[TOKENS] = float(tokens)
+        row, step = dict(metrics), self.trainer.global_step
+        tokens = self.trainer.callback_metrics.get("train/tokens")
+        if tokens is not None:
+            row[TOKENS] = float(tokens)
         self.experiment.log({**row, STEP: step}, step=step)
 
     @rank_zero_only
+    def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        import wandb
+
+        self.log_metrics({key: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+
+    @rank_zero_only
     def end(self, run: Path) -> None:
-        """Log what stands at the end of training, a classifier's verdicts and by option the weights, and finish."""
+        """Log a classifier's predictions and by option the weights, and finish."""
         import wandb
 
         if (verdicts := read_verdicts(run, SOURCES[:1])) is not None:
-            names = verdicts.names
-            truth, predicted = verdicts.truth.tolist(), verdicts.predicted.tolist()
-            rows = [
-                [text, names[guess], names[true], *probabilities]
-                for text, guess, true, probabilities in zip(
-                    verdicts.texts, predicted, truth, verdicts.probabilities.tolist(), strict=True
-                )
-            ]
-            self.log_table("predictions", ["text", "label", "true_label", *names], rows)
+            self.log_table("predictions", *verdicts.table())
+            truth, predicted, names = verdicts.truth.tolist(), verdicts.predicted.tolist(), verdicts.names
             matrix = wandb.plot.confusion_matrix(y_true=truth, preds=predicted, class_names=names, title="Confusion")
             self.log_metrics({"confusion": matrix})
-        if self.keeps_model:
+        if self.log_model:
             for kind, path in (("model", run / "checkpoints" / "best.ckpt"), ("adapter", run / "adapter")):
                 if path.exists():
-                    artifact = wandb.Artifact(f"{kind}-{self._id}", type=kind)
+                    artifact = wandb.Artifact(f"{kind}-{self.run_id}", type=kind)
                     artifact.add_dir(str(path)) if path.is_dir() else artifact.add_file(str(path))
                     self.experiment.log_artifact(artifact)
         # Of a resumed run W&B has summed up the last part alone. The row in progress would be summed up after this.
@@ -173,4 +152,4 @@ class WandbLogger(LightningWandbLogger):
         self.experiment.finish()
         if offline:
             console.print(f"W&B was kept offline; send it with: wandb sync {run / 'wandb' / 'offline-run-*'}")
-        self._experiment = None
+        self.experiment = None

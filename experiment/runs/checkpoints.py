@@ -1,9 +1,10 @@
-"""Checkpoints that a run can go on from as if it had never stopped, under names that do not change.
+"""Checkpoints from which a run resumes exactly, under names that do not change.
 
 ``last.ckpt`` is the newest, ``best.ckpt`` that of the best validation. Both are written beside their place and renamed,
 so that a kill at any moment leaves the last complete one there.
 """
 
+import math
 import os
 import shutil
 from contextlib import suppress
@@ -12,10 +13,12 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim.lr_scheduler import LambdaLR
 
+from experiment.compat.lightning import is_accumulating, log_by_optimizer_steps
 from experiment.errors import InputError
 from experiment.runs.finite import check_weights, newest_checkpoint
 from experiment.runs.interruption import Interrupted, stop_request
@@ -24,7 +27,7 @@ from experiment.runs.sharding import is_sharded
 
 
 def save_atomically(trainer: Trainer, file: Path, weights_only: bool = False) -> None:
-    """Write a checkpoint to ``file`` whole or not at all; to be called in every process.
+    """Write a checkpoint to ``file`` whole or not at all. Call it in all processes.
 
     Raises:
         InputError: It cannot be written; what lay there before is left as it was.
@@ -157,13 +160,13 @@ class StepCheckpoint(Checkpoint):
                 shutil.copyfile(file, last)
             last.replace(folder / "last.ckpt")
             if self.keep > 0:
-                # By age, not by step: a run that goes on from an earlier checkpoint comes to the same steps again.
+                # By age, not by step: a run resumed from an earlier checkpoint reaches the same steps again.
                 others = sorted(set(folder.glob("step-*.ckpt")) - {file}, key=lambda old: old.stat().st_mtime_ns)
                 for old in others[: max(0, len(others) - (self.keep - 1))]:
                     remove(old)
 
 
-class BestCheckpoint(ModelCheckpoint):
+class BestCheckpoint(Checkpoint):
     """Keeps the model of the best validation so far as ``checkpoints/best.ckpt``."""
 
     def __init__(self, monitor: str = "val/loss", mode: Literal["min", "max"] = "min") -> None:
@@ -172,34 +175,42 @@ class BestCheckpoint(ModelCheckpoint):
             monitor: The validation metric that decides.
             mode: Whether its smallest or its largest value is the best.
         """
-        super().__init__(
-            filename="best",
-            monitor=monitor,
-            mode=mode,
-            save_on_train_epoch_end=False,
-            auto_insert_metric_name=False,
-            enable_version_counter=False,
-        )
+        self.monitor, self.mode = monitor, mode
+        self.best_score: float | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.dirpath = os.path.abspath(Path(trainer.default_root_dir) / "checkpoints")
-        super().setup(trainer, pl_module, stage)
+    def state_dict(self) -> dict[str, Any]:
+        return {"monitor": self.monitor, "best_score": self.best_score}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Know the best so far also where the run's folder was moved; Lightning would begin anew."""
-        best = Path(self.dirpath or "") / "best.ckpt"
-        if state_dict.get("best_model_path") and best.exists():
-            state_dict = state_dict | {
-                "dirpath": self.dirpath,
-                "best_model_path": str(best),
-                "kth_best_model_path": str(best),
-                "best_k_models": {str(best): state_dict["best_model_score"]},
-            }
-        super().load_state_dict(state_dict)
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # By ModelCheckpoint, on which this class was once built, the key is longer and the score best_model_score.
+        states = [state for key, state in checkpoint["callbacks"].items() if key.startswith(type(self).__name__)]
+        for state in states:
+            score = state.get("best_score", state.get("best_model_score"))
+            if score is not None and state["monitor"] == self.monitor and self._file(trainer).exists():
+                self.best_score = float(score)
 
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        save_atomically(trainer, Path(filepath))
-        self._last_global_step_saved = trainer.global_step
+    def is_better(self, trainer: Trainer) -> bool:
+        """Whether the validation that has just ended is better than all before.
+
+        Raises:
+            InputError: The metric that decides was not logged.
+        """
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(trainer.callback_metrics))
+            raise InputError(f"best.monitor {self.monitor}: there is no such metric; expected one of {known}")
+        score = float(trainer.callback_metrics[self.monitor])
+        best = self.best_score
+        better = best is None or math.isnan(best) or (score < best if self.mode == "min" else score > best)
+        return trainer.strategy.reduce_boolean_decision(better)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run
+        if fitting and self.is_better(trainer):
+            self.best_score = float(trainer.callback_metrics[self.monitor])
+            save_atomically(trainer, self._file(trainer))
+
+    def _file(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "checkpoints" / "best.ckpt"
 
 
 class ExactResume(Callback):
@@ -255,7 +266,6 @@ class ExactResume(Callback):
                 ]
                 for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate
-                scheduler._last_lr = rates
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
@@ -272,8 +282,7 @@ class ExactResume(Callback):
             self._configure(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # Lightning's count, by which it decides when to log, may be one off after a resume.
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        log_by_optimizer_steps(trainer)
         if self._random_states is not None:
             if len(self._random_states) == trainer.world_size:  # with other processes it is another run anyway
                 states = self._random_states[trainer.global_rank]
@@ -283,8 +292,6 @@ class ExactResume(Callback):
                         torch.cuda.set_rng_state(states["cuda"].cpu())
             self._random_states = None
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step >= trainer.estimated_stepping_batches and not trainer.fit_loop._should_accumulate():
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.global_step >= trainer.estimated_stepping_batches and not is_accumulating(trainer):
             trainer.should_stop = True

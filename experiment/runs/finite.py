@@ -8,18 +8,18 @@ import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.tensor import DTensor
 
-from experiment.sources.batches import ResumableDataModule
 from experiment.errors import InputError
+from experiment.sources.batches import ResumableDataModule
 
 
 def newest_checkpoint(trainer: Trainer) -> str:
-    """The end of a sentence that says where to go on from."""
+    """The end of a sentence: where to resume from."""
     file = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
     return f"the last good checkpoint is {file.resolve()}" if file.exists() else "no checkpoint was written yet"
 
 
 def check_losses(trainer: Trainer) -> None:
-    """See that the loss of every step so far was a number; to be called by all processes together.
+    """Check that the loss of every step so far was finite. Call it in all processes.
 
     Raises:
         InputError: One was not; it says which, and at which batch.
@@ -45,7 +45,7 @@ def check_losses(trainer: Trainer) -> None:
 
 
 def check_weights(trainer: Trainer) -> None:
-    """See that every loss so far and every weight is a number; to be called before a checkpoint is written.
+    """Check, before a checkpoint is written, that every loss so far and every weight is finite.
 
     Raises:
         InputError: One is not, as after a step with a gradient that was not finite.
@@ -71,9 +71,7 @@ class FiniteLoss(Callback):
     """Ends a run at a training loss that is not a finite number, and says where it was: on a CPU at once; else when the
     host reads the losses, at logged steps, before a validation and before a checkpoint."""
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if pl_module.read_when_due():
             check_losses(trainer)
 

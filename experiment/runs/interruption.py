@@ -8,6 +8,8 @@ from types import FrameType
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from experiment.compat.lightning import ask_for_no_sigterm
+
 
 class Interrupted(BaseException):
     """The run was asked to stop, and has saved where it is.
@@ -30,13 +32,11 @@ class StopRequest:
         """Take both signals from here on; Lightning puts the old handlers back when the trainer is done."""
         self.number = 0
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._ask)
-            signal.signal(signal.SIGTERM, self._ask)
-            # Lightning's own handler is gone, so that it need not ask before each batch whether the first process got
-            # a SIGTERM: that is a collective, and a wait for the device.
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+            signal.signal(signal.SIGINT, self.ask)
+            signal.signal(signal.SIGTERM, self.ask)
+            ask_for_no_sigterm(trainer)  # whose handler is gone
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def ask(self, number: int, frame: FrameType | None) -> None:
         if self.number:
             os._exit(128 + number)  # every file is written beside its place and renamed: nothing is left half-written
         self.number = number

@@ -1,52 +1,42 @@
 """metrics.csv: every logged step of a run as one row."""
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from experiment.errors import InputError
+from experiment.runs.run_logger import RunLogger
 
 
-class MetricsFile(Logger):
+class MetricsFile(RunLogger):
     """Writes ``metrics.csv`` into the run's folder: a ``step`` column (optimizer steps done), one row a logged step.
 
     Lightning's CSVLogger writes one row for each call, so that training and validation figures of the same step
-    stand apart, and starts the file anew when a run is resumed. Here they share a row, and a resumed run goes on
+    stand apart, and starts the file anew when a run is resumed. Here they share a row, and a resumed run continues
     after the step of its checkpoint: what the killed run had written past it is dropped and comes again.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.file = folder / "metrics.csv"
-        self.trainer: Trainer | None = None  # whose optimizer steps are counted, once it exists
         self._columns: list[str] = ["step"]
         self._row: dict[str, Any] = {}  # the newest row; it is in the file already, from this byte on
         self._row_start = 0
 
     @property
-    def name(self) -> str:
-        return self.file.parent.name
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @property
     def log_dir(self) -> str:
         return str(self.file.parent)
 
-    @property
-    def save_dir(self) -> str:
-        return str(self.file.parent)
+    save_dir = log_dir
 
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The run's config.yaml holds them already."""
+    def begin(self, trainer: Trainer, run: Path, package: str, record: Mapping[str, Any], step: int) -> None:
+        super().begin(trainer, run, package, record, step)
+        self.rewind(step)
 
-    @rank_zero_only
     def rewind(self, step: int) -> None:
         """Drop the rows after ``step``, which a run resumed from there will write again."""
         if self.file.exists():
@@ -58,7 +48,6 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        # Lightning's own count starts at 0; people count the steps that are done.
         step = self.trainer.global_step if self.trainer is not None else step
         try:
             if new := [name for name in metrics if name not in self._columns and name != "epoch"]:

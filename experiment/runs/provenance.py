@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiment.errors import InputError
+from experiment.sources.paths import write_text
 from experiment.sources.rows import repaired
 
 if TYPE_CHECKING:  # the report reads run.json without waiting for torch
@@ -88,7 +88,7 @@ class RunRecord:
         self.run, self.command = run, command
 
     def begin(self, trainer: "Trainer", module: "LightningModule", from_step: int) -> None:
-        """Add this call; to be called before training, in the first process."""
+        """Add this call. Use it before training, in the first process."""
         parameters = list(module.parameters())
         self._begun = time.time()
         self.record = {
@@ -119,12 +119,4 @@ class RunRecord:
         self._write()
 
     def _write(self) -> None:
-        file = self.run / RECORD
-        try:
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(self.record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            partial.replace(file)
-        except OSError as error:
-            raise InputError(
-                f"{file} cannot be written ({error.strerror}): free space or choose another run_dir"
-            ) from error
+        write_text(self.run / RECORD, json.dumps(self.record, indent=2, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""The folder of a run: where it lies, and what of a checkpoint may be loaded from it.
+"""The folder of a run: where it is, and its checkpoints, read without running code.
 
 runs/lm/demo/            config.yaml  metrics.csv  samples.jsonl  predictions.jsonl
 runs/lm/demo/checkpoints last.ckpt  best.ckpt  step-000500.ckpt …
@@ -7,23 +7,26 @@ runs/lm/demo/checkpoints last.ckpt  best.ckpt  step-000500.ckpt …
 import os
 import pickle
 import zipfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from lightning.pytorch import LightningModule
 
-from experiment.runs import sharding
 from experiment.console import console
 from experiment.errors import InputError
 from experiment.renamed import current_checkpoint
+from experiment.runs import sharding
 from experiment.runs.launch import agreed, is_child
-from experiment.sources.paths import user_path
 from experiment.runs.sharding import Part, is_sharded
+from experiment.sources.paths import user_path
 
 CONFIG = "config.yaml"
+LOCK_PATIENCE = 6.0  # seconds
 PACKAGES = {"decoder": "lm", "adapter": "classify"}  # by a hyperparameter that only this package's checkpoints have
 _verified: set[tuple[Path, int]] = set()  # checkpoints, as they were written at that time
 RUN_DIR_VARIABLE = "TINYLAB_RUN_DIR"  # tells the folder to the processes that Lightning starts beside the first
@@ -66,7 +69,7 @@ def resolve_run_dir(
     """The folder that this command reads and writes.
 
     A new training takes ``run_dir``, or by default ``runs/<package>/<config's name>``, ``-2``, ``-3`` … where
-    taken. The other commands, and a training that is resumed, take the folder that their checkpoint lies in.
+    taken. The other commands, and a training that is resumed, use the folder of their checkpoint.
 
     Raises:
         InputError: A new training would write into the folder of another.
@@ -114,7 +117,7 @@ def recorded(run: Path, key: str) -> Any:
 
 
 def check_free(folder: Path, resumed: bool) -> None:
-    """See that a training would write over nothing.
+    """Check that a training would write over nothing.
 
     Raises:
         InputError: The folder holds a run that is not resumed, or a config.yaml that fit has not written.
@@ -129,8 +132,37 @@ def check_free(folder: Path, resumed: bool) -> None:
         )
 
 
+@contextmanager
+def hold_run_dir(folder: Path, resumed: bool) -> Iterator[None]:
+    """Make a run's folder and hold it, so that no other training writes into it.
+
+    Raises:
+        InputError: Another training holds it, it cannot be written, or it is not free.
+    """
+    # The workers of a training that was killed hold its lock for some seconds more.
+    lock = FileLock(folder / ".lock", timeout=LOCK_PATIENCE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"run_dir {folder} is being written by another training: wait for its end, or name another folder"
+        ) from error
+    except NotImplementedError:  # a file system without locks
+        pass
+    except OSError as error:
+        raise InputError(
+            f"run_dir {folder} cannot be written ({error.strerror}): choose another with --run_dir"
+        ) from error
+    try:
+        check_free(folder, resumed)  # another may have been quicker
+        yield
+    finally:
+        lock.release()
+
+
 def run_of(ckpt_path: str | Path) -> Path:
-    """The folder of the run that a checkpoint lies in."""
+    """The folder of a checkpoint's run."""
     folder = user_path(ckpt_path).parent
     return folder.parent if folder.name == "checkpoints" else folder
 
@@ -138,9 +170,9 @@ def run_of(ckpt_path: str | Path) -> Path:
 def resolve_checkpoint(subcommand: str, run_dir: Path, ckpt_path: str | None) -> Path | None:
     """The checkpoint file that ``--ckpt_path`` means; ``last`` and ``best`` are those of the run's own folder.
 
-    A copy of a run may lack the link last.ckpt: the newest whole checkpoint stands in for it. A training that is told
-    to go on from ``last`` before anything was saved starts at the beginning, so that a machine that may be taken away
-    at any time can always use the same command.
+    A copy of a run may lack the link last.ckpt: the newest whole checkpoint stands in for it. A training that is
+    resumed from ``last`` before anything was saved starts at the beginning, so that the same command works whenever a
+    machine was taken away.
 
     Raises:
         InputError: There is no such file, or none that is whole.
@@ -199,7 +231,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def verify(file: Path) -> None:
-    """See that a checkpoint holds what was written. A process reads it whole for that once; one that Lightning has
+    """Check that a checkpoint holds what was written. A process reads it whole for that once; one that Lightning has
     started leaves it to the first.
 
     Raises:
@@ -293,7 +325,7 @@ def package_of(file: Path) -> str:
 
 
 def check_fits(module: LightningModule, file: Path) -> None:
-    """See that a checkpoint is one of this model before anything is changed.
+    """Check that a checkpoint is one of this model before anything is changed.
 
     Raises:
         InputError: A weight is missing, left over, or of another shape.

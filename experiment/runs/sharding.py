@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from experiment.allocators import give_back_large_blocks
+from experiment.compat.lightning import set_data_parallel_size
 from experiment.renamed import current_checkpoint
 
 Part = Literal["all", "weights", "outline"]
@@ -59,16 +60,17 @@ class FullyShardedStrategy(ModelParallelStrategy):
             process_group_backend: Of torch.distributed; by default NCCL on GPUs and gloo elsewhere.
         """
         super().__init__(1, 1, save_distributed_checkpoint, process_group_backend, timeout)
+        self.writes_folders = save_distributed_checkpoint
 
     def setup_environment(self) -> None:
         if self.root_device.type == "cpu":
             give_back_large_blocks()
-        self._data_parallel_size = self.num_processes * self.num_nodes
+        set_data_parallel_size(self, self.num_processes * self.num_nodes)
         super().setup_environment()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         super().save_checkpoint(checkpoint, filepath, storage_options)
-        if self._save_distributed_checkpoint:
+        if self.writes_folders:
             _seal(Path(filepath), self.global_rank, self.world_size)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def is_sharded(path: Path) -> bool:
 
 
 def verify(folder: Path) -> None:
-    """See that a sharded checkpoint is what was written.
+    """Check that a sharded checkpoint is what was written.
 
     Raises:
         ValueError: A file is missing or damaged.

@@ -16,10 +16,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from experiment.sources.batches import rank_and_processes
-from experiment.nn.clipping import clip_gradients
+from experiment.compat.lightning import is_accumulating
+from experiment.compat.torch import foreach
 from experiment.runs.interruption import stop_request
 from experiment.runs.stopwatch import Stopwatch
+from experiment.sources.batches import rank_and_processes
 
 UNIT = 4096.0  # what losses are divided by before their gradients are taken: these then suit half precision
 MOST_UNREAD = 100  # steps, which bounds the memory, and how late several processes with GPUs stop
@@ -79,7 +80,7 @@ class StepSums:
         return scaled + (mean - scaled).detach()
 
     def finish(self, step: int, parts: int) -> Tensor:
-        """End a step; to be called by all processes together, after the backward pass of its last micro-batch.
+        """End a step. Call it in all processes, after the backward pass of the step's last micro-batch.
 
         Args:
             step: The optimizer step that it is.
@@ -153,13 +154,13 @@ class StepModule(LightningModule):
 
     def on_after_backward(self) -> None:
         trainer = self.trainer
-        if trainer.fit_loop._should_accumulate():
+        if is_accumulating(trainer):
             return
         parts = trainer.accumulate_grad_batches * trainer.world_size
         factor = self.step_sums.finish(trainer.global_step + 1, parts)
         if parts > 1:
             gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-            torch._foreach_mul_(gradients, factor)
+            foreach("mul_", gradients, factor)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._learning_rate = optimizer.param_groups[0]["lr"]
@@ -170,13 +171,19 @@ class StepModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        self._gradient_norm = clip_gradients(self, gradient_clip_val, gradient_clip_algorithm)
+        """Lightning refuses to clip for a fused optimizer under mixed precision: a gradient scaler would not have
+        unscaled the gradients yet. bfloat16 needs no scaler, so there is nothing to refuse."""
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        elif gradient_clip_val:
+            self._gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     @property
     def is_logged_step(self) -> bool:
         """Whether the step that has just ended is one whose figures are logged."""
-        trainer = self.trainer
-        return not trainer.fit_loop._should_accumulate() and trainer._logger_connector.should_update_logs
+        trainer, interval = self.trainer, self.trainer.log_every_n_steps
+        due = interval > 0 and (trainer.global_step % interval == 0 or trainer.should_stop)
+        return due and not is_accumulating(trainer)
 
     @property
     def reading_is_free(self) -> bool:
@@ -185,7 +192,7 @@ class StepModule(LightningModule):
 
     def read_when_due(self) -> bool:
         """Read the sums if the step that has just ended is a logged one, or if that costs nothing; and whether."""
-        if self.trainer.fit_loop._should_accumulate():
+        if is_accumulating(self.trainer):
             return False
         due = self.reading_is_free or self.is_logged_step or self.step_sums.is_full
         if due:

@@ -6,7 +6,7 @@ import torch
 
 
 class Stopwatch:
-    """Wall time but for pauses, which may lie within each other."""
+    """Wall time without pauses, which may be nested."""
 
     def __init__(self) -> None:
         self._start, self._pauses = time.perf_counter(), 0

@@ -44,7 +44,7 @@ class Throughput(Callback):
     """
 
     def __init__(self) -> None:
-        self._before = 0  # tokens of the runs that this one goes on from
+        self._before = 0  # tokens of the runs that this one continues
         self._sums = StepSums()
 
     def state_dict(self) -> dict[str, int]:
@@ -68,9 +68,7 @@ class Throughput(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.stopwatch.resume()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, _: Any, batch: Any, *args: Any) -> None:
         if not pl_module.is_logged_step:
             return
         self._sums.read()

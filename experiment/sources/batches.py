@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch.distributed
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
@@ -57,21 +57,22 @@ class EpochBatchSampler(SequentialSampler):
         self.epoch_batches = epoch_batches
         self.epoch = 0  # the one that is being, or will first be, gone through
         self.start = 0  # batches of it that were done before a resume
-        self._begun = False
+        self.begun = False
 
     @property
-    def _share(self) -> tuple[int, int]:
+    def share(self) -> tuple[int, int]:
+        """Rank and number of the processes."""
         return rank_and_processes()
 
     def __len__(self) -> int:
-        _, world = self._share
+        _, world = self.share
         return -(-len(self.epoch_batches(self.epoch)) // world)
 
     def __iter__(self) -> Iterator[Sequence[int]]:
-        rank, world = self._share
-        if self._begun:
+        rank, world = self.share
+        if self.begun:
             self.epoch += 1
-        self._begun = True
+        self.begun = True
         own = self.epoch_batches(self.epoch)[rank::world]
         start, self.start = self.start, 0
         yield from [*own, []][start : len(self)]
@@ -125,7 +126,7 @@ class DeviceLoader(DataLoader):
 
 
 class ResumableDataModule(LightningDataModule):
-    """Remembers in the checkpoint how many batches of the current epoch were done, and goes on from there.
+    """Remembers in the checkpoint how many batches of the current epoch were done, and continues from there.
 
     Lightning offers the same through loaders with a state, but forgets that state once the number of steps has been
     asked for, which every cosine schedule does (pytorch-lightning#20550); the data module's own state it always
@@ -151,12 +152,12 @@ class ResumableDataModule(LightningDataModule):
     rescaled: int | None = None  # the latter, where an epoch now has another number of batches than it had
 
     def state_dict(self) -> dict[str, Any]:
-        """The position to go on from: the epoch, and the batches of it that each process has done."""
+        """The position to continue from: the epoch, and the batches of it that each process has done."""
         batches, epoch = self.trainer.fit_loop.epoch_loop.batch_progress, self.train_sampler.epoch
         epochs = self.trainer.fit_loop.epoch_progress.current
         # A batch that has begun but is not processed yet comes again.
         done = batches.current.processed
-        # After the last batch Lightning goes on with the next epoch, unless it had closed this one, as fit's end does.
+        # After the last batch Lightning continues with the next epoch, unless it has closed this one as fit ends.
         if batches.is_last_batch and done == batches.current.ready and epochs.processed < epochs.ready:
             epoch, done = epoch + 1, 0
         sizes = self._sizes(epoch)
@@ -208,7 +209,7 @@ class ResumableDataModule(LightningDataModule):
         sampler = self.train_sampler
         if sampler is None:  # a stream, whose samples have no numbers
             return f"batch {index}"
-        rank, world = sampler._share
+        rank, world = sampler.share
         samples = [int(sample) for sample in sampler.epoch_batches(sampler.epoch)[index * world + rank]]
         shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
         return f"batch {index} of epoch {sampler.epoch} (samples {shown})"
@@ -235,31 +236,14 @@ class ResumableDataModule(LightningDataModule):
         self.train_sampler.epoch, self.train_sampler.start = self._position
 
     def resumable(self, sampler: EpochBatchSampler) -> EpochBatchSampler:
-        """Register the sampler of the training loader, so that it starts where the checkpoint left off, or goes on
+        """Register the sampler of the training loader, so that it starts where the checkpoint left off, or continues
         after the epochs of the loader that it replaces."""
         if self.trainer is not None and self.trainer.overfit_batches:
             always = sampler.epoch_batches(0)  # the same batches in each epoch
             sampler.epoch_batches = lambda epoch: always
         if (before := self.train_sampler) is not None:
-            sampler.epoch, sampler.start, sampler._begun = before.epoch, before.start, before._begun
+            sampler.epoch, sampler.start, sampler.begun = before.epoch, before.start, before.begun
         else:
             sampler.epoch, sampler.start = self._position
         self.train_sampler = sampler
         return sampler
-
-
-def validate_by_steps(trainer: Trainer) -> None:
-    """Have ``val_check_interval`` count optimizer steps, as all other intervals do; Lightning counts batches."""
-    loop = trainer.fit_loop.epoch_loop
-    by_batches = loop._should_check_val_fx
-
-    def is_due(fetcher: Any) -> bool:
-        interval = trainer.val_check_interval
-        if trainer.should_stop or not isinstance(interval, int) or not loop._should_check_val_epoch():
-            return by_batches(fetcher)
-        steps = trainer.global_step
-        if trainer.check_val_every_n_epoch is not None:  # then they are those of the epoch
-            steps = -(-(loop.batch_idx + 1) // trainer.accumulate_grad_batches)
-        return not loop._should_accumulate() and steps % interval == 0
-
-    loop._should_check_val_fx = is_due

@@ -142,7 +142,7 @@ def load_texts(
     files = local_files(path)
     if files is not None:
         return _from_files(files[split], chosen(columns, files[split])) if split in files else None
-    dataset = _from_hub(path, split, revision)
+    dataset = load_from_hub(path, split, revision)
     if dataset is None:
         return None
     columns = columns(dataset.column_names, f"{path} ({split})") if callable(columns) else columns
@@ -216,31 +216,26 @@ def row_features(files: Sequence[Path], columns: Sequence[str]) -> "Features":
     return datasets.Features(features)
 
 
-def _from_hub(name: str, split: str, revision: str | None) -> "Dataset | None":
-    datasets = datasets_library()
-    look_for_hub()
-    try:
-        return datasets.load_dataset(name, split=split, revision=newest_revision(name, revision))
-    except Exception as error:
-        return no_split_or_raise(name, error)
-
-
-def no_split_or_raise(name: str, error: Exception) -> Any:
-    """None where the hub's data set lacks the split that was asked for.
+def load_from_hub(name: str, split: str, revision: str | None, streaming: bool = False) -> Any:
+    """A split of a data set of the hub; None where it lacks that split.
 
     Raises:
-        InputError: It cannot be had, or the cache cannot be written.
+        InputError: It could not be downloaded, or the cache cannot be written.
     """
     datasets = datasets_library()
     from huggingface_hub.errors import HfHubHTTPError
 
-    if isinstance(error, ValueError) and "split" in str(error):
-        return None
-    if (known := _reading_error(error)) is not error:
-        raise known from error
-    if isinstance(error, ConnectionError | OSError | HfHubHTTPError | datasets.exceptions.DatasetNotFoundError):
-        raise InputError(
-            f"data.path {name!r} cannot be had from the hub ({type(error).__name__}): check the name and the network, "
-            "or give a local folder with train.* and validation.* files, or demo"
-        ) from error
-    raise error
+    look_for_hub()
+    try:
+        return datasets.load_dataset(name, split=split, revision=newest_revision(name, revision), streaming=streaming)
+    except Exception as error:
+        if isinstance(error, ValueError) and "split" in str(error):
+            return None
+        if (known := _reading_error(error)) is not error:
+            raise known from error
+        if isinstance(error, ConnectionError | OSError | HfHubHTTPError | datasets.exceptions.DatasetNotFoundError):
+            raise InputError(
+                f"data.path {name!r} could not be downloaded from the Hub ({type(error).__name__}): check the name and "
+                "the network, or give a local folder with train.* and validation.* files, or demo"
+            ) from error
+        raise

@@ -8,7 +8,7 @@ def look_for_hub() -> None:
     """Ask the hub's address once; where no connection comes about, the hub's libraries are set offline.
 
     They then take what they have cached, or fail at once, rather than try again for half a minute each. A slow answer
-    is none of this: it is left to their patience.
+    does not count: the libraries wait for it as they like.
     """
     from huggingface_hub import constants, get_session
 

@@ -1,4 +1,4 @@
-"""Names of files as people type them."""
+"""Names of files as people type them, and text files that are written whole or not at all."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -34,3 +34,19 @@ def existing_file(name: str) -> Path | None:
 def shortened(text: str, most: int = 60) -> str:
     """The text, or where it is longer its beginning, for a message of one line."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file beside its place and rename it, so that a kill leaves the old one or the new one.
+
+    Raises:
+        InputError: The folder or the disk does not allow it.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f"{file.name}.partial")
+        partial.write_text(text, encoding="utf-8", errors="replace")
+        partial.replace(file)
+    except OSError as error:
+        cure = "free space, or choose another folder"
+        raise InputError(f"{file} cannot be written ({error.strerror}): {cure}") from error

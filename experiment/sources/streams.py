@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from experiment.errors import InputError
-from experiment.sources.files import Columns, chosen, datasets_library, local_files, no_split_or_raise, row_features
-from experiment.sources.hub import look_for_hub, newest_revision
+from experiment.sources.files import Columns, chosen, datasets_library, load_from_hub, local_files, row_features
 from experiment.sources.rows import read_rows
 
 if TYPE_CHECKING:
@@ -30,20 +29,15 @@ def stream_texts(
     if path == "demo" and demo is not None:
         texts = demo(split)
         return None if texts is None else texts.to_iterable_dataset()
-    datasets = datasets_library()
     files = local_files(path)
     if files is None:
-        look_for_hub()
-        try:
-            return datasets.load_dataset(path, split=split, streaming=True, revision=newest_revision(path, revision))
-        except Exception as error:
-            return no_split_or_raise(path, error)
+        return load_from_hub(path, split, revision, streaming=True)
     if split not in files:
         return None
     columns = tuple(chosen(columns, files[split]))
     arguments = {"files": files[split], "columns": columns}  # a list would be shards
     features = row_features(files[split], columns)
-    return datasets.IterableDataset.from_generator(read_rows, gen_kwargs=arguments, features=features)
+    return datasets_library().IterableDataset.from_generator(read_rows, gen_kwargs=arguments, features=features)
 
 
 def blocks(

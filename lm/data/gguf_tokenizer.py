@@ -2,13 +2,14 @@
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from experiment.errors import InputError
+from experiment.extras import require
 from lm.data.bpe import from_pieces, piece_scores
 from lm.data.tokenizer import StoryTokenizer
 
@@ -32,11 +33,8 @@ _LLAMA3_WORDS = "|".join(
 
 
 def gguf_package() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise InputError("the package gguf is not installed: pip install gguf (or 'tinylab[gguf]')") from None
-    return gguf
+    require("gguf", "gguf")
+    return import_module("gguf")
 
 
 def add_tokenizer(writer: "GGUFWriter", tokenizer: StoryTokenizer, vocab_size: int) -> None:
@@ -104,17 +102,11 @@ def read_gguf_tokenizer(path: str | Path) -> StoryTokenizer:
 
 
 def open_gguf(path: Path) -> "GGUFReader":
-    gguf = gguf_package()
-
-    class Reader(gguf.GGUFReader):
-        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-            # What the file does not hold is an empty array else, and a claimed length of 2^60 is tried.
-            if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
-                raise ValueError("it ends early")
-            return super()._get(offset, dtype, count, override_order)
+    gguf_package()
+    from experiment.compat.gguf import BoundedReader
 
     try:
-        return Reader(path)
+        return BoundedReader(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); give a GGUF file") from None
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError) as error:

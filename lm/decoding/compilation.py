@@ -21,12 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import experiment.compat.torch
 import experiment.nn.attention
 import lm.decoding.quantization
 import lm.decoding.sampling
 import lm.model.decoder
 import lm.model.functional
 import lm.model.kv_cache
+from experiment.compat.torch import build_package, compiler_errors, load_package, maybe_mark_dynamic
 from experiment.sources.cache import cached_folder
 from lm.decoding.quantization import WeightDtype, prepare_for_decoding, weight_dtype
 from lm.decoding.sampling import argmax
@@ -35,6 +37,7 @@ from lm.model.kv_cache import KeyValueCache
 
 PACKAGE = "step.pt2"
 SOURCES: list[ModuleType] = [
+    experiment.compat.torch,
     experiment.nn.attention,
     lm.model.kv_cache,
     lm.model.functional,
@@ -46,11 +49,6 @@ SOURCES: list[ModuleType] = [
 DIGEST = hashlib.sha256(
     b"".join(Path(module.__file__).read_bytes() for module in (*SOURCES, sys.modules[__name__]))
 ).hexdigest()
-COMPILER_FAILED = (
-    torch._dynamo.exc.BackendCompilerFailed,
-    torch._inductor.exc.CppCompileError,
-    torch._inductor.exc.InvalidCxxCompiler,
-)
 
 
 class CompilationError(ValueError):
@@ -98,11 +96,11 @@ class CompiledStep:
         known, self.known = state == self.known, state
         if not known:
             cache.mark_dynamic()
-            torch._dynamo.maybe_mark_dynamic(input_ids, 0)
+            maybe_mark_dynamic(input_ids, 0)
         with torch.compiler.set_stance(skip_guard_eval_unsafe=known):
             try:
                 return self.compiled(self.decoder, input_ids, cache)
-            except COMPILER_FAILED as error:
+            except compiler_errors() as error:
                 raise CompilationError from error
 
 
@@ -137,7 +135,7 @@ class _MachineCode:
     """Loaded code, one for each shape in a process; it reads the weights of the step that ran last."""
 
     def __init__(self, package: Path) -> None:
-        self.loader = torch._inductor.aoti_load_package(str(package)).loader
+        self.loader = load_package(package)
         self.lock = Lock()
         # The compiled code keeps references to its constants, so we keep those tensors and swap their storage.
         self.slots: dict[str, Tensor] = {}
@@ -156,7 +154,7 @@ class _MachineCode:
 _machine_code = functools.cache(_MachineCode)
 
 
-def _weights(decoder: Decoder, loader: torch._C._aoti.AOTIModelPackageLoader) -> dict[str, Tensor]:
+def _weights(decoder: Decoder, loader: Any) -> dict[str, Tensor]:
     step = _Step(decoder)
     tensors = {**dict(step.named_parameters()), **dict(step.named_buffers())}
     return {name: tensors[name].detach().contiguous() for name in loader.get_constant_fqns()}
@@ -190,6 +188,6 @@ def _build(decoder: Decoder, format: WeightDtype, package: Path) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own names
-            torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=options)
-    except COMPILER_FAILED as error:
+            build_package(program, package, options)
+    except compiler_errors() as error:
         raise CompilationError from error

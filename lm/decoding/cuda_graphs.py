@@ -16,7 +16,8 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from lm.decoding.compilation import COMPILER_FAILED, CompilationError, compiled_step, one_token
+from experiment.compat.torch import compiler_errors, maybe_mark_dynamic
+from lm.decoding.compilation import CompilationError, compiled_step, one_token
 from lm.decoding.config import GenerationConfig
 from lm.decoding.sampling import choose
 from lm.decoding.steps import cache_dtype, last_logits, pad
@@ -133,10 +134,10 @@ class GraphSteps:
         if self.config.compile:
             self.cache.mark_dynamic()
             for tensor in (self.slots[visible], self.input_ids):
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+                maybe_mark_dynamic(tensor, 0)
         try:
             self._choose(*self.one_token(decoder, self.input_ids, self.cache, self.slots[visible]))
-        except COMPILER_FAILED as error:
+        except compiler_errors() as error:
             raise CompilationError from error
 
     def _capture(self, decoder: Decoder, visible: int) -> bool:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiment.compat.torch import int8_product, pack_matrix, packed_product
 from lm.decoding.config import WeightDtype
 from lm.model.decoder import Decoder
 
@@ -39,7 +40,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("tinylab::packed_product", mutates_args=())
 def _packed_product(rows: Tensor, packed: Tensor, height: int) -> Tensor:
     """(n, height) of rows (n, K) and a matrix that oneDNN has packed, which torch.compile must not look into."""
-    return torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
+    return packed_product(rows, packed)
 
 
 @_packed_product.register_fake
@@ -72,7 +73,7 @@ class DecodingLinear(nn.Module):
     def pack(self) -> None:
         """Copy the matrix into oneDNN's layout, for products of several rows or without compilation."""
         if self.packed is None and self.weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+            self.packed = pack_matrix(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., N) in float32 of x (..., K)."""
@@ -83,7 +84,7 @@ class DecodingLinear(nn.Module):
             product = torch.cat([(part.float() * rows).sum(-1) for part in self.weight.chunk(STREAMS)])
             product = product if self.scale is None else product * self.scale.float()
         elif self.scale is not None:
-            product = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale).float()
+            product = int8_product(rows.bfloat16(), self.weight, self.scale).float()
         elif self.packed is not None:
             product = _packed_product(rows, self.packed, len(self.weight))
         else:

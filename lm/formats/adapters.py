@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from experiment.errors import InputError
 from experiment.nn.adapter_files import PEFT_PREFIX, check_adapter, read_adapter, write_adapter
-from experiment.nn.lora import LoRAEmbedding, LoRALinear, StackedLoRALinear, matching, train_only
+from experiment.nn.lora import LoRAEmbedding, LoRALinear, StackedLoRALinear
 from experiment.nn.lora_config import ALL_LINEAR, LoRAConfig
+from experiment.nn.lora_models import matching, train_only
 from lm.formats.hugging_face import parameter_names, parameter_shape
 from lm.model.config import DecoderConfig
 from lm.model.decoder import Decoder

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from experiment.compat.torch import mark_static
 from experiment.nn.attention import attention
 from lm.model.config import DecoderConfig
 from lm.model.functional import attend_one, rms_norm, split_and_rotate, swiglu
@@ -285,7 +286,7 @@ class Decoder(nn.Module):
             compute = self.compiled_block
             # Else a length that equals a width would be taken for it, and another length recompiled.
             for tensor in (x, cos, sin, self.cos, self.sin):
-                torch._dynamo.mark_static(tensor, tensor.ndim - 1)
+                mark_static(tensor, tensor.ndim - 1)
         if self.recompute and self.training:
             compute = partial(checkpoint, compute, use_reentrant=False)
         first_value = None
@@ -294,7 +295,7 @@ class Decoder(nn.Module):
             if self.config.value_residual and layer == 0:
                 first_value = value
                 if compiled:
-                    torch._dynamo.mark_static(first_value, [2, 3])
+                    mark_static(first_value, [2, 3])
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from experiment.compat.torch import mark_dynamic, maybe_mark_dynamic
 from lm.model.config import DecoderConfig
 
 
@@ -154,10 +155,10 @@ class KeyValueCache:
 
     def mark_dynamic(self) -> None:
         """Let torch.compile make one code for all numbers of rows and capacities."""
-        torch._dynamo.maybe_mark_dynamic(self.lengths, 0)
+        maybe_mark_dynamic(self.lengths, 0)
         for stored in self.buffers:
-            torch._dynamo.maybe_mark_dynamic(stored, 0)
-            torch._dynamo.mark_dynamic(stored, 2)
+            maybe_mark_dynamic(stored, 0)
+            mark_dynamic(stored, 2)
 
     def next_span(self, slots: Tensor | None = None) -> CacheSpan:
         """The span of one more token a row, by tensor operations alone, so that all steps share compiled or captured

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.padding import Padding
 from rich.text import Text
 from torch.distributed.fsdp import FSDPModule
 
+from experiment.compat.lightning import validate_within_fit
 from experiment.errors import InputError
 from experiment.progress import console
+from experiment.runs.run_logger import RunLogger
 from experiment.sources.rows import repaired
 from lm.decoding.config import GenerationConfig
 
@@ -52,18 +53,12 @@ class FirstValidation(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.wanted or trainer.global_step or trainer.fast_dev_run or not trainer.enable_validation:
             return
-        # As Lightning's epoch loop does between two steps.
-        connector = trainer._logger_connector
-        first = connector._first_loop_iter
-        trainer.validating = True
-        trainer.fit_loop.epoch_loop.val_loop.run()
-        trainer.training = True
-        connector._first_loop_iter = first
+        validate_within_fit(trainer)
         pl_module.train()
 
 
 class Samples(Callback):
-    """Writes stories from fixed prompts during training: to the terminal, to samples.jsonl, to W&B."""
+    """Writes stories from fixed prompts during training: to the terminal, to samples.jsonl, to the loggers."""
 
     def __init__(
         self,
@@ -148,7 +143,7 @@ class Samples(Callback):
                 record = {"step": step, "prompt": prompt, "story": story}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
+            if isinstance(logger, RunLogger):
                 # All rounds so far: the table grows, also over a resume.
                 rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").split("\n") if line]
                 columns = ["step", "prompt", "story"]

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiment.compat.torch import foreach
+
 # The quintic that grows small singular values fastest; they end near 1, not at 1, which does no harm.
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 ITERATIONS = 5
@@ -87,9 +89,9 @@ class Muon(torch.optim.Optimizer):
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
             gradients = [parameter.grad for parameter in parameters]
             means = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-            torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
-            updates = torch._foreach_lerp(gradients, means, group["momentum"])
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            foreach("lerp_", means, gradients, 1 - group["momentum"])
+            updates = foreach("lerp", gradients, means, group["momentum"])
+            foreach("mul_", parameters, 1 - group["lr"] * group["weight_decay"])
             for parameter, update in zip(parameters, updates, strict=True):
                 rows = group["rows"] or [len(parameter)]
                 for weight, part in zip(parameter.split(rows), update.split(rows), strict=True):
@@ -101,7 +103,7 @@ class Muon(torch.optim.Optimizer):
             for moved, by in ((wide, updates[: len(wide)]), (tall, updates[len(wide) :].mT.contiguous())):
                 if moved:
                     scale = max(1.0, by.shape[1] / by.shape[2]) ** 0.5
-                    torch._foreach_add_([weight for weight, _ in moved], list(by.unbind()), alpha=-rate * scale)
+                    foreach("add_", [weight for weight, _ in moved], list(by.unbind()), alpha=-rate * scale)
         return loss
 
 

@@ -1,7 +1,11 @@
 """The synthetic reviews: repeatable, balanced, different from each other, and fair to words alone."""
 
+import hashlib
+import json
 import re
 from collections import Counter
+
+import pytest
 
 from classify.reviews import SIZES, synthetic_reviews
 
@@ -13,6 +17,15 @@ def test_each_split_is_the_same_every_time_balanced_and_without_duplicates():
         assert Counter(reviews["label"]) == {0: size // 2, 1: size // 2}
         assert len(set(reviews["text"])) == size
         assert reviews.features["label"].names == ["negative", "positive"]
+
+
+@pytest.mark.parametrize(
+    ("split", "digest"), [("train", "853899effc2e"), ("validation", "a4111fe8b440"), ("test", "1d048f3f15c2")]
+)
+def test_the_reviews_are_those_that_the_published_results_were_measured_on(split: str, digest: str) -> None:
+    reviews = synthetic_reviews(split)
+    content = json.dumps([list(reviews["text"]), list(reviews["label"])])
+    assert hashlib.sha256(content.encode()).hexdigest().startswith(digest)
 
 
 def test_no_word_tells_the_label_by_itself():

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig
 
-from experiment.nn.lora import LoRAConfig, inject_lora
+from experiment.nn.lora_config import LoRAConfig
+from experiment.nn.lora_models import inject_lora
 
 VARIANTS = {
     "lora": {},

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from experiment.nn.adapter_files import load_adapter, read_adapter_config, save_adapter
-from experiment.nn.lora import inject_lora
+from experiment.nn.lora_models import inject_lora
 from tests.experiment.adapted import batch, custom_model, lora_config, peft_model, tiny_bert, train, variants
 
 # transformers 5.23 deprecates a property that peft 0.21 asks for.

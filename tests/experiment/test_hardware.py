@@ -35,9 +35,8 @@ def test_a_run_takes_the_precision_that_is_fast_unless_told_otherwise(
     avx512_bf16: bool, amx: bool, name: str, precision: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The one machine at hand has one answer; the other ones are put in its place.
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name})
+    found = {"cpu_name": name, "avx512_bf16": avx512_bf16, "amx_tile": amx}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
     assert default_precision("cpu") == precision
     arguments = ["fit", f"--data.path={write_stories(Path('stories'))}", *TINY, "--trainer.fast_dev_run=1"]
     assert main([*arguments, "--run_dir=run"]).trainer.precision == precision

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from experiment.nn.lora import (
-    LoRAConfig,
-    LoRALinear,
+from experiment.nn.lora import LoRALinear
+from experiment.nn.lora_config import LoRAConfig
+from experiment.nn.lora_models import (
     adapter_disabled,
     count_parameters,
     inject_lora,

@@ -192,7 +192,7 @@ def test_valid_and_val_are_validation(tmp_path: Path) -> None:
     [
         ("./nowhere", "does not exist"),
         ("nowhere.parquet", "does not exist"),
-        ("nobody/there-is-no-such-data-set", "cannot be had from the hub"),
+        ("nobody/there-is-no-such-data-set", "could not be downloaded from the Hub"),
     ],
 )
 def test_source_that_cannot_be_had_is_refused(path: str, message: str) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from experiment.compat.lightning import is_accumulating
 from experiment.runs.step_sums import StepModule, StepSums
 from lm.__main__ import main
 from lm.data.module import TextDataModule
@@ -66,7 +67,7 @@ def events_of_steps(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> di
 
     def on_train_batch_end(self, *args: Any) -> None:
         ended(self, *args)
-        if not self.trainer.fit_loop._should_accumulate():
+        if not is_accumulating(self.trainer):
             steps[self.trainer.global_step] = list(events)
             events.clear()
 

@@ -78,7 +78,7 @@ def test_brackets_and_colons_in_paths_are_printed_as_they_are(
     main(["fit", *arguments, "--trainer.max_steps=2", f"--run_dir={run}", "--ckpt_path=last"])
     said = capsys.readouterr().out
     assert f"resuming from {run}/checkpoints/last.ckpt" in said
-    assert f"everything lies in {run}\n" in said and f"predict --config '{run}/config.yaml'" in said
+    assert f"everything is in {run}\n" in said and f"predict --config '{run}/config.yaml'" in said
     main(["predict", f"--config={run}/config.yaml", "--ckpt_path=last", "--data.prompts=[Tom]"])
     assert f"written to {run}/predictions.jsonl" in capsys.readouterr().out
     report([run])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from experiment.nn.lora import LoRAConfig
+from experiment.nn.lora_config import LoRAConfig
 from lm.__main__ import main as lm
 from lm.convert import main as convert
 from lm.data.demo_letters import main as letters

@@ -92,7 +92,7 @@ def test_keys_of_every_configuration_carry_a_comment() -> None:
             assert "#" in line or is_section or not line.strip(), f"{config.name}: {line}"
 
 
-@pytest.mark.parametrize("overlay", ["ddp", "gpu", "wandb"])
+@pytest.mark.parametrize("overlay", ["ddp", "gpu", "tensorboard", "wandb"])
 def test_overlay_changes_only_what_it_names(overlay: str, stories: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = ["fit", "--config", str(CONFIGS / "lm/demo.yaml"), "--config", str(CONFIGS / f"{overlay}.yaml")]
     with pytest.raises(SystemExit) as exit_:

@@ -8,7 +8,7 @@ import torch
 import yaml
 from filelock import FileLock
 
-from experiment.commands import cli
+from experiment.runs import run as run_folder
 from lm.__main__ import main
 from lm.data.bpe import train_tokenizer
 from tests.runs import STORIES, TINY, assert_same_run, refused, rows, write_stories
@@ -97,7 +97,7 @@ def test_two_trainings_never_write_into_one_folder(
     arguments: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     main(["fit", *arguments, "--run_dir=run", "--trainer.max_steps=1"])
-    monkeypatch.setattr(cli, "LOCK_PATIENCE", 0.1)
+    monkeypatch.setattr(run_folder, "LOCK_PATIENCE", 0.1)
     before = content(Path("run"))
     with FileLock("run/.lock"):
         error = refused(capsys, "fit", *arguments, "--run_dir=run", "--ckpt_path=last")
@@ -188,6 +188,6 @@ def test_wandb_sees_a_login_at_a_private_server(monkeypatch: pytest.MonkeyPatch,
         Path("netrc").write_text(f"machine {machine}\n  login user\n  password {key}\n")
         wandb.teardown()  # what it has read of the environment
         logger = WandbLogger()
-        logger.log_in()
-        assert logger._offline is offline
+        logger.check()
+        assert logger.mode == ("offline" if offline else "online")
     wandb.teardown()

@@ -1,0 +1,75 @@
+"""A command line from start to exit code; errors are printed as one line."""
+
+import errno
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentError
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+from experiment.commands.cli import ExperimentCLI
+from experiment.commands.parser import reworded
+from experiment.commands.signals import ended_by_signals
+from experiment.console import console
+from experiment.errors import InputError
+from experiment.quiet import quiet_libraries
+from experiment.runs.interruption import Interrupted
+from experiment.runs.launch import leave_slurm_alone, waited_in_vain
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> ExperimentCLI:
+    """Run an experiment's command line.
+
+    Bad input ends with one line on stderr and exit code 2; ``--debug`` shows the traceback as well. So does a disk
+    that is full or cannot be written. Ctrl-C ends with exit code 130 and SIGTERM with 143, as shells have it. Every
+    other exception is a bug and passes.
+
+    Args:
+        cli: The experiment's own subclass of ExperimentCLI, which takes ``args`` alone.
+        args: Command line arguments, by default those of the process.
+    """
+    given = sys.argv[1:] if args is None else list(args)
+    debug = "--debug" in given
+    quiet_libraries(debug)
+    leave_slurm_alone()
+    console.quiet = rank_zero_only.rank != 0  # of several processes one speaks
+    try:
+        with ended_by_signals():
+            return cli(args)
+    except (InputError, ArgumentError, MisconfigurationException) as error:  # the last is Lightning's own
+        if debug:
+            raise
+        print(f"error: {reworded(str(error), ())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if debug or error.errno not in UNWRITABLE:
+            raise
+        print(
+            f"error: {error.filename or 'a file'} cannot be written ({error.strerror}): free space or choose another "
+            "place with --run_dir",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except RuntimeError as error:
+        if debug or (line := waited_in_vain(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(1)
+    except Interrupted as interruption:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # A make target may have hidden the command.
+        stopped = "stopped; " if args is not None else f"stopped: {shlex.join(['python', *sys.orig_argv[1:]])}\n"
+        console.print(f"{stopped}go on with the same command and --ckpt_path last")
+        sys.exit(interruption.exit_code)
+    except (KeyboardInterrupt, SystemExit) as ending:  # Lightning turns the first into the second
+        terminated = isinstance(ending, SIGTERMException)
+        if isinstance(ending, SystemExit) and not isinstance(ending.__context__, KeyboardInterrupt) and not terminated:
+            raise
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        console.print("\ninterrupted")
+        sys.exit(143 if terminated else 130)

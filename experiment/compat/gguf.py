@@ -1,0 +1,16 @@
+"""Private interfaces of gguf."""
+
+from typing import Any
+
+import numpy as np
+from gguf import GGUFReader
+
+
+class BoundedReader(GGUFReader):
+    """Refuses a file that claims to hold more than it does: gguf takes what is missing for an empty array, and tries to
+    make room for 2^60 values."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+            raise ValueError("it ends early")
+        return super()._get(offset, dtype, count, override_order)
