@@ -232,7 +232,7 @@ def test_text_may_hold_markup_and_special_token_strings(trained: Path) -> None:
     ("flags", "words"),
     [
         (["--data.path=./nowhere"], ["nowhere", "does not exist"]),
-        (["--data.path=nobody/no-such-data"], ["nobody/no-such-data", "hub"]),
+        (["--data.path=nobody/no-such-data"], ["nobody/no-such-data", "Hub"]),
         (["--data.path=empty.jsonl"], ["empty.jsonl", "is empty"]),
         (["--data.path=column.jsonl"], ["column.jsonl", "no column 'text'", "story"]),
         (["--data.tokenizer=stories/train.jsonl"], ["train.jsonl", "tokenizer"]),
