@@ -1,9 +1,9 @@
 """Weights to and from llama2.c (https://github.com/karpathy/llama2.c), format version 0.
 
 A file is seven int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len; vocab_size is negative
-where the head is not tied), then float32: the tensors in the order of `_file_order`, among them two rotary tables
-that its program skips. Rotary pairs are neighbours, 2i and 2i + 1, so the rows of query and key matrices stand in
-another order than ours. Rotary base and epsilon are constants of the program.
+where the head is not tied), then float32 tensors in the order of `_file_order`, with two rotary tables that llama2.c
+skips. Rotary pairs are neighbours, 2i and 2i + 1, so that rows of query and key matrices are reordered. Rotary base and
+epsilon are constants of llama2.c.
 """
 
 import math

@@ -47,25 +47,23 @@ class LanguageModel(StepModule):
     ) -> None:
         """
         Args:
-            decoder: The model's shape. Its vocab_size is that of the data's tokenizer.
+            decoder: The model's shape; vocab_size comes from the tokenizer.
             optimizer: The optimizer and its schedule.
             generation: How ``predict`` decodes.
-            variant: Parts of the decoder that are changed, for comparisons; such a model cannot be exported.
-            compile: Train in code made by torch.compile at the first step, which takes some 20 s once: on a GPU the
-                whole way from batch to loss, for small models as CUDA graphs; on a CPU the blocks. A note, and the
-                plain code, where there is no compiler.
-            activation_checkpointing: Keep of each block its input only and compute the rest again in the backward pass:
+            variant: Changed parts of the decoder, for ablations; such a model cannot be exported.
+            compile: Train in code compiled at the first step, which takes some 20 s: on a GPU from batch to loss, for
+                small models as CUDA graphs; on a CPU the blocks. A note, and plain code, where there is no compiler.
+            activation_checkpointing: Keep only the inputs of the blocks and recompute the rest in the backward pass:
                 less memory, about a third more time.
-            init_from: Weights to start from, shape and tokenizer with them: a run's folder, a checkpoint, a Hugging
-                Face folder or hub name, a llama2.c .bin, a .gguf. Optimizer and steps are new.
-            adapter: What trains: full (all weights), lora (low-rank updates of frozen ones), or peft (the same by
-                PEFT).
+            init_from: Pretrained weights, with their shape and tokenizer: a run's folder, a checkpoint, a Hugging Face
+                folder or hub name, a llama2.c .bin, a .gguf. The optimizer starts anew.
+            adapter: What trains: full (all weights), lora (low-rank updates), or peft (the same by PEFT).
             lora: The low-rank updates; target_modules by PEFT's names for a Llama, such as q_proj.
             adapter_weights: Folder of a saved adapter, PEFT's or ours, to start from; it decides all of lora but the
                 dropout.
         """
         super().__init__("loss")
-        # A checkpoint holds plain values, so that it can be read without running code; here they come back.
+        # From a checkpoint, which holds plain values, so that it can be read without running code.
         decoder = DecoderConfig(**decoder) if isinstance(decoder, dict) else decoder
         optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
         generation = GenerationConfig(**generation) if isinstance(generation, dict) else generation
@@ -133,9 +131,8 @@ class LanguageModel(StepModule):
             shard(self.decoder, self.device_mesh["data_parallel"], bfloat16, self.trainer.strategy.root_device)
 
     def flops_per_token(self, length: int) -> int:
-        """Floating-point operations of training a token in a sequence of that length: six for each weight that it is
-        multiplied by, four where that is frozen, and those of attention, the masked half included (arXiv:2204.02311,
-        appendix B)."""
+        """Floating-point operations of training a token in a sequence of that length: six for each weight, four for a
+        frozen one, and those of attention, the masked half included (arXiv:2204.02311, appendix B)."""
         config = self.decoder.config
         looked_up = None if config.tie_embeddings else self.decoder.embedding.weight
         multiplied = [weight for weight in self.decoder.parameters() if weight is not looked_up]
@@ -148,7 +145,7 @@ class LanguageModel(StepModule):
         super().on_fit_start()
         self._summed_loss = partial(summed_loss, self.decoder)
         if self.compile_blocks and can_compile(self.device.type):
-            # On a CPU blocks for any shape, so that a resumed run has the same code; FSDP fetches weights between them.
+            # Blocks of any shape on a CPU, so that a resumed run has the same code; FSDP gathers weights between them.
             if self.device.type == "cuda" and not isinstance(self.decoder, FSDPModule):
                 from lm.training.compiled_loss import MOST_GRAPHED, CompiledLoss
 
@@ -251,7 +248,7 @@ class LanguageModel(StepModule):
         from lm.decoding.generation import generate
 
         tokenizer = self.trainer.datamodule.tokenizer
-        # In the weights' own precision: rounded to bfloat16, a story would depend on the batch that it is in.
+        # In the weights' precision: in bfloat16 a story would depend on its batch.
         with torch.autocast(self.device.type, enabled=False):
             try:
                 results = generate(
