@@ -12,8 +12,8 @@ import numpy as np
 from classify.reviews import synthetic_reviews
 from experiment.errors import InputError
 from experiment.sources.files import load_texts
-from experiment.sources.paths import existing_file
-from experiment.sources.rows import format_of, read_given, repaired
+from experiment.sources.paths import existing_file, repaired
+from experiment.sources.rows import format_of, read_given
 
 SPLITS = ("train", "validation", "test")
 

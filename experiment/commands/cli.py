@@ -40,8 +40,7 @@ from experiment.runs.run import (
     verify_together,
 )
 from experiment.runs.run_logger import RunLogger
-from experiment.sources.paths import write_text
-from experiment.sources.rows import repaired
+from experiment.sources.paths import repaired, write_text
 
 DESCRIPTIONS = {
     "fit": "Train a model. Everything is written to the run's folder.",

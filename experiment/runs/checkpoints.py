@@ -22,8 +22,7 @@ from experiment.compat.lightning import is_accumulating, log_by_optimizer_steps
 from experiment.errors import InputError
 from experiment.runs.finite import check_weights, newest_checkpoint
 from experiment.runs.interruption import Interrupted, stop_request
-from experiment.runs.run import read_checkpoint
-from experiment.runs.sharding import is_sharded
+from experiment.runs.run import is_checkpoint, read_checkpoint
 
 
 def save_atomically(trainer: Trainer, file: Path, weights_only: bool = False) -> None:
@@ -86,7 +85,7 @@ def _put_folder(partial: Path, file: Path, step: int) -> None:
     partial.symlink_to(folder.name)
     partial.replace(file)
     for old in set(file.parent.glob(f"{file.stem}-*{file.suffix}")) - {folder}:
-        if is_sharded(old):
+        if old.is_dir() and is_checkpoint(old):
             remove(old)
 
 

@@ -13,8 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiment.sources.paths import write_text
-from experiment.sources.rows import repaired
+from experiment.sources.paths import repaired, write_text
 
 if TYPE_CHECKING:  # the report reads run.json without waiting for torch
     from lightning.pytorch import LightningModule, Trainer

@@ -10,7 +10,8 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -20,9 +21,7 @@ from lightning.pytorch import LightningModule
 from experiment.console import console
 from experiment.errors import InputError
 from experiment.renamed import current_checkpoint
-from experiment.runs import sharding
 from experiment.runs.launch import agreed, is_child
-from experiment.runs.sharding import Part, is_sharded
 from experiment.sources.paths import user_path
 
 CONFIG = "config.yaml"
@@ -225,9 +224,16 @@ def find_checkpoint(run: Path) -> Path:
     raise InputError(f"run {run} holds no checkpoint: expected the folder of a run that fit has written, or a file")
 
 
+def _sharding() -> ModuleType:
+    """What reads the folders that several processes write: other checkpoints do not need it."""
+    from experiment.runs import sharding
+
+    return sharding
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether there is a file, or the folder that several processes write together."""
-    return path.is_file() or is_sharded(path)
+    return path.is_file() or (path.is_dir() and _sharding().is_sharded(path))
 
 
 def verify(file: Path) -> None:
@@ -241,7 +247,7 @@ def verify(file: Path) -> None:
     if key in _verified or is_child():
         return
     if file.is_dir():
-        sharding.verify(file)
+        _sharding().verify(file)
     else:
         with zipfile.ZipFile(file) as archive:
             if damaged := archive.testzip():  # torch does not look at the checksums it writes
@@ -269,7 +275,7 @@ def _as_written(file: Path) -> tuple[Path, int]:
     return file.resolve(), max(part.stat().st_mtime_ns for part in parts)
 
 
-def read_checkpoint(file: Path, part: Part = "weights") -> dict[str, Any]:
+def read_checkpoint(file: Path, part: Literal["all", "weights", "outline"] = "weights") -> dict[str, Any]:
     """A Lightning checkpoint, mapped into memory; nothing but tensors and plain values is ever unpickled.
 
     Args:
@@ -285,7 +291,7 @@ def read_checkpoint(file: Path, part: Part = "weights") -> dict[str, Any]:
     try:
         verify(file)
         if file.is_dir():
-            checkpoint = sharding.read(file, part)
+            checkpoint = _sharding().read(file, part)
         else:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             if isinstance(checkpoint, dict):

@@ -1,4 +1,4 @@
-"""Names of files as people type them, and text files that are written whole or not at all."""
+"""Names and texts as people type them, and text files that are written whole or not at all."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -50,3 +50,17 @@ def write_text(file: Path, text: str) -> None:
     except OSError as error:
         cure = "free space, or choose another folder"
         raise InputError(f"{file} cannot be written ({error.strerror}): {cure}") from error
+
+
+def repaired(text: str) -> str:
+    """The text as UTF-8 can hold it: U+FFFD for half of a UTF-16 pair, which JSON can spell; and the bytes of a command
+    line that the locale could not read are read as UTF-8."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        pass
+    try:
+        return text.encode(errors="surrogateescape").decode(errors="replace")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

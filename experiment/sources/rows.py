@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, TextIO
 
 from experiment.errors import InputError
+from experiment.sources.paths import repaired
 
 END_MARKER = "<|endoftext|>"  # stands between the stories of the official TinyStories text files
 LABEL = "label"  # the one column that may hold numbers
@@ -123,20 +124,6 @@ def read_given(file: Path, column: str, where: str) -> list[str]:
     if odd := [row for row in rows if not isinstance(row, str)]:
         raise InputError(f"{where} holds {odd[0]!r}: expected text, or an object with a {column!r} that is text")
     return [repaired(row) for row in rows]
-
-
-def repaired(text: str) -> str:
-    """The text as UTF-8 can hold it: U+FFFD for half of a UTF-16 pair, which JSON can spell; and the bytes of a command
-    line that the locale could not read are read as UTF-8."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        pass
-    try:
-        return text.encode(errors="surrogateescape").decode(errors="replace")
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 @contextmanager

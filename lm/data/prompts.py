@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from torch.utils.data import Dataset
 
 from experiment.errors import InputError
-from experiment.sources.paths import existing_file, shortened
-from experiment.sources.rows import read_given, repaired
+from experiment.sources.paths import existing_file, repaired, shortened
+from experiment.sources.rows import read_given
 from lm.data.tokenizer import StoryTokenizer
 
 

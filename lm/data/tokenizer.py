@@ -19,8 +19,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer, processors
 
 from experiment.errors import InputError
-from experiment.sources.paths import shortened
-from experiment.sources.rows import repaired
+from experiment.sources.paths import repaired, shortened
 
 SPACE = "▁"  # U+2581, the visible space of SentencePiece
 BYTES = [f"<0x{value:02X}>" for value in range(256)]

@@ -17,7 +17,7 @@ from experiment.compat.lightning import validate_within_fit
 from experiment.errors import InputError
 from experiment.progress import console
 from experiment.runs.run_logger import RunLogger
-from experiment.sources.rows import repaired
+from experiment.sources.paths import repaired
 from lm.decoding.config import GenerationConfig
 
 if TYPE_CHECKING:
