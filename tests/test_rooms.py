@@ -2,8 +2,6 @@
 command needs."""
 
 import ast
-import subprocess
-import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from importlib import import_module
@@ -36,9 +34,16 @@ FILES = {
 }
 
 
-def imports(file: Path) -> Iterator[str]:
-    """The modules of ours that a file imports, within functions too."""
-    for node in ast.walk(ast.parse(file.read_text())):
+def imports(file: Path, within_functions: bool = True) -> Iterator[str]:
+    """The modules of ours that a file imports: all, or those that are loaded with it."""
+    nodes: list[ast.AST] = [ast.parse(file.read_text())]
+    while nodes:
+        node = nodes.pop()
+        later = isinstance(node, ast.FunctionDef) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        )
+        if within_functions or not later:
+            nodes += ast.iter_child_nodes(node)
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -69,10 +74,13 @@ OPTIONAL = ("lm.formats", "lm.play", "lm.decoding.", "experiment.compare", "expe
 
 
 def loaded(*modules: str) -> dict[str, int]:
-    """The files of ours that importing these loads in a new process, and their lines; of `__init__` there are none."""
-    script = f"import sys, {', '.join(modules)}; print(*sys.modules)"
-    names = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return {name: len(FILES[name].read_text().splitlines()) for name in names.split() if name in FILES}
+    """The files of ours that importing these loads, and their lines."""
+    found, left = {}, [*modules]
+    while left:
+        if (name := left.pop()) not in found:
+            found[name] = len(FILES[name].read_text().splitlines())
+            left += imports(FILES[name], within_functions=False)
+    return found
 
 
 def test_training_loads_no_optional_part() -> None:
