@@ -83,6 +83,7 @@ def loaded(*modules: str) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 def test_training_loads_no_optional_part() -> None:
     found = loaded("lm.__main__", "lm.cli")
     surplus = {name for name in found if name.startswith(OPTIONAL)} - {"lm.decoding.config"}
@@ -91,6 +92,7 @@ def test_training_loads_no_optional_part() -> None:
     assert sum(found.values()) <= 5800
 
 
+@pytest.mark.slow
 def test_a_training_step_is_read_in_few_files() -> None:
     """The module, the decoder, the loss, the optimizer and the data, and what they import of lm."""
     found = loaded("lm.training.module", "lm.model.decoder", "lm.model.loss", "lm.training.optim", "lm.data.module")

@@ -181,7 +181,14 @@ def pieces(row: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"num_kv_heads": None}, {"query_key_norm": True, "value_residual": True}, "recompute", "compiled", "lora"],
+    [
+        {},
+        {"num_kv_heads": None},
+        {"query_key_norm": True, "value_residual": True},
+        "recompute",
+        pytest.param("compiled", marks=pytest.mark.slow),
+        "lora",
+    ],
     ids=str,
 )
 def test_packed_row_gives_each_story_its_logits_and_gradients_alone(tmp_path: Path, changes: dict | str) -> None:
