@@ -107,7 +107,7 @@ def prepare(run: Run) -> Line:
 
     quiet_libraries(False)
     kind = importlib.import_module(f"{run.row.package}.cli").CLI
-    prepared = type("Prepared", (kind,), {"_run_subcommand": lambda self, subcommand: None})
+    prepared = type("Prepared", (kind,), dict.fromkeys(("before_fit", "fit", "after_fit"), lambda self, **_: None))
     try:
         cli = prepared(["fit", *run.arguments, *["--trainer.max_epochs=-1"] * (run.row.unit is not None)])
         cli.datamodule.setup("fit")
