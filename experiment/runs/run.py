@@ -150,9 +150,8 @@ def hold_run_dir(folder: Path, resumed: bool) -> Iterator[None]:
     except NotImplementedError:  # a file system without locks
         pass
     except OSError as error:
-        raise InputError(
-            f"run_dir {folder} cannot be written ({error.strerror}): choose another with --run_dir"
-        ) from error
+        cure = "choose another with --run_dir"
+        raise InputError(f"run_dir {folder} cannot be written ({error.strerror}): {cure}") from error
     try:
         check_free(folder, resumed)  # another may have been quicker
         yield
