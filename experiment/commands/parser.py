@@ -17,6 +17,7 @@ from experiment.renamed import current_config
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
 KIND = re.compile(rf"(typing\.)?Literal\[(?P<values>[^\]]*)\]|<class '(?P<name>{'|'.join(KINDS)})'>")
 PROBLEM = r"Problem with given class_path '[^']*?(?P<name>\w+)': (?P<why>.*?)(?= - Expected a | Given value|$)"
+SEVERAL = r"Multiple subclasses with name (?P<name>\w+)\. .*? ambiguity: (?P<paths>[\w., ]+)\.(?= )"
 WORDS = ("no", "yes", "on", "off")
 PLAIN = r"(Does not validate against any of the Union subtypes Subtypes:)?( ?Expected a)?[\s\[\],.]*"
 
@@ -115,6 +116,10 @@ def reworded(message: str, options: Iterable[str]) -> str:
         options: Every option there is, ``--`` included, for a hint at a mistyped one.
     """
     message = " ".join(message.split())
+    if found := re.search(
+        r"Multiple subclasses with name (?P<name>\w+)\. .*? ambiguity: (?P<paths>[\w., ]+)\.(?= )", message
+    ):
+        return f"{found['name']}: several classes have this name; give the whole path: {found['paths']}"
     if found := re.search(PROBLEM, message):
         key = re.match(r'Parser key "(?P<key>[^"]+)"', message)
         return f"{key['key'] + ' ' if key else ''}{found['name']}: {found['why']}"

@@ -14,7 +14,7 @@ from experiment.runs.run_logger import RunLogger
 MOST_ROWS = 100  # of a table
 
 
-class TensorBoardLogger(RunLogger):
+class TensorBoardRunLogger(RunLogger):
     """Writes events into the folder tensorboard of the run, by optimizer steps; a resumed run continues the same
     curves."""
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,15 @@ def test_logger_that_cannot_be_made_is_told_by_its_own_reason(
     assert "CometLogger" in error and "comet" in error and len(error) < 250 and "Union" not in error
     error = refused(capsys, "fit", *arguments, "--trainer.logger=TensorBoardLogger")
     assert "TensorBoardLogger" in error and "save_dir" in error and len(error) < 250
+
+
+def test_a_name_that_two_classes_have_is_told_with_their_paths(
+    arguments: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    import_module("experiment.pages.wandb_logger")
+    error = refused(capsys, "fit", *arguments, "--trainer.logger=WandbLogger")
+    paths = "lightning.pytorch.loggers.WandbLogger, experiment.pages.wandb_logger.WandbLogger"
+    assert error == f"error: WandbLogger: several classes have this name; give the whole path: {paths}"
 
 
 def test_whatever_a_compiler_lacks_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
