@@ -40,7 +40,6 @@ DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 demo: $(READY) ## train both experiments on embedded data, without a network, and show what they learned
 	@mkdir -p runs
-	@ln -sfn $(notdir $(DEMO)) runs/demo
 	@echo "== 1 of 4: a language model learns to tell stories"
 	$(PY) -m lm fit --config configs/lm/demo.yaml --run_dir $(DEMO)/lm
 	$(PY) -m lm validate --config $(DEMO)/lm/config.yaml --ckpt_path best
@@ -56,6 +55,7 @@ demo: $(READY) ## train both experiments on embedded data, without a network, an
 	$(PY) -m classify fit --config configs/classify/demo.yaml --run_dir $(DEMO)/peft --model.adapter peft
 	$(PY) -m classify predict --config $(DEMO)/custom/config.yaml --ckpt_path best --data.texts \
 	  '["The plot was anything but dull. I expected something weak and got something brilliant.", "The acting was far from convincing. My friends found it charming; I found it tedious."]'
+	@ln -sfn $(notdir $(DEMO)) runs/demo
 	@echo "== 4 of 4: what happened"
 	$(PY) -m experiment.pages.summary $(DEMO)/lm $(DEMO)/lm_letters $(DEMO)/custom $(DEMO)/peft
 

@@ -109,7 +109,9 @@ def _value(name: str, value: str) -> object:
     try:
         found = yaml.safe_load(value)
         replace(GenerationConfig(), **{name: found})
-    except (TypeError, ValueError, yaml.YAMLError) as error:
+    except TypeError:
+        raise ValueError(f"/{name} {value}: expected a number") from None
+    except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"/{name} {value}: {' '.join(str(error).split())}") from None
     return found
 

@@ -3,7 +3,7 @@
 >>> import tinylab
 >>> teller = tinylab.load("runs/demo/lm")                      # doctest: +SKIP
 >>> teller.tell("Once upon a time", temperature=0.8)           # doctest: +SKIP
->>> tinylab.load("runs/demo/custom").classify("I loved it.")  # doctest: +SKIP
+>>> tinylab.load("runs/demo/custom").classify("The plot was anything but dull.")  # doctest: +SKIP
 >>> tinylab.evaluate("runs/demo/lm")["val/perplexity"]         # doctest: +SKIP
 
 The command line is `tinylab` (see `tinylab.__main__`). May import every package; none imports it.

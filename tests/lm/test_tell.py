@@ -86,7 +86,7 @@ def test_settings_change_are_shown_and_refused(talk: Callable[..., str]) -> None
         "type a beginning first",
         "top_k 5",
         "/temperature -1: temperature=-1: expected 0",
-        "/max_new_tokens many:",
+        "/max_new_tokens many: expected a number",
         "/colour: there is no such command or setting",
         "/settings shows all",
     ):
