@@ -49,7 +49,11 @@ def talk(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
             return left.pop(0)
 
         monkeypatch.setattr("builtins.input", typed)
-        main([str(run)])
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        try:
+            main([str(run)])
+        finally:
+            signal.signal(signal.SIGINT, before)
         return capsys.readouterr().out
 
     return talk
