@@ -31,14 +31,14 @@ def test_resumed_schedule_goes_on_where_it_stopped() -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def testshares_hold_each_index_once(world: int) -> None:
+def test_shares_hold_each_index_once(world: int) -> None:
     shares = [list(Share(rank, world)) for rank in range(world)]
     indices = [int(index) for share in shares for batch in share for index in batch]
     assert sorted(indices) == list(range(22))
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def testshares_are_equally_long(world: int) -> None:
+def test_shares_are_equally_long(world: int) -> None:
     shares = [Share(rank, world) for rank in range(world)]
     assert {len(list(share)) for share in shares} == {-(-6 // world)}
     assert [len(share) for share in shares] == [-(-6 // world)] * world
