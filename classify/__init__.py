@@ -1,4 +1,4 @@
 """Sentiment of film reviews: BERT adapted by LoRA, written by hand and from PEFT, trained on IMDB.
 
-`python -m classify fit | validate | test | predict --config configs/classify/demo.yaml`
+`tinylab classify fit | validate | test | predict --config configs/classify/demo.yaml`
 """

@@ -1,4 +1,4 @@
-"""The classifier's command line: `python -m classify`."""
+"""The classifier's command line: `tinylab classify`."""
 
 import sys
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from classify.cli import ClassifyCLI
 
 OVERVIEW = """
-usage: python -m classify COMMAND [--config FILE ...] [--OPTION VALUE ...]
+usage: tinylab classify COMMAND [--config FILE ...] [--OPTION VALUE ...]
 
 The classifier: BERT with LoRA, by hand or by PEFT, that learns to judge reviews.
 
@@ -22,13 +22,13 @@ commands:
   test       the same on the test split
   predict    let a checkpoint judge texts
 
-`python -m classify COMMAND --help` lists all options of a command. Each may stand in a YAML file, of which several may
+`tinylab classify COMMAND --help` lists all options of a command. Each may stand in a YAML file, of which several may
 be given, or be an environment variable; a flag wins. --print_config shows what would be used.
 
 examples:
-  python -m classify fit      --config configs/classify/custom.yaml
-  python -m classify validate --config configs/classify/custom.yaml --ckpt_path best
-  python -m classify predict  --config configs/classify/custom.yaml --ckpt_path best --data.texts '["I loved it."]'
+  tinylab classify fit      --config configs/classify/custom.yaml
+  tinylab classify validate --config configs/classify/custom.yaml --ckpt_path best
+  tinylab classify predict  --config configs/classify/custom.yaml --ckpt_path best --data.texts '["I loved it."]'
 
 Beside it: `tinylab compare configs/comparisons/table1.yaml` lays many such runs side by side.
 """  # no docstring: `python -OO` has none

@@ -2,7 +2,7 @@
 
     python -m classify.bag_of_words fit --run_dir FOLDER [--config FILE ...] [--data.OPTION VALUE ...]
 
-As a row of a comparison it takes the flags of `python -m classify fit`, of which those of `data` matter.
+As a row of a comparison it takes the flags of `tinylab classify fit`, of which those of `data` matter.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""The classifier's command line: what `python -m classify` runs."""
+"""The classifier's command line: what `tinylab classify` runs."""
 
 from collections.abc import Sequence
 
@@ -17,12 +17,11 @@ from experiment.runs.run import CONFIG, read_checkpoint, recorded
 class ClassifyCLI(ExperimentCLI):
     """The classifier's command line: the tokenizer is the model's, the classes are those of the data."""
 
+    package = "classify"
     example = """--data.texts '["I loved it."]'"""
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
-        super().__init__(
-            "classify", ReviewClassifier, TextClassificationDataModule, [Evaluation(), AdapterExport()], args
-        )
+        super().__init__(ReviewClassifier, TextClassificationDataModule, [Evaluation(), AdapterExport()], args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)

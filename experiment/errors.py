@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
 
 
 class InputError(ValueError):
@@ -13,13 +12,6 @@ class InputError(ValueError):
     Its message is one line that names the value, what was expected and the cure. The command line prints it
     on stderr and exits with code 2; any other exception is a bug and keeps its traceback.
     """
-
-
-class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors are of one line, as everywhere: no usage before them."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The language model's command line: `python -m lm`."""
+"""The language model's command line: `tinylab lm`."""
 
 import sys
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lm.cli import LanguageCLI
 
 OVERVIEW = """
-usage: python -m lm COMMAND [--config FILE ...] [--OPTION VALUE ...]
+usage: tinylab lm COMMAND [--config FILE ...] [--OPTION VALUE ...]
 
 The language model: a LLaMA-style decoder that learns to tell stories.
 
@@ -22,13 +22,13 @@ commands:
   test       the same on the test split
   predict    let a checkpoint continue prompts
 
-`python -m lm COMMAND --help` lists all options of a command. Each may stand in a YAML file, of which several may be
+`tinylab lm COMMAND --help` lists all options of a command. Each may stand in a YAML file, of which several may be
 given, or be an environment variable; a flag wins. --print_config shows what would be used.
 
 examples:
-  python -m lm fit      --config configs/lm/demo.yaml
-  python -m lm validate --config configs/lm/demo.yaml --ckpt_path best
-  python -m lm predict  --config configs/lm/demo.yaml --ckpt_path best --data.prompts '["Once upon a time"]'
+  tinylab lm fit      --config configs/lm/demo.yaml
+  tinylab lm validate --config configs/lm/demo.yaml --ckpt_path best
+  tinylab lm predict  --config configs/lm/demo.yaml --ckpt_path best --data.prompts '["Once upon a time"]'
 
 Beside it: `tinylab convert` takes weights in and out, `tinylab decoding` compares ways of decoding,
 `tinylab compare` configurations, at equal tokens or time.

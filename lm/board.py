@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from experiment.console import console
-from experiment.errors import CommandParser, InputError, one_line_errors
+from experiment.errors import InputError, one_line_errors
+from experiment.invocation import CommandParser, command
 
 RESULTS, BOARD = Path("results"), Path("BOARD.md")
 REPEATED = {
@@ -129,7 +130,7 @@ def add(name: str, about: str, file: Path, row: str) -> None:
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(vars(entry)) + "\n")
-    console.print(f"added to {stream.name}; next: tinylab board write")
+    console.print(f"added to {stream.name}; next: {command('board')} write")
 
 
 def render(entries: Sequence[Entry]) -> str:
@@ -163,7 +164,7 @@ def repeat(entry: Entry, words: Sequence[str], folder: Path = Path("runs/board")
 @one_line_errors()
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
-    parser = CommandParser("tinylab board", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser = CommandParser("tinylab board", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     adding = commands.add_parser("add", help="make an entry of a comparison's row")
     adding.add_argument("name")
@@ -171,7 +172,7 @@ def main(args: Sequence[str] | None = None) -> None:
     adding.add_argument("--about", required=True, help="what it is, in a sentence")
     adding.add_argument("--from", dest="file", type=Path, default=Path("runs/comparisons/recipes/recipes.jsonl"))
     commands.add_parser("write", help="write BOARD.md")
-    repeating = commands.add_parser("repeat", help="run an entry once more", allow_abbrev=False)
+    repeating = commands.add_parser("repeat", help="run an entry once more")
     repeating.add_argument("name")
     options, words = parser.parse_known_args(args)
     if options.command == "add":

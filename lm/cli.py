@@ -1,4 +1,4 @@
-"""The language model's command line: what ``python -m lm`` runs."""
+"""The language model's command line: what ``tinylab lm`` runs."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -26,6 +26,7 @@ from lm.training.optim import OptimizerConfig
 class LanguageCLI(ExperimentCLI):
     """The language model's command line: its data's vocabulary becomes the decoder's."""
 
+    package = "lm"
     example = """--data.prompts '["Once upon a time"]'"""
     shown_as_written = True
     parts = (
@@ -39,7 +40,7 @@ class LanguageCLI(ExperimentCLI):
     def __init__(self, args: Sequence[str] | None = None) -> None:
         self.first_validation = FirstValidation()
         callbacks = [Perplexity(), Throughput(), self.first_validation]
-        super().__init__("lm", LanguageModel, TextDataModule, callbacks, args)
+        super().__init__(LanguageModel, TextDataModule, callbacks, args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)

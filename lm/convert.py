@@ -1,6 +1,6 @@
 """Weights in and out: `tinylab convert hugging_face | llama2c | gguf | adapter | import`.
 
-The first four turn a checkpoint of `python -m lm fit` into the files that others read; `import` turns such files into
+The first four turn a checkpoint of `tinylab lm fit` into the files that others read; `import` turns such files into
 the folder of a run, from which validate, predict and further training go on.
 """
 
@@ -13,6 +13,7 @@ from jsonargparse import auto_cli
 
 from experiment.console import console
 from experiment.errors import InputError, one_line_errors
+from experiment.invocation import command
 from experiment.quiet import quiet_libraries
 from experiment.sources.paths import user_path
 from lm.data.tokenizer import StoryTokenizer
@@ -128,7 +129,7 @@ def import_weights(
             decoder = merged_with(decoder, adapter)
         write_run(decoder, story_tokenizer, run, path)
     print(
-        f"written to {run}; next: python -m lm predict --config {run / CONFIG} --ckpt_path last "
+        f"written to {run}; next: {command('lm')} predict --config {run / CONFIG} --ckpt_path last "
         """--data.prompts '["Once upon a time"]'"""
     )
 

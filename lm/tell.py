@@ -4,7 +4,6 @@ Type the beginning of a story and watch it go on; Enter goes on with it. Where t
 template, what you type is a message instead. Ctrl-C stops a story, Ctrl-D the program.
 """
 
-import argparse
 import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
@@ -17,6 +16,7 @@ with suppress(ImportError):  # arrow keys at the prompt, where the system has th
 
 from experiment.console import console
 from experiment.errors import one_line_errors
+from experiment.invocation import CommandParser
 from experiment.quiet import quiet_libraries
 from experiment.runs.run import find_checkpoint
 from experiment.sources.paths import repaired, user_path
@@ -118,9 +118,10 @@ def _value(name: str, value: str) -> object:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(prog="tinylab tell", description=__doc__.partition("\n")[0])
+    parser = CommandParser("tinylab tell", __doc__)
     parser.add_argument("run", nargs="?", type=str, default="runs/lm/demo", help="folder of a run, or a checkpoint")
-    run = parser.parse_args(args).run
+    with one_line_errors():
+        run = parser.parse_args(args).run
     quiet_libraries()
     with one_line_errors(), console.status("loading"):
         terminal = Terminal(LanguageModelDemo(find_checkpoint(user_path(run))), GenerationConfig(temperature=0.8))

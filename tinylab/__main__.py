@@ -4,6 +4,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from experiment.invocation import as_called
+
 OVERVIEW = """
 usage: tinylab COMMAND [ARGUMENTS]
 
@@ -22,7 +24,7 @@ commands:
   summary    what runs did, in a table
   letters    write the texts that the demo's model is adapted to
 
-`tinylab COMMAND --help` explains each. `tinylab lm` is `python -m lm`, and so on.
+`tinylab COMMAND --help` explains each.
 """  # no docstring: `python -OO` has none
 COMMANDS = {
     "lm": "lm.__main__",
@@ -43,7 +45,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run one of the commands; an unknown one ends with one line on stderr and exit code 2."""
     args = list(sys.argv[1:] if args is None else args)
     if args and args[0] in ("-h", "--help"):
-        print(OVERVIEW.strip())
+        print(as_called(OVERVIEW.strip()))
     elif not args or args[0] not in COMMANDS:
         found = f"{args[0]!r} is not a command" if args else "no command is given"
         print(f"error: {found}: expected {', '.join(COMMANDS)}; --help explains them", file=sys.stderr)

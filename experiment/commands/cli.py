@@ -22,6 +22,7 @@ from experiment.commands.checks import check_resume, check_training
 from experiment.commands.parser import ExperimentParser, check_configuration, configs_first
 from experiment.compat.lightning import keep_buffers_local, leave_sigterm_alone, validate_by_steps
 from experiment.errors import InputError
+from experiment.invocation import command
 from experiment.nn.hardware import default_precision
 from experiment.progress import RunProgressBar, console, validation_results
 from experiment.renamed import current_arguments
@@ -57,13 +58,13 @@ class ExperimentCLI(LightningCLI):
     that does not fit is refused before anything runs.
 
     Args:
-        package: Name of the experiment: its part of the default run folder.
         module: The LightningModule.
         data: The LightningDataModule.
         callbacks: Callbacks that are always there and have nothing to configure.
         args: Command line arguments, by default those of the process.
     """
 
+    package: str  # the experiment's name, and its part of the default run folder
     example = ""  # what ``predict`` can be given, for the hint at the end of fit
     shown_as_written = False  # whether ``predict`` shows its results token by token
 
@@ -72,21 +73,19 @@ class ExperimentCLI(LightningCLI):
 
     def __init__(
         self,
-        package: str,
         module: type[LightningModule],
         data: type[LightningDataModule],
         callbacks: Sequence[Callback],
         args: Sequence[str] | None,
     ) -> None:
-        self.package = package
-        self.command = command_line(package, sys.argv[1:] if args is None else args)
+        self.command = command_line(self.package, sys.argv[1:] if args is None else args)
         self.callbacks = callbacks
         options = {"exit_on_error": False, "default_env": True, "allow_abbrev": False}
         commands = {
             name: {
                 **options,
                 "env_prefix": f"TINYLAB_{name.upper()}",
-                "usage": f"python -m {package} {name} [--config FILE ...] [--OPTION VALUE ...]",
+                "usage": f"{command(self.package)} {name} [--config FILE ...] [--OPTION VALUE ...]",
                 "description": description,
             }
             for name, description in DESCRIPTIONS.items()
@@ -103,7 +102,7 @@ class ExperimentCLI(LightningCLI):
                     # Our batch schedules share the data among processes, without counting a sample twice.
                     "use_distributed_sampler": False,
                 },
-                parser_kwargs={**options, "env_prefix": "TINYLAB", "prog": f"python -m {package}", **commands},
+                parser_kwargs={**options, "env_prefix": "TINYLAB", "prog": command(self.package), **commands},
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
             )
@@ -319,8 +318,8 @@ class ExperimentCLI(LightningCLI):
         checkpoints = self.run_dir / "checkpoints"
         if kept := next((name for name in ("best", "last") if (checkpoints / f"{name}.ckpt").exists()), None):
             config = shlex.quote(str(self.run_dir / CONFIG))
-            command = f"python -m {self.package} predict --config {config} --ckpt_path {kept}"
-            console.print(f"next: {command} {self.example}")
+            predict = f"{command(self.package)} predict --config {config} --ckpt_path {kept}"
+            console.print(f"next: {predict} {self.example}")
 
 
 def _names_file(argument: str) -> bool:

@@ -15,10 +15,12 @@ from experiment.commands.parser import reworded
 from experiment.commands.signals import ended_by_signals
 from experiment.console import console
 from experiment.errors import InputError
+from experiment.invocation import command
 from experiment.quiet import quiet_libraries
 from experiment.runs.interruption import Interrupted
 from experiment.runs.launch import leave_slurm_alone, waited_in_vain
 
+RESUME = "--ckpt_path last"
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -62,9 +64,9 @@ def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> Experime
         sys.exit(1)
     except Interrupted as interruption:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        # A make target may have hidden the command.
-        stopped = "stopped; " if args is not None else f"stopped: {shlex.join(['python', *sys.orig_argv[1:]])}\n"
-        console.print(f"{stopped}go on with the same command and --ckpt_path last")
+        again = shlex.join(given)
+        resumed = again if RESUME in again.replace("=", " ") else f"{again} {RESUME}"
+        console.print(f"stopped; go on with\n  {command(cli.package)} {resumed}")
         sys.exit(interruption.exit_code)
     except (KeyboardInterrupt, SystemExit) as ending:  # Lightning turns the first into the second
         terminated = isinstance(ending, SIGTERMException)

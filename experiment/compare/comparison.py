@@ -24,7 +24,8 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace, dict_to_namespace
 
-from experiment.errors import CommandParser, InputError
+from experiment.errors import InputError
+from experiment.invocation import CommandParser, as_called
 from experiment.renamed import current_file
 
 Values = Mapping[str, Any]
@@ -160,8 +161,8 @@ def read_comparison(args: Sequence[str] | None) -> tuple[Comparison, Path]:
     Raises:
         InputError: It names the part that cannot be run.
     """
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = CommandParser("tinylab compare", description=__doc__, formatter_class=layout, allow_abbrev=False)
+    parser = CommandParser("tinylab compare", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.description = as_called(__doc__ or "")
     parser.add_argument("file", type=Path, help="such as configs/comparisons/recipes.yaml; or one of `wandb sweep`")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="rows to make, by default all")
     parser.add_argument("--rows", nargs="+", metavar="CONFIG", help="instead of the file's: A.yaml B.yaml,OVER_B.yaml")

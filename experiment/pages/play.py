@@ -4,7 +4,6 @@ Each package brings its own tab, `lm.play` and `classify.play`; a run's checkpoi
 The page is for whoever sits at this machine: it listens on 127.0.0.1 alone, and nothing of it comes from a network.
 """
 
-import argparse
 import os
 import threading
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from experiment.console import console
 from experiment.errors import InputError, one_line_errors
 from experiment.extras import require
+from experiment.invocation import CommandParser
 from experiment.quiet import quiet_libraries
 from experiment.sources.paths import user_path
 
@@ -99,12 +99,13 @@ def open_page(runs: Sequence[Path], port: int | None = None) -> tuple["gr.Blocks
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(prog="tinylab play", description=(__doc__ or "").partition("\n")[0])
+    parser = CommandParser("tinylab play", __doc__)
     parser.add_argument(
         "runs", nargs="*", type=Path, metavar="RUN", help="folders of runs; by default those of the newest make demo"
     )
     parser.add_argument("--port", type=int, help=f"on 127.0.0.1; by default the first free one from {PORT}")
-    options = parser.parse_args(args)
+    with one_line_errors():
+        options = parser.parse_args(args)
     quiet_libraries()
     with one_line_errors(), console.status("loading"):
         page, address = open_page([user_path(run) for run in options.runs] or newest_demo(), options.port)

@@ -5,7 +5,6 @@ training, verdicts of a classifier, the configuration, the commands and the mach
 beside it.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import yaml
 
 from experiment.console import console
 from experiment.errors import InputError, one_line_errors
+from experiment.invocation import CommandParser
 from experiment.pages.curves import CHARTS, COLORS, Rows, draw_interactive, draw_png, find_series
 from experiment.pages.predictions import Verdicts, draw_calibration, draw_confusion, draw_pngs, read_verdicts
 from experiment.pages.summary import FIGURES, best, read_metrics
@@ -269,7 +269,7 @@ def _theme(template: str, text: str, lines: str, card: str) -> str:
 @one_line_errors()
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(prog="tinylab report", description=(__doc__ or "").partition("\n")[0])
+    parser = CommandParser("tinylab report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, such as runs/lm/demo")
     parser.add_argument("--output", type=Path, help="folder to write to; by default the run's own")
     options = parser.parse_args(args)

@@ -1,6 +1,5 @@
 """``tinylab summary RUN [RUN …]``: what runs did, in a table, and where everything lies."""
 
-import argparse
 import csv
 import json
 import math
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from experiment.console import console
 from experiment.errors import InputError, one_line_errors
+from experiment.invocation import CommandParser
 
 # What is shown of a run, where it has it: the better direction decides which value is its best.
 FIGURES = {"val/loss": min, "val/perplexity": min, "val/bits_per_byte": min, "val/accuracy": max, "val/f1": max}
@@ -62,12 +62,12 @@ def summarize(runs: list[Path]) -> None:
         console.print(f"  {run}/  {files}")
 
 
+@one_line_errors()
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser("tinylab summary", description=(__doc__ or "").partition("\n")[0])
+    parser = CommandParser("tinylab summary", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder that fit has written")
-    with one_line_errors():
-        summarize(parser.parse_args(args).runs)
+    summarize(parser.parse_args(args).runs)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "tokenizer
 
 
 def command_line(package: str, args: Sequence[str]) -> str:
-    """The command as it can be pasted into a shell."""
-    return repaired(f"python -m {package} {shlex.join(args)}")
+    """The command as it can be pasted into a shell, on whatever machine."""
+    return repaired(f"tinylab {package} {shlex.join(args)}")
 
 
 def cpu_name() -> str:

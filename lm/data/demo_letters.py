@@ -3,11 +3,12 @@
 tinylab letters FOLDER        # train.jsonl and validation.jsonl, always the same
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiment.errors import one_line_errors
+from experiment.invocation import CommandParser
 from lm.data.demo_stories import DATA, draw_split
 
 SIZES = {"validation": 100, "train": 2_000}  # in the order in which they are drawn
@@ -19,9 +20,10 @@ def write_letters(split: str) -> list[str]:
     return draw_split(split, SEED, SIZES, DATA["letters"])
 
 
+@one_line_errors()
 def main(args: Sequence[str] | None = None) -> None:
     """Write both splits into a folder."""
-    parser = argparse.ArgumentParser("tinylab letters", description=(__doc__ or "").partition("\n")[0])
+    parser = CommandParser("tinylab letters", __doc__)
     parser.add_argument("folder", type=Path, help="made where there is none")
     folder = parser.parse_args(args).folder
     folder.mkdir(parents=True, exist_ok=True)

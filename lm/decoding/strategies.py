@@ -20,6 +20,7 @@ from rich import box
 from rich.table import Table
 
 from experiment.errors import InputError, one_line_errors
+from experiment.invocation import command
 from experiment.nn.hardware import default_device
 from experiment.progress import console, progress
 from experiment.quiet import quiet_libraries
@@ -258,7 +259,7 @@ def compare(
     (folder / "decoding.json").write_text(json.dumps(records, ensure_ascii=False) + "\n", encoding="utf-8")
     console.print(f"written: {folder / 'figures' / 'decoding.png'}, {folder / 'decoding.json'}", style="dim")
     if (folder / "metrics.csv").is_file():
-        console.print(f"next: tinylab report {folder}  (shows it among the rest)")
+        console.print(f"next: {command('report')} {folder}  (shows it among the rest)")
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -101,7 +101,7 @@ def _from_hub(name: str) -> Path:
 
 
 def load_checkpoint(checkpoint: str | Path, tokenizer: str | None = None) -> tuple[Decoder, StoryTokenizer]:
-    """The decoder and the tokenizer of a checkpoint that `python -m lm fit` has written, an adapter merged into it.
+    """The decoder and the tokenizer of a checkpoint that `tinylab lm fit` has written, an adapter merged into it.
 
     Args:
         checkpoint: The file, or a run's folder: its best, or else its last.

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiment.commands.overview import COMMANDS
+from experiment.invocation import command as called
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"datasets", "matplotlib", "peft", "plotly", "sentencepiece", "sklearn", "transformers", "wandb"}
@@ -20,7 +21,7 @@ def test_overview_and_unknown_commands_are_answered_without_torch(package: str) 
     listed = "import runpy, sys, atexit; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); "
     run = [sys.executable, "-c", f"{listed} runpy.run_module({package!r}, run_name='__main__', alter_sys=True)"]
     asked, unknown = (subprocess.run([*run, word], cwd=ROOT, capture_output=True, text=True) for word in ("-h", "fti"))
-    assert asked.returncode == 0 and asked.stdout.startswith(f"usage: python -m {package} COMMAND")
+    assert asked.returncode == 0 and asked.stdout.startswith(f"usage: {called(package)} COMMAND")
     assert all(f"\n  {command} " in asked.stdout for command in COMMANDS)
     assert unknown.returncode == 2 and "'fti'" in unknown.stderr.splitlines()[0]
     for answer in (asked, unknown):
@@ -36,7 +37,7 @@ def test_every_option_is_explained_and_those_of_the_trainer_come_last(
             import_module(f"{package}.__main__").main([command, "--help"])
         shown = capsys.readouterr().out
         assert exit_.value.code == 0
-        assert shown.startswith(f"usage: python -m {package} {command} ")
+        assert shown.startswith(f"usage: {called(package)} {command} ")
         assert not re.search(r"(ARG|ENV): .*\n\s+\(type:", shown)  # a name, and no word on it
         assert shown.index("--ckpt_path") < shown.index("--data.path") < shown.index("--trainer.max_steps")
 

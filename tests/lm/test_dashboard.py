@@ -81,7 +81,7 @@ def test_wandb_knows_whole_configuration_parameters_machine_and_command(run: Pat
     assert config["model"] == first["model"] and config["data"] == first["data"]
     assert config["parameters"]["total"] == config["parameters"]["trainable"] > 1000
     assert config["environment"]["torch"] == torch.__version__
-    assert config["command"].startswith("python -m lm fit --config")
+    assert config["command"].startswith("tinylab lm fit --config")
 
 
 def test_wandb_summary_is_the_least_loss_and_perplexity(parts: list[list[Record]]) -> None:

@@ -62,7 +62,7 @@ def test_signal_finishes_the_step_saves_and_leaves(
     process.send(number)
     assert process.wait() == 128 + number
     assert "once more to stop at once" in process.output
-    assert process.output.strip().endswith("go on with the same command and --ckpt_path last")
+    assert process.output.strip().endswith("--checkpoint.every_n_steps=1000 --ckpt_path last")
     assert "Traceback" not in process.output
     assert checkpoint(Path("run"))["global_step"] == newest_step(Path("run")) >= 7
     commands.run("fit", *arguments, "--run_dir=run", "--ckpt_path=last")

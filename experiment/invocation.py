@@ -1,0 +1,58 @@
+"""How the user calls tinylab, for every message that names a command to run: it can be pasted into the same shell."""
+
+import argparse
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from experiment.errors import InputError
+
+MODULES = ("lm", "classify", "experiment", "tinylab")
+
+
+def command(name: str) -> str:
+    """A command of tinylab, such as ``lm fit``, called as this process was.
+
+    It is ``tinylab lm fit`` by default, ``python -m lm fit`` after a start by ``python -m``, and where the shell would
+    find no ``tinylab``, or another one, the place of the script or of the interpreter stands before it.
+    """
+    started, found = sys.orig_argv, shutil.which("tinylab")
+    module = started[started.index("-m") + 1] if "-m" in started[:-1] else ""
+    if module.partition(".")[0] not in MODULES:
+        script = sys.argv[0] if Path(sys.argv[0]).name == "tinylab" else found
+        if script is not None:
+            known = found is not None and Path(found).resolve() == Path(script).resolve()
+            return f"{'tinylab' if known else _nearer(script)} {name}"
+        started = [sys.executable]
+    own = name.partition(" ")[0] in MODULES and module != "tinylab"
+    return f"{_nearer(started[0])} -m {name if own else f'tinylab {name}'}"
+
+
+def as_called(text: str) -> str:
+    """A text with its commands, such as ``tinylab lm``, as `command` gives them."""
+    return re.sub(r"(?<!/)(?<!-m )\btinylab (\w+)", lambda found: command(found[1]), text)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are of one line, as everywhere: no usage before them.
+
+    Args:
+        prog: Such as ``tinylab tell``.
+        description: Its first paragraph is shown.
+    """
+
+    def __init__(self, prog: str, description: str | None = None, **options: Any) -> None:
+        about = as_called((description or "").partition("\n\n")[0])  # no docstring: `python -OO` has none
+        super().__init__(as_called(prog), description=about, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def _nearer(program: str) -> str:
+    """Relative to the working directory where it is in there. Links stay: one makes an interpreter that of a venv."""
+    near = os.path.relpath(program) if os.path.isabs(program) else program
+    return program if near.startswith("..") else near
