@@ -35,24 +35,27 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 	@echo "$(VENV) is ready"
 
-# A folder for each demo, so that one that was interrupted is in nobody's way.
-DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+# The newest demo goes on unless runs/demo names it, which is done last; else a new one begins in a folder of its own.
+BEGUN := $(filter-out runs/$(shell readlink runs/demo),$(lastword $(sort $(wildcard runs/demo-*))))
+DEMO := $(or $(BEGUN),runs/demo-$(shell date +%Y%m%d-%H%M%S))
+RESUME := $(if $(BEGUN),--ckpt_path last)
 
 demo: $(READY) ## train both experiments on embedded data, without a network, and show what they learned
 	@mkdir -p runs
+	@echo "$(if $(BEGUN),going on with,begins in) $(DEMO); Ctrl-C stops it, and make demo goes on from there"
 	@echo "== 1 of 4: a language model learns to tell stories"
-	$(PY) -m lm fit --config configs/lm/demo.yaml --run_dir $(DEMO)/lm
+	$(PY) -m lm fit --config configs/lm/demo.yaml --run_dir $(DEMO)/lm $(RESUME)
 	$(PY) -m lm validate --config $(DEMO)/lm/config.yaml --ckpt_path best
 	$(PY) -m lm predict --config $(DEMO)/lm/config.yaml --ckpt_path best --data.prompts \
 	  '["Once upon a time", "One day, a little girl named", "Tom had a red ball."]'
 	@echo "== 2 of 4: the same model is adapted by LoRA to another kind of story: letters"
 	$(PY) -m lm.data.demo_letters $(DEMO)/letters
 	$(PY) -m lm fit --config configs/lm/demo_letters.yaml --model.init_from $(DEMO)/lm --data.path $(DEMO)/letters \
-	  --run_dir $(DEMO)/lm_letters
+	  --run_dir $(DEMO)/lm_letters $(RESUME)
 	$(PY) -m lm predict --config $(DEMO)/lm_letters/config.yaml --ckpt_path last --data.prompts '["Dear Grandma,"]'
 	@echo "== 3 of 4: BERT learns to judge reviews, by the hand-written LoRA and by PEFT"
-	$(PY) -m classify fit --config configs/classify/demo.yaml --run_dir $(DEMO)/custom
-	$(PY) -m classify fit --config configs/classify/demo.yaml --run_dir $(DEMO)/peft --model.adapter peft
+	$(PY) -m classify fit --config configs/classify/demo.yaml --run_dir $(DEMO)/custom $(RESUME)
+	$(PY) -m classify fit --config configs/classify/demo.yaml --run_dir $(DEMO)/peft --model.adapter peft $(RESUME)
 	$(PY) -m classify predict --config $(DEMO)/custom/config.yaml --ckpt_path best --data.texts \
 	  '["The plot was anything but dull. I expected something weak and got something brilliant.", "The acting was far from convincing. My friends found it charming; I found it tedious."]'
 	@ln -sfn $(notdir $(DEMO)) runs/demo
