@@ -1,7 +1,9 @@
 """A trained classifier to use: it judges a text and says which words spoke for the label."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from classify.module import ReviewClassifier
 from classify.pretrained import load_tokenizer
 from experiment.errors import InputError
 from experiment.runs.run import CONFIG, read_checkpoint
+from experiment.sources.paths import texts_of
 
 
 @dataclass
@@ -63,10 +66,21 @@ class ClassifierDemo:
         except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
             raise InputError(f"{file} does not tell how {checkpoint} reads texts: expected the run's own") from error
 
-    def classify(self, text: str) -> dict[str, float]:
-        """The probability of each class, by its name; the likeliest first."""
-        probabilities = self.explain(text).probabilities
-        return dict(sorted(probabilities.items(), key=lambda item: -item[1]))
+    @overload
+    def classify(self, text: str) -> dict[str, float]: ...
+
+    @overload
+    def classify(self, text: Sequence[str]) -> list[dict[str, float]]: ...
+
+    def classify(self, text: str | Sequence[str]) -> dict[str, float] | list[dict[str, float]]:
+        """The probability of each class, by its name, the likeliest first; of several texts a list of them.
+
+        Raises:
+            TypeError: It is no text, and no list of texts.
+        """
+        found = [self.explain(one).probabilities for one in texts_of(text)]
+        ordered = [dict(sorted(one.items(), key=lambda item: -item[1])) for one in found]
+        return ordered[0] if isinstance(text, str) else ordered
 
     def explain(self, text: str) -> Prediction:
         """Classify a text, and find the words that spoke for its class: gradient times input, on the embeddings.

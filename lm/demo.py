@@ -3,13 +3,15 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor
 
+from experiment.errors import hint
 from experiment.nn.hardware import default_device
+from experiment.sources.paths import texts_of
 from lm.data.tokenizer import StoryTokenizer
 from lm.decoding.config import GenerationConfig
 from lm.decoding.generation import TextStream, generate, stream
@@ -56,20 +58,33 @@ class LanguageModelDemo:
         on_cpu = self.decoder.embedding.weight.device.type == "cpu"
         self._prepared = prepare_for_decoding(self.decoder, pack=True) if on_cpu else self.decoder
 
-    def tell(self, beginning: str, **generation: Any) -> str:
-        """A beginning with its continuation.
+    @overload
+    def tell(self, beginning: str, **generation: Any) -> str: ...
+
+    @overload
+    def tell(self, beginning: Sequence[str], **generation: Any) -> list[str]: ...
+
+    def tell(self, beginning: str | Sequence[str], **generation: Any) -> str | list[str]:
+        """A beginning with its continuation, or a list of them, told in one batch.
 
         Args:
-            beginning: Text.
-            generation: Fields of `lm.decoding.config.GenerationConfig`, such as ``temperature=0.8, seed=1``.
+            beginning: Text, or texts.
+            generation: Fields of `lm.decoding.config.GenerationConfig`, such as ``temperature=0.8, seed=1``. A story
+                ends by itself or after ``max_new_tokens``, by default 200.
 
         Raises:
-            ValueError: The beginning is empty or fills the model's context, or a field is out of range.
+            TypeError: There is no such field, or a value is of another type.
+            ValueError: A beginning is empty or fills the model's context, or a field is out of range.
         """
-        prompt = self._encode(beginning)
+        known = [field.name for field in fields(GenerationConfig)]
+        if unknown := [name for name in generation if name not in known]:
+            near = hint(unknown[0], known)
+            raise TypeError(f"tell() has no setting {unknown[0]!r}{near}: expected {', '.join(known)}")
         config, eos_id, decode = GenerationConfig(**generation), self.tokenizer.eos_id, self.tokenizer.decode
-        (result,) = generate(self._prepared, [prompt], config, eos_id, decode)
-        return decode(prompt + result.token_ids)
+        prompts = [self._encode(text) for text in texts_of(beginning)]
+        results = generate(self._prepared, prompts, config, eos_id, decode)
+        stories = [decode(prompt + result.token_ids) for prompt, result in zip(prompts, results, strict=True)]
+        return stories[0] if isinstance(beginning, str) else stories
 
     def stream(self, beginning: str, config: GenerationConfig) -> Iterator[list[Choice] | Ending]:
         """Continue a beginning: yields the tokens chosen since the last time and, in the end, how the story ended.

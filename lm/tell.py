@@ -101,18 +101,17 @@ class Terminal:
         if self.messages:
             self.messages.append({"role": "assistant", "content": self.tokenizer.decode(self.ids)[len(before) :]})
         how = {"eos": "the end", "length": "Enter goes on", "stop": "a stop string"}.get(ending, "stopped")
-        speed = told / max(seconds, 1e-9)
-        console.print(f"\n({how}; {told} tokens, {speed:,.0f} a second)", style="dim")
+        speed, cut = told / max(seconds, 1e-9), " …" if ending == "length" else ""
+        console.print(f"{cut}\n({how}; {told} tokens, {speed:,.0f} a second)", style="dim")
 
 
 def _value(name: str, value: str) -> object:
     try:
         found = yaml.safe_load(value)
         replace(GenerationConfig(), **{name: found})
-    except TypeError:
-        raise ValueError(f"/{name} {value}: expected a number") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"/{name} {value}: {' '.join(str(error).split())}") from None
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        _, _, expected = str(error).rpartition(": ")
+        raise ValueError(f"/{name} {value}: {expected}") from None
     return found
 
 

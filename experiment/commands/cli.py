@@ -5,7 +5,7 @@ import secrets
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +287,12 @@ class ExperimentCLI(LightningCLI):
         write_text(self.run_dir / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
     def fit(self, **arguments: Any) -> None:
-        self.trainer.fit(**arguments, ckpt_path=self.checkpoint and str(self.checkpoint))
+        try:
+            self.trainer.fit(**arguments, ckpt_path=self.checkpoint and str(self.checkpoint))
+        finally:
+            if self.trainer.is_global_zero:
+                with suppress(OSError):  # a full disk, which others tell
+                    self.record.end(self.trainer.global_step)
 
     def validate(self, **arguments: Any) -> None:
         self.trainer.validate(**arguments, ckpt_path=self.checkpoint and str(self.checkpoint))
@@ -302,7 +307,6 @@ class ExperimentCLI(LightningCLI):
     def after_fit(self) -> None:
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
             return
-        self.record.end(self.trainer.global_step)
         for logger in self.trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.end(self.run_dir)

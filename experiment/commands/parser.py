@@ -1,6 +1,5 @@
 """The parser of the command lines: its help, and errors in the words of one who typed an option."""
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from experiment.compat.jsonargparse import move_group_last, option_strings
-from experiment.errors import InputError
+from experiment.errors import InputError, hint
 from experiment.renamed import current_config
 
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
@@ -131,11 +130,11 @@ def reworded(message: str, options: Iterable[str]) -> str:
             return f"{found['key']} {found['value']}: expected {_listed(_kinds(types))}"
     if found := re.match(r"unrecognized arguments: (?P<word>[^\s=]+)", message):
         if found["word"].startswith("-"):
-            return f"{found['word']}: there is no such option{_hint(found['word'], options)}; --help lists them"
+            return f"{found['word']}: there is no such option{hint(found['word'], options)}; --help lists them"
         return f"{found['word']}: expected an option, such as --seed_everything 1; --help lists them"
     if found := re.search(r"(Group '(?P<group>[^']+)' )?does not accept option '(?P<key>[^']+)'", message):
         key = ".".join(filter(None, (found["group"], found["key"])))
-        near = _hint(f"--{key}", options).replace("--", "")
+        near = hint(f"--{key}", options).replace("--", "")
         return f"{key}: there is no such option{near}; --help lists them"
     return message
 
@@ -152,8 +151,3 @@ def _kinds(types: str) -> Iterable[str]:
 def _listed(words: Iterable[str]) -> str:
     *most, last = dict.fromkeys(words)
     return f"{', '.join(most)} or {last}" if most else last
-
-
-def _hint(option: str, options: Iterable[str]) -> str:
-    near = difflib.get_close_matches(option, options, n=1, cutoff=0.75)
-    return f" (did you mean {near[0]}?)" if near else ""

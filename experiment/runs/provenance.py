@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # the report reads run.json without waiting for torch
     from lightning.pytorch import LightningModule, Trainer
 
 RECORD = "run.json"
+STARTED = "%Y-%m-%d %H:%M:%S %z"
 PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "tokenizers", "torchmetrics", "wandb")
 
 
@@ -90,6 +92,10 @@ class RunRecord:
         """Add this call. Use it before training, in the first process."""
         parameters = list(module.parameters())
         self._begun = time.time()
+        before = read_record(self.run).get("calls", [])
+        if before and "to_step" not in before[-1] and (metrics := self.run / "metrics.csv").exists():  # it was killed
+            started = datetime.strptime(before[-1]["started"], STARTED).timestamp()
+            before[-1] |= {"to_step": from_step, "seconds": round(metrics.stat().st_mtime - started, 1)}
         self.record = {
             "parameters": {
                 "trainable": sum(p.numel() for p in parameters if p.requires_grad),
@@ -97,10 +103,10 @@ class RunRecord:
             },
             "environment": environment(trainer),
             "calls": [
-                *read_record(self.run).get("calls", []),
+                *before,
                 {
                     "command": self.command,
-                    "started": time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(self._begun)),
+                    "started": time.strftime(STARTED, time.localtime(self._begun)),
                     "from_step": from_step,
                 },
             ],
@@ -108,7 +114,7 @@ class RunRecord:
         self._write()
 
     def end(self, to_step: int) -> None:
-        """Note how far this call came. A call that was killed has no ``to_step``."""
+        """Note how far this call came. One that is killed has no ``to_step`` until the run is resumed."""
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
         self.record["calls"][-1] |= {
             "to_step": to_step,

@@ -1,5 +1,6 @@
 """Names and texts as people type them, and text files that are written whole or not at all."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,6 +30,18 @@ def existing_file(name: str) -> Path | None:
         return path if path.is_file() else None
     except InputError:
         return None
+
+
+def texts_of(given: str | Sequence[str]) -> Sequence[str]:
+    """The texts of one that is alone, or of several.
+
+    Raises:
+        TypeError: It is, or holds, something else.
+    """
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{shortened(repr(given))}: expected a text or a list of texts")
+    return texts
 
 
 def shortened(text: str, most: int = 60) -> str:

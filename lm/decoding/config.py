@@ -30,6 +30,7 @@ class GenerationConfig:
             on a GPU), the cache, and half a minute; on a CPU the code for one story at a time is cached on disk.
 
     Raises:
+        TypeError: If a value is of another type.
         ValueError: If a number is out of range.
     """
 
@@ -47,16 +48,26 @@ class GenerationConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
+        whole, optional = "a whole number, at least 1", "or null for no limit"
         for name, valid, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or a positive number"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or null for no limit"),
-            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "a probability in (0, 1], or null for no limit"),
-            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "a fraction in [0, 1], or null for no limit"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a positive number; 1 turns it off"),
-            ("stop", "" not in self.stop, "no empty string, which would stop every story at once"),
-            ("weight_dtype", self.weight_dtype in (None, *get_args(WeightDtype)), "float32, bfloat16, int8 or null"),
-            ("compile", self.use_cache or not self.compile, "false without a cache; set use_cache"),
+            ("max_new_tokens", lambda n: isinstance(n, int) and n >= 1, whole),
+            ("temperature", lambda t: 0 <= t < math.inf, "0 (greedy) or a positive number"),
+            (
+                "top_k",
+                lambda k: k is None or (isinstance(k, int) and k >= 1),
+                f"{whole}, {optional}",
+            ),
+            ("top_p", lambda p: p is None or 0 < p <= 1, f"a probability in (0, 1], {optional}"),
+            ("min_p", lambda p: p is None or 0 <= p <= 1, f"a fraction in [0, 1], {optional}"),
+            ("repetition_penalty", lambda r: 0 < r < math.inf, "a positive number; 1 turns it off"),
+            ("seed", lambda seed: isinstance(seed, int), "a whole number"),
+            ("stop", lambda stop: "" not in stop, "no empty string, which would stop every story at once"),
+            ("weight_dtype", lambda d: d in (None, *get_args(WeightDtype)), "float32, bfloat16, int8 or null"),
+            ("compile", lambda compile: self.use_cache or not compile, "false without a cache; set use_cache"),
         ):
-            if not valid:
-                raise ValueError(f"{name}={getattr(self, name)}: expected {expected}")
+            problem = f"{name}={(value := getattr(self, name))!r}: expected {expected}"
+            try:
+                if not valid(value):
+                    raise ValueError(problem)
+            except TypeError:  # no number
+                raise TypeError(problem) from None

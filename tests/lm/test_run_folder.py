@@ -1,6 +1,9 @@
 """A run's folder: what is written into it, by whom, and that it is enough when copied or when its sources are gone."""
 
+import json
+import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,10 @@ import torch
 import yaml
 from filelock import FileLock
 
+from experiment.invocation import command
 from experiment.runs import run as run_folder
+from experiment.runs.interruption import StopRequest
+from experiment.runs.provenance import read_record
 from lm.__main__ import main
 from lm.data.bpe import train_tokenizer
 from tests.runs import STORIES, TINY, assert_same_run, refused, rows, write_stories
@@ -31,11 +37,30 @@ def test_run_whose_link_was_lost_goes_on_from_its_newest_checkpoint(
     main(["fit", *arguments, "--run_dir=whole", "--trainer.max_steps=9"])
     main(["fit", *arguments, "--run_dir=run", "--trainer.max_steps=6", "--checkpoint.keep=-1"])
     Path("run/checkpoints/last.ckpt").unlink()
-    for command in (["validate"], ["predict", "--data.prompts=[Tom]"]):
-        main([*command, "--config=run/config.yaml", "--ckpt_path=last"])
+    for words in (["validate"], ["predict", "--data.prompts=[Tom]"]):
+        main([*words, "--config=run/config.yaml", "--ckpt_path=last"])
     main(["fit", *arguments, "--run_dir=run", "--trainer.max_steps=9", "--ckpt_path=last"])
     assert "resuming from run/checkpoints/step-000006.ckpt" in capsys.readouterr().out
     assert_same_run(Path("run"), Path("whole"), 9)
+
+
+def test_run_json_knows_steps_and_time_of_calls_that_were_stopped_or_killed(
+    arguments: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["fit", *arguments, "--run_dir=run", "--trainer.max_steps=7"]
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "agreed", lambda self, trainer: signal.SIGINT * (trainer.global_step == 3))
+        with pytest.raises(SystemExit, match="130"):
+            main(arguments)
+    assert capsys.readouterr().out.endswith(f"{command('lm')} {shlex.join(arguments)} --ckpt_path last\n")
+    (call,) = read_record(Path("run"))["calls"]
+    assert (call["from_step"], call["to_step"]) == (0, 3) and call["seconds"] > 0
+    del call["to_step"], call["seconds"]  # as a kill leaves it
+    Path("run/run.json").write_text(json.dumps({"calls": [call]}))
+    main([*arguments, "--ckpt_path=last"])
+    calls = read_record(Path("run"))["calls"]
+    assert [(call["from_step"], call["to_step"]) for call in calls] == [(0, 3), (3, 7)]
+    assert all(call["seconds"] > 0 for call in calls)
 
 
 def test_damaged_newest_checkpoint_is_passed_over_for_the_one_before(

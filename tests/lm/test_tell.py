@@ -80,6 +80,7 @@ def test_settings_change_are_shown_and_refused(talk: Callable[..., str]) -> None
         "/settings",
         "/temperature -1",
         "/max_new_tokens many",
+        "/seed x",
         "/colour red",
         "/help",
         "/new",
@@ -89,8 +90,9 @@ def test_settings_change_are_shown_and_refused(talk: Callable[..., str]) -> None
     for expected in (
         "type a beginning first",
         "top_k 5",
-        "/temperature -1: temperature=-1: expected 0",
-        "/max_new_tokens many: expected a number",
+        "/temperature -1: expected 0",
+        "/max_new_tokens many: expected a whole number",
+        "/seed x: expected a whole number",
         "/colour: there is no such command or setting",
         "/settings shows all",
     ):

@@ -54,6 +54,36 @@ def test_the_same_seed_tells_the_same_story(runs: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_list_gives_a_list_of_what_each_text_gives_alone(runs: Path) -> None:
+    teller, judge = (tinylab.load(runs / "runs/demo" / name) for name in ("lm", "custom"))
+    beginnings = ["Tom had a ball.", "Once"]
+    alone = [teller.tell(text, temperature=0, max_new_tokens=9) for text in beginnings]
+    assert teller.tell(beginnings, temperature=0, max_new_tokens=9) == alone
+    assert judge.classify(beginnings) == [judge.classify(text) for text in beginnings]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        ({"temp": 1}, TypeError, "tell() has no setting 'temp' (did you mean temperature?): expected max_new_tokens"),
+        ({"temperature": "hot"}, TypeError, "temperature='hot': expected 0 (greedy) or a positive number"),
+        ({"temperature": -1}, ValueError, "temperature=-1: expected 0 (greedy) or a positive number"),
+        ({"top_k": 2.5}, ValueError, "top_k=2.5: expected a whole number"),
+        ({"max_new_tokens": None}, ValueError, "max_new_tokens=None: expected a whole number"),
+        ({"beginning": 5}, TypeError, "5: expected a text or a list of texts"),
+        ({"beginning": ["Tom", None]}, TypeError, "['Tom', None]: expected a text or a list of texts"),
+        ({"beginning": " "}, ValueError, "Type a beginning first"),
+    ],
+)
+def test_what_tell_cannot_use_is_told_in_the_words_of_the_caller(
+    runs: Path, given: dict, error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=re.escape(said)):
+        tinylab.load(runs / "runs/demo/lm").tell(**{"beginning": "Tom", **given})
+
+
+@pytest.mark.slow
 def test_the_likeliest_class_comes_first(runs: Path) -> None:
     probabilities = list(tinylab.load(runs / "runs/demo/custom").classify("A good film.").values())
     assert probabilities == sorted(probabilities, reverse=True)
