@@ -29,6 +29,12 @@ from torch import Tensor, nn
 from experiment.nn.lora_config import LoRAConfig
 
 
+def add_product(x: Tensor, middle: Tensor, weight: Tensor) -> Tensor:
+    """x (..., out) + middle (..., r) weight (out, r)^T without a tensor for the product."""
+    rows = x.reshape(-1, x.shape[-1]), middle.reshape(-1, middle.shape[-1])
+    return torch.addmm(*rows, weight.T).view(x.shape)
+
+
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trainable low-rank update: W' = W + (lora_alpha / r) B A.
 
@@ -78,9 +84,9 @@ class LoRALinear(nn.Module):
         if self.merged or not self.enabled:
             return result
         dropped = self.lora_dropout(x)
-        update = self.lora_B(self.lora_A(dropped))
+        middle = self.lora_A(dropped) * self.scaling
         if self.lora_magnitude_vector is None:
-            return result + update * self.scaling
+            return add_product(result, middle, self.lora_B.weight)
         # y = m / ||W + s B A|| (x W^T + s x A^T B^T) + b, written as an addition to the base layer's result.
         # With dropout, PEFT lets the rescaled x W^T see the dropped input too; so do we.
         scale = (self.lora_magnitude_vector / self._row_norm()).view(1, -1)
@@ -88,7 +94,7 @@ class LoRALinear(nn.Module):
             projected = F.linear(dropped, self.base_layer.weight[self.rows])
         else:
             projected = result if self.base_layer.bias is None else result - self.base_layer.bias[self.rows]
-        return result + ((scale - 1) * projected + scale * update * self.scaling)
+        return result + ((scale - 1) * projected + scale * self.lora_B(middle))
 
     @torch.no_grad()
     def adapted_weight(self) -> Tensor:
@@ -155,7 +161,7 @@ class StackedLoRALinear(nn.Module):
                 part.lora_B.weight if part in active else x.new_zeros(size, 0)
                 for part, size in zip(parts, self.sizes.values(), strict=True)
             ]
-            return result + F.linear(middle, torch.block_diag(*blocks))
+            return add_product(result, middle, torch.block_diag(*blocks))
         pieces = result.split(list(self.sizes.values()), dim=-1)
         return torch.cat(
             [piece if part is None else part.adapt(x, piece) for part, piece in zip(parts, pieces, strict=True)], dim=-1

@@ -95,7 +95,9 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.float()
         scale = _inverse_root(wide, ctx.eps)
         normed = wide * scale
-        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
         grad_normed = (grad * weight).float()
         inner = (grad_normed * normed).mean(-1, keepdim=True)
         return torch.addcmul(grad_normed, normed, inner, value=-1).mul_(scale).to(x.dtype), grad_weight, None

@@ -154,7 +154,8 @@ def _vocabulary_blocks(
     # Made once: buffers of this size freed in each round would be faulted in again in the next.
     size = min(chunk_size, num_tokens)
     logits_buffer = hidden.new_empty(size * min(BLOCK_SIZE, vocab_size), dtype=wide)
-    probs_buffer = hidden.new_empty(size * vocab_size, dtype=dtype)
+    keeps = grad_weight is not None  # a chunk's probabilities; else each block overwrites those before it
+    probs_buffer = hidden.new_empty(size * (vocab_size if keeps else min(BLOCK_SIZE, vocab_size)), dtype=dtype)
     for chunk in _chunks(num_tokens, chunk_size):
         rows = order[chunk]
         inputs, target = hidden[rows].to(dtype), targets[rows].unsqueeze(1)
@@ -167,7 +168,8 @@ def _vocabulary_blocks(
         for block, holders in zip(blocks, _holders(target, blocks), strict=True):
             shape = count, block.stop - block.start
             logits = logits_buffer[: shape[0] * shape[1]].view(shape)
-            probs = probs_buffer[count * block.start : count * block.stop].view(shape)
+            begin = count * block.start if keeps else 0
+            probs = probs_buffer[begin : begin + shape[0] * shape[1]].view(shape)
             if dtype == wide:
                 torch.mm(inputs, matrix[block].T, out=logits)
                 largest = torch.softmax(logits, dim=-1, out=probs).amax(-1, keepdim=True)
@@ -178,7 +180,8 @@ def _vocabulary_blocks(
                 probs.copy_(exact)
             # log sum exp = max - log(largest probability), which cannot underflow: it is at least 1 / V.
             log_part = logits.amax(-1, keepdim=True) - largest.log()
-            parts.append((block, probs, log_part))
+            if keeps:
+                parts.append((block, probs, log_part))
             mass = torch.ones_like(log_sum)
             if holders.start < holders.stop:
                 # The target is taken out: its probability less 1 would be lost in rounding where it is near 1.
@@ -196,7 +199,7 @@ def _vocabulary_blocks(
         loss += ((log_sum - target_logit) * scale).sum()
         if grad_hidden is not None:
             grad_hidden[rows] = ((other_rows - matrix[target[:, 0]] * others) * scale).to(hidden.dtype)
-        if grad_weight is not None:
+        if keeps:
             factor = inputs * scale
             for block, probs, log_part in parts:
                 part = factor * (log_part - log_sum).exp_()
