@@ -4,9 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from experiment.allocators import set_up_allocators
-from experiment.commands.orphans import end_with_launcher
-from experiment.commands.overview import answer
+from experiment.startup import start
 
 if TYPE_CHECKING:
     from classify.cli import ClassifyCLI
@@ -36,9 +34,7 @@ Beside it: `tinylab compare configs/comparisons/table1.yaml` lays many such runs
 
 def main(args: Sequence[str] | None = None) -> "ClassifyCLI":
     """Run the command line; `args` stands in for that of the process."""
-    answer(OVERVIEW, sys.argv[1:] if args is None else args)
-    set_up_allocators()
-    end_with_launcher()
+    start(OVERVIEW, sys.argv[1:] if args is None else args)
     from classify.cli import ClassifyCLI
     from experiment.commands.main import run  # brings Lightning, which --help need not wait for
 

@@ -4,9 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from experiment.allocators import set_up_allocators
-from experiment.commands.orphans import end_with_launcher
-from experiment.commands.overview import answer
+from experiment.startup import start
 
 if TYPE_CHECKING:
     from lm.cli import LanguageCLI
@@ -37,9 +35,7 @@ Beside it: `tinylab convert` takes weights in and out, `tinylab decoding` compar
 
 def main(args: Sequence[str] | None = None) -> "LanguageCLI":
     """Run the command line; ``args`` are by default those of the process."""
-    answer(OVERVIEW, sys.argv[1:] if args is None else args)
-    set_up_allocators()
-    end_with_launcher()
+    start(OVERVIEW, sys.argv[1:] if args is None else args)
     from experiment.commands.main import run  # brings Lightning, which --help need not wait for
     from lm.cli import LanguageCLI
 

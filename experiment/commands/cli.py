@@ -21,16 +21,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from experiment.commands.checks import check_resume, check_training
 from experiment.commands.parser import ExperimentParser, check_configuration, configs_first
 from experiment.compat.lightning import keep_buffers_local, leave_sigterm_alone, validate_by_steps
+from experiment.console import console
 from experiment.errors import InputError
 from experiment.invocation import command
 from experiment.nn.hardware import default_precision
-from experiment.progress import RunProgressBar, console, validation_results
 from experiment.renamed import current_arguments
 from experiment.runs.checkpoints import BestCheckpoint, ExactResume, StepCheckpoint
-from experiment.runs.finite import FiniteLoss
 from experiment.runs.launch import agreed
-from experiment.runs.metrics_file import MetricsFile
-from experiment.runs.provenance import RunRecord, command_line
+from experiment.runs.loggers import MetricsFile, RunLogger
 from experiment.runs.run import (
     CONFIG,
     check_fits,
@@ -40,7 +38,7 @@ from experiment.runs.run import (
     resolve_run_dir,
     verify_together,
 )
-from experiment.runs.run_logger import RunLogger
+from experiment.runs.stopping import FiniteLoss
 from experiment.sources.paths import repaired, write_text
 
 DESCRIPTIONS = {
@@ -78,7 +76,7 @@ class ExperimentCLI(LightningCLI):
         callbacks: Sequence[Callback],
         args: Sequence[str] | None,
     ) -> None:
-        self.command = command_line(self.package, sys.argv[1:] if args is None else args)
+        self.arguments = sys.argv[1:] if args is None else list(args)
         self.callbacks = callbacks
         options = {"exit_on_error": False, "default_env": True, "allow_abbrev": False}
         commands = {
@@ -94,7 +92,7 @@ class ExperimentCLI(LightningCLI):
             super().__init__(
                 module,
                 data,
-                args=None if args is None else list(args),
+                args=self.arguments,
                 save_config_callback=None,
                 parser_class=ExperimentParser,
                 trainer_defaults={
@@ -146,7 +144,7 @@ class ExperimentCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
         """As Lightning's, without its warning where a caller gives the arguments: the tests and tables do."""
-        given = current_arguments(sys.argv[1:] if args is None else args)
+        given = current_arguments(args)
         # Text that the locale could not read, but no name of a file, whose bytes must stay as they are.
         given = [argument if _names_file(argument) else repaired(argument) for argument in given]
         self.flags = {flag.removeprefix("--").partition("=")[0] for flag in given if flag.startswith("--")}
@@ -216,6 +214,8 @@ class ExperimentCLI(LightningCLI):
         config = self.config_init[self.subcommand].trainer
         callbacks = [ExactResume(), *_as_list(config.callbacks), FiniteLoss(), *self.callbacks]
         if config.enable_progress_bar is not False:
+            from experiment.progress import RunProgressBar
+
             callbacks.append(RunProgressBar(self.shown_as_written))
         loggers: list[Logger] | bool = False
         if self.subcommand == "fit":
@@ -255,8 +255,10 @@ class ExperimentCLI(LightningCLI):
         if not finished:  # else the configuration has no effect
             self._save_config()
         if self.trainer.is_global_zero:
+            from experiment.runs.provenance import RunRecord, command_line
+
             step = stored.get("global_step", 0)
-            self.record = RunRecord(self.run_dir, self.command)
+            self.record = RunRecord(self.run_dir, command_line(self.package, self.arguments))
             self.record.begin(self.trainer, self.model, step)
             for logger in loggers:
                 logger.begin(self.trainer, self.run_dir, self.package, self.record.record, step)
@@ -311,6 +313,8 @@ class ExperimentCLI(LightningCLI):
             if isinstance(logger, RunLogger):
                 logger.end(self.run_dir)
         console.print(f"\nfinished after {self.trainer.global_step:,} steps; everything is in {self.run_dir}")
+        from experiment.progress import validation_results
+
         for name, value in validation_results(self.trainer).items():
             console.print(f"  {name:<20} {value:.4f}")
         if self.config["fit"].report and (self.run_dir / "metrics.csv").exists():

@@ -11,14 +11,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from experiment.commands.cli import ExperimentCLI
-from experiment.commands.parser import reworded
 from experiment.commands.signals import ended_by_signals
 from experiment.console import console
 from experiment.errors import InputError
 from experiment.invocation import command
 from experiment.quiet import quiet_libraries
-from experiment.runs.interruption import Interrupted
 from experiment.runs.launch import leave_slurm_alone, waited_in_vain
+from experiment.runs.stopping import Interrupted
 
 RESUME = "--ckpt_path last"
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -46,6 +45,8 @@ def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> Experime
     except (InputError, ArgumentError, MisconfigurationException) as error:  # the last is Lightning's own
         if debug:
             raise
+        from experiment.commands.wording import reworded
+
         print(f"error: {reworded(str(error), ())}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:

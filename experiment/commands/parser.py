@@ -1,7 +1,6 @@
-"""The parser of the command lines: its help, and errors in the words of one who typed an option."""
+"""The parser of the command lines, and of configurations in YAML."""
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -9,16 +8,10 @@ import yaml
 from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
-from experiment.compat.jsonargparse import move_group_last, option_strings
-from experiment.errors import InputError, hint
+from experiment.errors import InputError
 from experiment.renamed import current_config
 
-KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
-KIND = re.compile(rf"(typing\.)?Literal\[(?P<values>[^\]]*)\]|<class '(?P<name>{'|'.join(KINDS)})'>")
-PROBLEM = r"Problem with given class_path '[^']*?(?P<name>\w+)': (?P<why>.*?)(?= - Expected a | Given value|$)"
-SEVERAL = r"Multiple subclasses with name (?P<name>\w+)\. .*? ambiguity: (?P<paths>[\w., ]+)\.(?= )"
 WORDS = ("no", "yes", "on", "off")
-PLAIN = r"(Does not validate against any of the Union subtypes Subtypes:)?( ?Expected a)?[\s\[\],.]*"
 
 
 class RepeatedKey(yaml.YAMLError):
@@ -98,56 +91,15 @@ class ExperimentParser(LightningArgumentParser):
     """Lightning's parser, whose help shows the Trainer's many options after those of the experiment."""
 
     def format_help(self) -> str:
+        from experiment.compat.jsonargparse import move_group_last
+
         if trainer := self.groups.get("trainer"):
             trainer.title = "Lightning's Trainer"
             move_group_last(self, trainer)
         return super().format_help()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        from experiment.commands.wording import reworded
+        from experiment.compat.jsonargparse import option_strings
+
         super().error(reworded(message, option_strings(self)), ex)
-
-
-def reworded(message: str, options: Iterable[str]) -> str:
-    """The message in one line that names the option, its value and what was expected; as it is where it is another.
-
-    Args:
-        message: Of jsonargparse.
-        options: Every option there is, ``--`` included, for a hint at a mistyped one.
-    """
-    message = " ".join(message.split())
-    if found := re.search(
-        r"Multiple subclasses with name (?P<name>\w+)\. .*? ambiguity: (?P<paths>[\w., ]+)\.(?= )", message
-    ):
-        return f"{found['name']}: several classes have this name; give the whole path: {found['paths']}"
-    if found := re.search(PROBLEM, message):
-        key = re.match(r'Parser key "(?P<key>[^"]+)"', message)
-        return f"{key['key'] + ' ' if key else ''}{found['name']}: {found['why']}"
-    if found := re.match(
-        r'Parser key "(?P<key>.+?)": (?P<types>.*?Expected a .*) (Got|Given) value: (?P<value>.*)$', message
-    ):
-        types = re.sub("Errors:.*", "", found["types"])  # of a union, each type's own complaint
-        if re.fullmatch(PLAIN, KIND.sub("", types)):  # nothing but types that have words, no class that may say more
-            return f"{found['key']} {found['value']}: expected {_listed(_kinds(types))}"
-    if found := re.match(r"unrecognized arguments: (?P<word>[^\s=]+)", message):
-        if found["word"].startswith("-"):
-            return f"{found['word']}: there is no such option{hint(found['word'], options)}; --help lists them"
-        return f"{found['word']}: expected an option, such as --seed_everything 1; --help lists them"
-    if found := re.search(r"(Group '(?P<group>[^']+)' )?does not accept option '(?P<key>[^']+)'", message):
-        key = ".".join(filter(None, (found["group"], found["key"])))
-        near = hint(f"--{key}", options).replace("--", "")
-        return f"{key}: there is no such option{near}; --help lists them"
-    return message
-
-
-def _kinds(types: str) -> Iterable[str]:
-    """Each type of a text such as ``typing.Literal['a', 'b'], <class 'int'>``, in words."""
-    for found in KIND.finditer(types):
-        if found["values"]:
-            yield from (value.strip(" '") for value in found["values"].split(","))
-        else:
-            yield KINDS[found["name"]]
-
-
-def _listed(words: Iterable[str]) -> str:
-    *most, last = dict.fromkeys(words)
-    return f"{', '.join(most)} or {last}" if most else last

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from experiment.runs.interruption import StopRequest
+from experiment.runs.stopping import StopRequest
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
 GRACE = 5.0  # seconds that a process has to end by itself

@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from experiment.compat.torch import softmax_backward
-
 LONGEST = 512  # tokens; twice as many would keep four times the probabilities
 
 
@@ -72,6 +70,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        from experiment.compat.torch import softmax_backward
+
         rows, keys, values, probs = ctx.saved_tensors
         query_shape, key_shape = ctx.shapes
         grad = grad.reshape(rows.shape)

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from experiment.extras import require
 from experiment.pages.predictions import SOURCES, draw_confusion_png, read_verdicts
-from experiment.runs.run_logger import RunLogger
+from experiment.runs.loggers import RunLogger
 
 MOST_ROWS = 100  # of a table
 

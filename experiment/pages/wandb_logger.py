@@ -16,7 +16,7 @@ from experiment.errors import InputError
 from experiment.extras import require
 from experiment.pages.predictions import SOURCES, read_verdicts
 from experiment.pages.summary import FIGURES, best, read_metrics
-from experiment.runs.run_logger import RunLogger
+from experiment.runs.loggers import RunLogger
 
 if TYPE_CHECKING:
     import wandb

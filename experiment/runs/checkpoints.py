@@ -20,9 +20,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from experiment.compat.lightning import is_accumulating, log_by_optimizer_steps
 from experiment.errors import InputError
-from experiment.runs.finite import check_weights, newest_checkpoint
-from experiment.runs.interruption import Interrupted, stop_request
 from experiment.runs.run import is_checkpoint, read_checkpoint
+from experiment.runs.stopping import Interrupted, check_weights, newest_checkpoint, stop_request
 
 
 def save_atomically(trainer: Trainer, file: Path, weights_only: bool = False) -> None:

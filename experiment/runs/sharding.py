@@ -26,9 +26,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from experiment.allocators import give_back_large_blocks
 from experiment.compat.lightning import set_data_parallel_size
 from experiment.renamed import current_checkpoint
+from experiment.startup import give_back_large_blocks
 
 Part = Literal["all", "weights", "outline"]
 CHECKSUMS, META = "checksums.json", "meta.pt"

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from experiment.compat.lightning import is_accumulating
-from experiment.compat.torch import foreach
-from experiment.runs.interruption import stop_request
-from experiment.runs.stopwatch import Stopwatch
+from experiment.runs.stopping import stop_request
+from experiment.runs.throughput import Stopwatch
 from experiment.sources.batches import rank_and_processes
 
 UNIT = 4096.0  # what losses are divided by before their gradients are taken: these then suit half precision
@@ -55,47 +54,27 @@ class StepSums:
         self._unread: list[tuple[int, Tensor]] = []
         self._losses: list[tuple[int, int, Tensor]] = []  # step, index of the batch, loss of this process
 
-    def add(self, step: int, batch_idx: int, alone: bool, count: Tensor, *sums: Tensor) -> Tensor:
+    def add(self, step: int, batch_idx: int, count: Tensor, *sums: Tensor) -> None:
         """Add a micro-batch.
 
         Args:
             step: The optimizer step that it belongs to, from 1.
             batch_idx: Lightning's number of the batch.
-            alone: It is all of its step: the only micro-batch of the only process.
             count: Number of tokens or examples, a scalar.
             sums: Over these, scalars; the loss first.
-
-        Returns:
-            The micro-batch's mean loss. Its gradient is already that of the mean over the whole step where it is alone;
-            else it awaits the factor of `finish`.
         """
-        loss = sums[0]
         own = torch.stack([part.detach().float() for part in (count, *sums)])
         self._window = own if self._window is None else self._window + own
         self._losses.append((step, batch_idx, own[1]))
-        mean = loss / count.clamp(min=1)
-        if alone:
-            return mean
-        scaled = loss / UNIT  # by the same for all, so that micro-batches with more tokens weigh more
-        return scaled + (mean - scaled).detach()
 
-    def finish(self, step: int, parts: int) -> Tensor:
-        """End a step. Call it in all processes, after the backward pass of the step's last micro-batch.
-
-        Args:
-            step: The optimizer step that it is.
-            parts: How many losses the gradients are the mean of: Lightning divides by the number of micro-batches, and
-                a strategy by that of processes.
-
-        Returns:
-            The factor that makes gradients those of the mean loss over all tokens or examples of the step.
-        """
+    def finish(self, step: int) -> Tensor:
+        """End a step, and give its count over all processes. Call it in each, after the step's last micro-batch."""
         sums, self._window = self._window, None
         if rank_and_processes()[1] > 1:
             sums = F.pad(sums, (0, 1), value=float(stop_request.number != 0))
             torch.distributed.all_reduce(sums)
         self._unread.append((step, sums))
-        return UNIT * parts / sums[0].clamp(min=1)
+        return sums[0].clamp(min=1)
 
     @property
     def is_full(self) -> bool:
@@ -147,20 +126,35 @@ class StepModule(LightningModule):
     def on_fit_start(self) -> None:
         self.step_sums.reset()
 
+    @property
+    def _parts(self) -> int:
+        """How many losses the gradients of a step are the mean of: Lightning divides by the number of micro-batches,
+        and a strategy by that of processes."""
+        return self.trainer.accumulate_grad_batches * self.trainer.world_size
+
     def step_loss(self, batch_idx: int, count: Tensor, *sums: Tensor) -> Tensor:
-        """What ``training_step`` returns: the mean loss of a micro-batch; see `StepSums.add`."""
-        alone = self.trainer.accumulate_grad_batches == self.trainer.world_size == 1
-        return self.step_sums.add(self.trainer.global_step + 1, batch_idx, alone, count, *sums)
+        """What ``training_step`` returns: the mean loss of a micro-batch, of ``count`` tokens or examples and their
+        ``sums``, the loss first.
+
+        Its gradient is that of the mean over the whole step where it is all of that. Else it is that of the sum in
+        units, so that micro-batches with more tokens weigh more, until `on_after_backward` knows how many there are.
+        """
+        self.step_sums.add(self.trainer.global_step + 1, batch_idx, count, *sums)
+        mean = sums[0] / count.clamp(min=1)
+        if self._parts == 1:
+            return mean
+        scaled = sums[0] / UNIT
+        return scaled + (mean - scaled).detach()
 
     def on_after_backward(self) -> None:
-        trainer = self.trainer
-        if is_accumulating(trainer):
+        if is_accumulating(self.trainer):
             return
-        parts = trainer.accumulate_grad_batches * trainer.world_size
-        factor = self.step_sums.finish(trainer.global_step + 1, parts)
-        if parts > 1:
+        count = self.step_sums.finish(self.trainer.global_step + 1)
+        if self._parts > 1:
+            from experiment.compat.torch import foreach
+
             gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-            foreach("mul_", gradients, factor)
+            foreach("mul_", gradients, UNIT * self._parts / count)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._learning_rate = optimizer.param_groups[0]["lr"]
@@ -206,21 +200,18 @@ class StepModule(LightningModule):
             figures["train/learning_rate"] = self._learning_rate
             if self.is_logged_step and (norm := self._gradient_norm) is not None:
                 figures["train/gradient_norm"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-            log_figures(self.trainer, figures, shown, to_loggers=self.is_logged_step)
+            self.log_figures(figures, shown, to_loggers=self.is_logged_step)
 
+    def log_figures(self, figures: Mapping[str, float], shown: Sequence[str], to_loggers: bool) -> None:
+        """Log numbers that the host knows to callbacks, ``shown`` to the progress bar, and perhaps to the loggers.
 
-def log_figures(trainer: Trainer, figures: Mapping[str, float], shown: Sequence[str], to_loggers: bool) -> None:
-    """Log numbers that the host knows, as Lightning's LearningRateMonitor does: ``self.log`` would send them to the
-    device as float32 and ask for those of the progress bar in each step.
-
-    Args:
-        trainer: Whose loggers, callbacks and progress bar get them.
-        figures: By name.
-        shown: Names of those that the progress bar shows.
-        to_loggers: Whether the loggers get them too.
-    """
-    trainer.callback_metrics.update({k: torch.tensor(v, dtype=torch.float64) for k, v in figures.items()})
-    trainer.progress_bar_metrics.update({name: figures[name] for name in shown})
-    if to_loggers:
+        As Lightning's LearningRateMonitor does: ``self.log`` would send them to the device as float32 and ask for those
+        of the progress bar in each step.
+        """
+        trainer = self.trainer
+        trainer.callback_metrics.update({k: torch.tensor(v, dtype=torch.float64) for k, v in figures.items()})
+        trainer.progress_bar_metrics.update({name: figures[name] for name in shown})
+        if not to_loggers:
+            return
         for logger in trainer.loggers:
             logger.log_metrics({**figures, "epoch": trainer.current_epoch}, step=trainer.global_step)

@@ -1,11 +1,10 @@
 """How fast a training goes, what it waits for, and what share of a GPU it uses."""
 
+import time
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-
-from experiment.runs.step_sums import StepSums, log_figures
 
 # Of dense bfloat16 and float16 products, in TFLOP/s, as NVIDIA's data sheets have them; the first name that fits.
 # (Lightning's own table takes an L40S for an L4, and does not find an H200.)
@@ -30,6 +29,37 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     return next((1e12 * peak for name, peak in PEAKS.items() if name in device_name), None)
 
 
+class Stopwatch:
+    """Wall time without pauses, which may be nested."""
+
+    def __init__(self) -> None:
+        self._start, self._pauses = time.perf_counter(), 0
+        self._paused = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start - self._paused
+
+    def pause(self) -> None:
+        """What the GPU was given before has still to be done: that is waited for, and is no pause."""
+        if self._pauses == 0:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            self._since = time.perf_counter()
+        self._pauses += 1
+
+    def resume(self) -> None:
+        self._pauses -= 1
+        if self._pauses == 0:
+            self._paused += time.perf_counter() - self._since
+
+    def __enter__(self) -> None:
+        self.pause()
+
+    def __exit__(self, *_: object) -> None:
+        self.resume()
+
+
 class Throughput(Callback):
     """Logs, at logged steps, what the steps since the last one took, over all devices.
 
@@ -45,7 +75,9 @@ class Throughput(Callback):
 
     def __init__(self) -> None:
         self._before = 0  # tokens of the runs that this one continues
-        self._sums = StepSums()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._sums = pl_module.step_sums
 
     def state_dict(self) -> dict[str, int]:
         self._sums.read()
@@ -55,7 +87,6 @@ class Throughput(Callback):
         self._before = state_dict["tokens_seen"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._sums = pl_module.step_sums
         self._mark = self._now(trainer, pl_module)
         self._peak = None
         if pl_module.device.type == "cuda":
@@ -88,7 +119,7 @@ class Throughput(Callback):
         if self._peak is not None:
             flops = pl_module.flops_per_token(batch["loss_mask"].shape[1])
             figures["train/mfu"] = tokens / seconds * flops / (self._peak * trainer.world_size)
-        log_figures(trainer, figures, ["train/tokens_per_second"], to_loggers=True)
+        pl_module.log_figures(figures, ["train/tokens_per_second"], to_loggers=True)
 
     def _now(self, trainer: Trainer, pl_module: LightningModule) -> tuple[float, ...]:
         """Tokens and steps so far, and seconds of training and of waiting for data."""

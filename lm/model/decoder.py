@@ -15,18 +15,19 @@ only, to stay on the fused kernel of every device (bfloat16 on a CPU: see experi
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from experiment.compat.torch import mark_static
 from experiment.nn.attention import attention
 from lm.model.config import DecoderConfig
-from lm.model.functional import attend_one, rms_norm, split_and_rotate, swiglu
-from lm.model.kv_cache import KeyValueCache, Span
+from lm.model.functional import Span, attend_one, rms_norm, split_and_rotate, story_span, swiglu
+
+if TYPE_CHECKING:
+    from lm.model.kv_cache import KeyValueCache
 
 
 class RMSNorm(nn.Module):
@@ -153,14 +154,6 @@ class Block(nn.Module):
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), value
 
 
-def story_span(positions: Tensor) -> Span:
-    """The span of stories that share rows: a token sees its own from position 0 on, of which (B, T) are given."""
-    places = torch.arange(positions.shape[1], device=positions.device)
-    first = places - positions  # of the token's story, in the row
-    mask = (places <= places[:, None]) & (places >= first[:, :, None])
-    return Span(positions, mask[:, None], causal=False)
-
-
 Compute = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -283,6 +276,8 @@ class Decoder(nn.Module):
         compute = compute_block
         compiled = self.compiled_block is not None and self.training
         if compiled:
+            from experiment.compat.torch import mark_static
+
             compute = self.compiled_block
             # Else a length that equals a width would be taken for it, and another length recompiled.
             for tensor in (x, cos, sin, self.cos, self.sin):

@@ -1,16 +1,34 @@
-"""The decoder's element-wise operations with manual gradients.
+"""What the decoder computes between its matrices; its element-wise operations have manual gradients.
 
 Autograd over the plain formulas saves every intermediate value and concatenates the gradients of split tensors by
 copying. Here only inputs are saved, the rest is recomputed, and gradients are written in place: a fifth of a small
 model's training memory. The values equal the plain formulas'.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+@dataclass
+class Span:
+    """Where the T tokens of one call stand, and what they may see."""
+
+    positions: Tensor  # (1 or B, T) places in the sequence
+    mask: Tensor | None  # (1 or B, 1, T, visible), True where a token may look; None where `causal` suffices
+    causal: bool
+
+
+def story_span(positions: Tensor) -> Span:
+    """The span of stories that share rows: a token sees its own from position 0 on, of which (B, T) are given."""
+    places = torch.arange(positions.shape[1], device=positions.device)
+    first = places - positions  # of the token's story, in the row
+    mask = (places <= places[:, None]) & (places >= first[:, :, None])
+    return Span(positions, mask[:, None], causal=False)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -9,15 +9,7 @@ from torch import Tensor
 
 from experiment.compat.torch import mark_dynamic, maybe_mark_dynamic
 from lm.model.config import DecoderConfig
-
-
-@dataclass
-class Span:
-    """Where the T tokens of one call stand, and what they may see."""
-
-    positions: Tensor  # (1 or B, T) places in the sequence
-    mask: Tensor | None  # (1 or B, 1, T, visible), True where a token may look; None where `causal` suffices
-    causal: bool
+from lm.model.functional import Span
 
 
 @dataclass

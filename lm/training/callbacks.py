@@ -14,9 +14,9 @@ from rich.text import Text
 from torch.distributed.fsdp import FSDPModule
 
 from experiment.compat.lightning import validate_within_fit
+from experiment.console import console
 from experiment.errors import InputError
-from experiment.progress import console
-from experiment.runs.run_logger import RunLogger
+from experiment.runs.loggers import RunLogger
 from experiment.sources.paths import repaired
 from lm.decoding.config import GenerationConfig
 

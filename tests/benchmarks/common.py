@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from experiment.allocators import GLIBC, VARIABLES
 from experiment.console import console
 from experiment.nn.hardware import fast_bfloat16
+from experiment.startup import GLIBC, VARIABLES
 
 ROUNDS = 5
 BENCH = Path("runs/bench")

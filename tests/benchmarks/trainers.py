@@ -21,8 +21,8 @@ def lightning_trainer(module: Any, data: Any, turns: Turns, units: str, **option
     """
     from lightning.pytorch import Callback, Trainer
 
-    from experiment.runs.finite import FiniteLoss
-    from experiment.runs.metrics_file import MetricsFile
+    from experiment.runs.loggers import MetricsFile
+    from experiment.runs.stopping import FiniteLoss
 
     class LightningTurns(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

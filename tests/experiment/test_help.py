@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from experiment.commands.overview import COMMANDS
 from experiment.invocation import command as called
+from experiment.startup import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"datasets", "matplotlib", "peft", "plotly", "sentencepiece", "sklearn", "transformers", "wandb"}

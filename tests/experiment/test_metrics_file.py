@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from experiment.runs.metrics_file import MetricsFile
+from experiment.runs.loggers import MetricsFile
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

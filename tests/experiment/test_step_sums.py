@@ -170,8 +170,8 @@ def test_a_callback_sees_the_loss_and_the_gradients_of_the_mean(accumulate: int,
 def test_tokens_are_counted_exactly_where_float32_is_not() -> None:
     sums = StepSums("loss")
     for step in range(1, 4):
-        sums.add(step, step, True, torch.tensor(2**24 - 1), torch.tensor(1.0))
-        sums.finish(step, 1)
+        sums.add(step, step, torch.tensor(2**24 - 1), torch.tensor(1.0))
+        sums.finish(step)
     sums.read()
     assert sums.count == 3 * (2**24 - 1)
 
@@ -180,9 +180,9 @@ def test_the_first_loss_that_is_no_number_is_found_late_with_its_batch() -> None
     sums = StepSums("loss")
     for batch in range(8):  # two a step
         loss = math.nan if batch == 3 else math.inf if batch == 6 else 1.0
-        sums.add(batch // 2 + 1, batch, False, torch.tensor(1), torch.tensor(loss))
+        sums.add(batch // 2 + 1, batch, torch.tensor(1), torch.tensor(loss))
         if batch % 2:
-            sums.finish(batch // 2 + 1, 2)
+            sums.finish(batch // 2 + 1)
     sums.read()
     assert sums.failed_step == 2
     assert sums.failed_batch()[0] == 3

@@ -9,11 +9,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import experiment.runs.stopwatch
+import experiment.runs.throughput
 import experiment.sources.batches
 from experiment.pages.summary import read_metrics
-from experiment.runs.stopwatch import Stopwatch
-from experiment.runs.throughput import peak_flops
+from experiment.runs.throughput import Stopwatch, peak_flops
 from lm.__main__ import main
 from lm.data.corpus import WindowBatches
 from lm.model.config import DecoderConfig
@@ -27,7 +26,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, costs: dict[tuple[type, str], float]) -> None:
         self.seconds = 0.0
-        for module in (experiment.sources.batches, experiment.runs.stopwatch):
+        for module in (experiment.sources.batches, experiment.runs.throughput):
             monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: self.seconds))
         for (owner, name), cost in costs.items():
             monkeypatch.setattr(owner, name, self._costing(getattr(owner, name), cost))

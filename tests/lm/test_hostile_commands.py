@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiment.commands.overview import answer
 from experiment.nn import hardware
+from experiment.startup import answer
 from lm.__main__ import main
 from tests.runs import TINY, refused, write_stories
 

@@ -10,14 +10,14 @@ import pytest
 PROGRAM = """
 import os, sys
 from pathlib import Path
-from experiment import allocators
+from experiment import startup
 
 def resident():
     return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) >> 10
 
-allocators.set_up_allocators()
+startup.set_up_allocators()
 if "divided" in sys.argv:
-    allocators.give_back_large_blocks()
+    startup.give_back_large_blocks()
 before, block = resident(), bytearray(b"x") * (64 << 20)
 del block
 print(resident() - before, os.environ.get("PYTORCH_ALLOC_CONF"), os.environ.get("THP_MEM_ALLOC_ENABLE"))
