@@ -27,8 +27,8 @@ from classify.splits import SPLITS, Reviews, draw_splits, read_texts
 from experiment.errors import InputError
 from experiment.progress import progress
 from experiment.sources.batches import EpochBatchSampler, ResumableDataModule, rounded_width
-from experiment.sources.cache import cached_folder
 from experiment.sources.files import source_fingerprint
+from experiment.sources.paths import cached_folder
 
 POOL = 50  # batches whose reviews are sorted by length together
 Padding = Literal["longest", "max_length"]

@@ -18,7 +18,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from experiment.commands.checks import check_resume, check_training
 from experiment.commands.parser import ExperimentParser, check_configuration, configs_first
 from experiment.compat.lightning import keep_buffers_local, leave_sigterm_alone, validate_by_steps
 from experiment.console import console
@@ -26,7 +25,7 @@ from experiment.errors import InputError
 from experiment.invocation import command
 from experiment.nn.hardware import default_precision
 from experiment.renamed import current_arguments
-from experiment.runs.checkpoints import BestCheckpoint, ExactResume, StepCheckpoint
+from experiment.runs.checkpoints import BestCheckpoint, ExactResume, StepCheckpoint, check_resume
 from experiment.runs.launch import agreed
 from experiment.runs.loggers import MetricsFile, RunLogger
 from experiment.runs.run import (
@@ -244,7 +243,7 @@ class ExperimentCLI(LightningCLI):
         self.datamodule.trainer = self.trainer
         self.datamodule.prepare_data()
         self.datamodule.setup("fit")
-        check_training(self.trainer, self.datamodule)
+        self.datamodule.check(self.trainer)
         stored = {} if self.checkpoint is None else read_checkpoint(self.checkpoint, part="outline")
         finished = self.checkpoint is not None and self._is_finished(stored)
         loggers = [logger for logger in self.trainer.loggers if isinstance(logger, RunLogger)]

@@ -102,7 +102,6 @@ def prepare(run: Run) -> Line:
         raise InputError(f"row {run.row.name}: package {run.row.package}: expected lm, classify, or a module like them")
     if found.submodule_search_locations is None:
         return {}
-    from experiment.commands.checks import check_training  # brings Lightning, which --help need not wait for
     from experiment.quiet import quiet_libraries
 
     quiet_libraries(False)
@@ -111,7 +110,7 @@ def prepare(run: Run) -> Line:
     try:
         cli = prepared(["fit", *run.arguments, *["--trainer.max_epochs=-1"] * (run.row.unit is not None)])
         cli.datamodule.setup("fit")
-        check_training(cli.trainer, cli.datamodule)
+        cli.datamodule.check(cli.trainer)
         facts = {**getattr(cli.datamodule, "facts", {})}
     except (InputError, ArgumentError) as error:
         raise InputError(f"row {run.row.name}: {error}") from error

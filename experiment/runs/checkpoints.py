@@ -7,6 +7,7 @@ so that a kill at any moment leaves the last complete one there.
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +21,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from experiment.compat.lightning import is_accumulating, log_by_optimizer_steps
 from experiment.errors import InputError
-from experiment.runs.run import is_checkpoint, read_checkpoint
+from experiment.runs.run import read_checkpoint
 from experiment.runs.stopping import Interrupted, check_weights, newest_checkpoint, stop_request
+from experiment.sources.paths import remove
 
 
 def save_atomically(trainer: Trainer, file: Path, weights_only: bool = False) -> None:
@@ -41,7 +43,9 @@ def _save(trainer: Trainer, file: Path, weights_only: bool) -> None:
         trainer.save_checkpoint(partial, weights_only)
         if trainer.is_global_zero:
             if partial.is_dir():
-                _put_folder(partial, file, trainer.global_step)
+                from experiment.runs.sharding import put_folder
+
+                put_folder(partial, file, trainer.global_step)
             else:
                 with partial.open("r+b") as stream:
                     os.fsync(stream.fileno())  # else a machine that loses power has the new name and not the content
@@ -59,33 +63,6 @@ def _save(trainer: Trainer, file: Path, weights_only: bool) -> None:
             f"{file} cannot be written ({cause}): free space, or copy the run's folder elsewhere, and continue with "
             f"--ckpt_path last; {newest_checkpoint(trainer)}"
         ) from error
-
-
-def remove(path: Path) -> None:
-    """Delete a checkpoint, file or folder, where there is one."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _put_folder(partial: Path, file: Path, step: int) -> None:
-    """Give a folder its name. Where that is to be used again it is a link, since no folder can replace another in one
-    step."""
-    if file.name.startswith("step-"):
-        remove(file)
-        partial.rename(file)
-        return
-    folder = file.with_name(f"{file.stem}-{step:06d}{file.suffix}")
-    remove(folder)
-    partial.rename(folder)
-    if file.is_dir() and not file.is_symlink():  # in a copy that has lost the links
-        remove(file)
-    partial.symlink_to(folder.name)
-    partial.replace(file)
-    for old in set(file.parent.glob(f"{file.stem}-*{file.suffix}")) - {folder}:
-        if old.is_dir() and is_checkpoint(old):
-            remove(old)
 
 
 class FileCheckpointIO(TorchCheckpointIO):
@@ -209,6 +186,34 @@ class BestCheckpoint(Checkpoint):
 
     def _file(self, trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / "checkpoints" / "best.ckpt"
+
+
+def check_resume(trainer: Trainer, module: LightningModule, stored: Mapping[str, Any], file: Path) -> str | None:
+    """The option by which nothing is left to train from a checkpoint on; None where something is.
+
+    Raises:
+        InputError: The checkpoint is of another optimizer.
+    """
+    try:
+        epochs = stored["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    except (KeyError, TypeError):  # an imported model
+        return None
+    groups = [len(group["params"]) for group in module.parameter_groups()]
+    states = stored.get("optimizer_states", [])
+    before = [len(group["params"]) for state in states for group in state.get("param_groups", [])]
+    if before not in ([], groups):
+        raise InputError(
+            f"{file} is of another optimizer: its groups hold {before} weights, expected {groups}; give the "
+            "options, and the version of tinylab, that it was trained with, or begin a new run"
+        )
+    loop = trainer.fit_loop
+    if 0 <= trainer.max_steps <= stored["global_step"]:
+        return f"trainer.max_steps {trainer.max_steps}"
+    if loop.max_epochs is not None and 0 <= loop.max_epochs <= epochs:
+        limit = f"trainer.max_epochs {loop.max_epochs}"
+        loop.max_epochs = epochs  # Lightning refuses a smaller one
+        return limit
+    return None
 
 
 class ExactResume(Callback):

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from experiment.compat.lightning import set_data_parallel_size
 from experiment.renamed import current_checkpoint
+from experiment.sources.paths import remove
 from experiment.startup import give_back_large_blocks
 
 Part = Literal["all", "weights", "outline"]
@@ -91,6 +92,25 @@ class FullyShardedStrategy(ModelParallelStrategy):
 def is_sharded(path: Path) -> bool:
     """Whether a folder is a checkpoint that was written to its end."""
     return (path / CHECKSUMS).is_file()
+
+
+def put_folder(partial: Path, file: Path, step: int) -> None:
+    """Give a folder its name. Where that is to be used again it is a link, since no folder can replace another in one
+    step."""
+    if file.name.startswith("step-"):
+        remove(file)
+        partial.rename(file)
+        return
+    folder = file.with_name(f"{file.stem}-{step:06d}{file.suffix}")
+    remove(folder)
+    partial.rename(folder)
+    if file.is_dir() and not file.is_symlink():  # in a copy that has lost the links
+        remove(file)
+    partial.symlink_to(folder.name)
+    partial.replace(file)
+    for old in set(file.parent.glob(f"{file.stem}-*{file.suffix}")) - {folder}:
+        if old.is_dir() and is_sharded(old):
+            remove(old)
 
 
 def verify(folder: Path) -> None:

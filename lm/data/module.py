@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from experiment.console import console
 from experiment.errors import InputError
 from experiment.sources.batches import EpochBatchSampler, ResumableDataModule, rank_and_processes
-from experiment.sources.cache import cached_folder
+from experiment.sources.paths import cached_folder
 from lm.data.corpus import Corpus, WindowBatches, first_windows, join_windows, packed_windows, sliding_windows
 
 if TYPE_CHECKING:

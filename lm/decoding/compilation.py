@@ -29,7 +29,7 @@ import lm.model.decoder
 import lm.model.functional
 import lm.model.kv_cache
 from experiment.compat.torch import build_package, compiler_errors, load_package, maybe_mark_dynamic
-from experiment.sources.cache import cached_folder
+from experiment.sources.paths import cached_folder
 from lm.decoding.quantization import WeightDtype, prepare_for_decoding, weight_dtype
 from lm.decoding.sampling import argmax
 from lm.model.decoder import Decoder

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment.sources.cache import cached_folder
+from experiment.sources.paths import cached_folder
 
 
 def test_folder_is_built_once_and_found_again() -> None:

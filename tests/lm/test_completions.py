@@ -25,7 +25,7 @@ from lm.formats.adapters import inject
 from lm.formats.hugging_face import to_hugging_face
 from lm.model.decoder import Decoder
 from lm.model.loss import summed_loss
-from lm.training.metrics import TokenSums
+from lm.training.module import TokenSums
 from tests.lm.small import VOCAB_SIZE, make_decoder, make_tokenizer
 from tests.runs import TINY, checkpoint, refused, rows
 

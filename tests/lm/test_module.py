@@ -12,8 +12,7 @@ from lightning.pytorch import Trainer
 from lm.data.module import TextDataModule
 from lm.model.config import DecoderConfig
 from lm.training.callbacks import Perplexity
-from lm.training.metrics import TokenSums
-from lm.training.module import LanguageModel
+from lm.training.module import LanguageModel, TokenSums
 from lm.training.optim import OptimizerConfig, learning_rate_factor, parameter_groups
 from tests.windows import unpacked
 
