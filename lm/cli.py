@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -18,7 +20,7 @@ from experiment.runs.throughput import Throughput
 from lm.data.module import TextDataModule
 from lm.decoding.config import GenerationConfig
 from lm.model.config import DecoderConfig, Variant
-from lm.training.callbacks import FirstValidation, Perplexity, Predictions, Samples
+from lm.training.callbacks import FirstValidation, Perplexity, Samples
 from lm.training.module import LanguageModel
 from lm.training.optim import OptimizerConfig
 
@@ -45,7 +47,12 @@ class LanguageCLI(ExperimentCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_lightning_class_args(Samples, "samples")
-        parser.add_lightning_class_args(Predictions, "predictions")
+        parser.add_argument(
+            "--predictions.stream",
+            type=bool,
+            default=True,
+            help="On a terminal, show the first story of each batch token by token while it is written.",
+        )
         parser.add_argument(
             "--validate_first",
             type=bool | None,
@@ -159,6 +166,13 @@ class LanguageCLI(ExperimentCLI):
             if self.checkpoint is None and init_from is None:  # a new model learns that bos comes first
                 self.datamodule.tokenizer.begin_with_bos()
             self.config_init[self.subcommand].samples.check(self.datamodule.tokenizer, context)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        if self.subcommand == "predict":
+            from lm.training.predictions import Predictions
+
+            self.callbacks = [*self.callbacks, Predictions(self.config[self.subcommand].predictions.stream)]
+        return super().instantiate_trainer(**kwargs)
 
     def _check_state(self) -> None:
         """Raise an InputError where a checkpoint holds the state of another optimizer."""

@@ -26,7 +26,6 @@ from experiment.sources.paths import user_path
 
 CONFIG = "config.yaml"
 LOCK_PATIENCE = 6.0  # seconds
-PACKAGES = {"decoder": "lm", "adapter": "classify"}  # by a hyperparameter that only this package's checkpoints have
 _verified: set[tuple[Path, int]] = set()  # checkpoints, as they were written at that time
 RUN_DIR_VARIABLE = "TINYLAB_RUN_DIR"  # tells the folder to the processes that Lightning starts beside the first
 
@@ -205,24 +204,6 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(steps, key=steps.__getitem__, default=None)
 
 
-def find_checkpoint(run: Path) -> Path:
-    """The best checkpoint of a run's folder, or the last; a file is itself.
-
-    Raises:
-        InputError: There is none.
-    """
-    if is_checkpoint(run):
-        return run
-    if not run.exists():
-        raise InputError(f"run {run} does not exist: expected the folder of a run that fit has written, or a file")
-    for name in ("best.ckpt", "last.ckpt"):
-        if is_checkpoint(run / "checkpoints" / name):
-            return run / "checkpoints" / name
-    if newest := newest_checkpoint(run / "checkpoints"):
-        return newest
-    raise InputError(f"run {run} holds no checkpoint: expected the folder of a run that fit has written, or a file")
-
-
 def _sharding() -> ModuleType:
     """What reads the folders that several processes write: other checkpoints do not need it."""
     from experiment.runs import sharding
@@ -314,19 +295,6 @@ def read_checkpoint(file: Path, part: Literal["all", "weights", "outline"] = "we
     if not isinstance(checkpoint.get("global_step", 0), int):
         raise InputError(f"ckpt_path {file} is no Lightning checkpoint: its global_step is no number of steps")
     return checkpoint
-
-
-def package_of(file: Path) -> str:
-    """The package whose `fit` has written a checkpoint: lm or classify.
-
-    Raises:
-        InputError: The file cannot be read, or is of neither.
-    """
-    hyperparameters = read_checkpoint(file, part="outline").get("hyper_parameters", {})
-    package = next((package for key, package in PACKAGES.items() if key in hyperparameters), None)
-    if package is None:
-        raise InputError(f"{file} is not a checkpoint of lm or classify: expected one that fit has written")
-    return package
 
 
 def check_fits(module: LightningModule, file: Path) -> None:

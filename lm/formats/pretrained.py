@@ -37,7 +37,9 @@ def load_pretrained(name: str | Path, tokenizer: str | None = None) -> tuple[Dec
     Raises:
         InputError: It does not exist, cannot be read, or is not expressible by our decoder.
     """
-    from experiment.runs.run import find_checkpoint, is_run, run_of  # bring Lightning, which --help need not wait for
+    # These bring Lightning, which --help need not wait for.
+    from experiment.runs.find import find_checkpoint
+    from experiment.runs.run import is_run, run_of
 
     path = Path(name).expanduser()
     if not path.exists():
@@ -110,7 +112,7 @@ def load_checkpoint(checkpoint: str | Path, tokenizer: str | None = None) -> tup
     Raises:
         InputError: If the file is damaged or another model's, or the tokenizer is not to be found.
     """
-    from experiment.runs.run import find_checkpoint
+    from experiment.runs.find import find_checkpoint
 
     checkpoint = Path(checkpoint).expanduser()
     checkpoint = find_checkpoint(checkpoint) if checkpoint.is_dir() else checkpoint

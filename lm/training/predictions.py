@@ -1,0 +1,77 @@
+"""What `predict` leaves: the stories, in a file and on the terminal."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from experiment.console import console
+from experiment.errors import InputError
+from lm.decoding.generation import TextStream
+
+
+class Predictions(BasePredictionWriter):
+    """Writes the stories of ``predict`` to predictions.jsonl in the run's folder, and shows them."""
+
+    def __init__(self, stream: bool = True) -> None:
+        """
+        Args:
+            stream: On a terminal, show the first story of each batch token by token while it is written.
+        """
+        super().__init__(write_interval="batch")
+        self.stream = stream
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data, context = trainer.datamodule, pl_module.decoder.config.max_sequence_length
+        for batch in data.predict_dataloader():
+            for prompt, ids in zip(batch["prompts"], batch["input_ids"], strict=True):
+                if len(ids) > context and not pl_module.generation.sliding_window:
+                    shown = prompt if len(prompt) <= 40 else f"{prompt[:40]}…"
+                    raise InputError(
+                        f"prompt {shown!r} has {len(ids)} tokens, expected at most the model's context of "
+                        f"{context}: shorten it, or set --model.generation.sliding_window true"
+                    )
+        self.file = Path(trainer.default_root_dir) / "predictions.jsonl"
+        self._partial = self.file.with_suffix(".partial")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self._partial.write_text("", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{self.file} cannot be written ({error.strerror}): choose another --run_dir") from error
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        pl_module.on_token = None
+        if self.stream and console.is_terminal:
+            self._text = TextStream(trainer.datamodule.tokenizer.decode, batch["input_ids"][0])
+            console.print(self._text.text, end="")
+            pl_module.on_token = self._show
+
+    def _show(self, row: int, token: int) -> None:
+        if row == 0:
+            console.print(self._text.add(token), end="")
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: list[dict[str, Any]],
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        with self._partial.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(story, ensure_ascii=False) + "\n" for story in prediction)
+        if shown := pl_module.on_token is not None:
+            console.print(self._text.rest() + "\n")
+        for story in prediction[shown:]:
+            console.print(story["text"] + "\n")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._partial.replace(self.file)
+        console.print(f"written to {self.file}", style="dim")
