@@ -7,6 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+from jsonargparse import get_loader, set_loader
+
 RENAMED = {
     # options
     "data.beginnings": "data.extra_first_windows",
@@ -22,6 +25,18 @@ RENAMED = {
     "configs/lm/report.yaml": "configs/lm/paper.yaml",
 }
 DATA_MODULES = {"IMDB": "TextClassificationDataModule", "TinyStories": "TextDataModule"}  # as checkpoints know them
+
+
+@cache
+def accept_old_names() -> None:
+    """From now on, configurations are read with today's names."""
+    load_yaml = get_loader("yaml")
+
+    def load(text: str) -> Any:
+        loaded = load_yaml(text)
+        return current_config(loaded) if isinstance(loaded, dict) else loaded
+
+    set_loader("yaml", load, (yaml.YAMLError,))
 
 
 def current_arguments(arguments: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -24,7 +24,6 @@ from experiment.console import console
 from experiment.errors import InputError
 from experiment.invocation import command
 from experiment.nn.hardware import default_precision
-from experiment.renamed import current_arguments
 from experiment.runs.checkpoints import BestCheckpoint, ExactResume, StepCheckpoint, check_resume
 from experiment.runs.launch import agreed
 from experiment.runs.loggers import MetricsFile, RunLogger
@@ -143,9 +142,24 @@ class ExperimentCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
         """As Lightning's, without its warning where a caller gives the arguments: the tests and tables do."""
-        given = current_arguments(args)
         # Text that the locale could not read, but no name of a file, whose bytes must stay as they are.
-        given = [argument if _names_file(argument) else repaired(argument) for argument in given]
+        given = [argument if _names_file(argument) else repaired(argument) for argument in args]
+        try:
+            self._parse(parser, given)
+        except (ArgumentError, InputError):  # perhaps of a name of the last release
+            from experiment.renamed import accept_old_names, current_arguments
+
+            accept_old_names()
+            self._parse(parser, current_arguments(given))
+        config = self.config[self.config.subcommand]
+        # Lightning would take the checkpoint's hyperparameters over the user's flags, did it see this.
+        self.ckpt_path = config.pop("ckpt_path")
+        if config.seed_everything is True:  # Lightning would take 0
+            config.seed_everything = int(agreed("seed", _drawn_seed))
+        if not 0 <= config.seed_everything < 2**32:
+            raise InputError(f"seed_everything {config.seed_everything}: expected 0 to {2**32 - 1}, true or false")
+
+    def _parse(self, parser: LightningArgumentParser, given: list[str]) -> None:
         self.flags = {flag.removeprefix("--").partition("=")[0] for flag in given if flag.startswith("--")}
         ordered, configs = configs_first(given)
         for file in configs:
@@ -154,13 +168,6 @@ class ExperimentCLI(LightningCLI):
             self.config = parser.parse_args(ordered)
         except ValueError as error:  # of a default that jsonargparse cannot combine with what is given
             raise InputError(str(error)) from error
-        config = self.config[self.config.subcommand]
-        # Lightning would take the checkpoint's hyperparameters over the user's flags, did it see this.
-        self.ckpt_path = config.pop("ckpt_path")
-        if config.seed_everything is True:  # Lightning would take 0
-            config.seed_everything = int(agreed("seed", _drawn_seed))
-        if not 0 <= config.seed_everything < 2**32:
-            raise InputError(f"seed_everything {config.seed_everything}: expected 0 to {2**32 - 1}, true or false")
 
     # instances
 

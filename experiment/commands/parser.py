@@ -9,7 +9,6 @@ from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from experiment.errors import InputError
-from experiment.renamed import current_config
 
 WORDS = ("no", "yes", "on", "off")
 
@@ -20,9 +19,7 @@ class RepeatedKey(yaml.YAMLError):
 
 def load_yaml(text: str) -> Any:
     """As jsonargparse's loader, but a key that stands twice is an error that names its lines, and in a list no, yes, on
-    and off are words: to YAML 1.1 they are false and true, and classes of these names were lost.
-
-    Names of the last release become today's."""
+    and off are words: to YAML 1.1 they are false and true, and classes of these names were lost."""
     words = []
     nodes = [yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))]
     while nodes:
@@ -42,8 +39,7 @@ def load_yaml(text: str) -> Any:
     for word in sorted(words, key=lambda word: -word.start_mark.index):
         begin, end = word.start_mark.index, word.end_mark.index
         text = f"{text[:begin]}'{word.value}'{text[end:]}"
-    loaded = _load_yaml(text)
-    return current_config(loaded) if isinstance(loaded, dict) else loaded
+    return _load_yaml(text)
 
 
 _load_yaml = get_loader("yaml")

@@ -20,7 +20,6 @@ from lightning.pytorch import LightningModule
 
 from experiment.console import console
 from experiment.errors import InputError
-from experiment.renamed import current_checkpoint
 from experiment.runs.launch import agreed, is_child
 from experiment.sources.paths import user_path
 
@@ -275,6 +274,8 @@ def read_checkpoint(file: Path, part: Literal["all", "weights", "outline"] = "we
         else:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             if isinstance(checkpoint, dict):
+                from experiment.renamed import current_checkpoint
+
                 current_checkpoint(checkpoint)
     except pickle.UnpicklingError as error:
         raise InputError(
