@@ -15,7 +15,7 @@ from classify.pretrained import PACKAGE, resolve
 from experiment.pages.summary import read_metrics
 from experiment.progress import console
 from experiment.runs.checkpoints import BestCheckpoint
-from experiment.runs.run import read_checkpoint
+from experiment.runs.reading import read_checkpoint
 from experiment.sources.paths import write_text
 
 CARD = Path(__file__).with_name("model_card.md")

@@ -11,7 +11,7 @@ from classify.module import ReviewClassifier
 from classify.pretrained import longest_input
 from experiment.commands.cli import ExperimentCLI
 from experiment.errors import InputError
-from experiment.runs.run import CONFIG, read_checkpoint, recorded
+from experiment.runs.run import CONFIG, recorded
 
 
 class ClassifyCLI(ExperimentCLI):
@@ -35,8 +35,7 @@ class ClassifyCLI(ExperimentCLI):
             config.data.order_seed = int(config.seed_everything)
         if self.subcommand == "predict" and config.data.texts is not None and config.data.label_names is None:
             # The checkpoint knows the classes: no training data is needed to classify texts.
-            hyperparameters = read_checkpoint(self.checkpoint).get("hyper_parameters", {})
-            config.data.label_names = hyperparameters.get("label_names")
+            config.data.label_names = self.stored().get("hyper_parameters", {}).get("label_names")
 
     def instantiate_classes(self) -> None:
         try:

@@ -13,7 +13,8 @@ from classify.data import TokenizedReviews
 from classify.module import ReviewClassifier
 from classify.pretrained import load_tokenizer
 from experiment.errors import InputError
-from experiment.runs.run import CONFIG, read_checkpoint
+from experiment.runs.reading import read_checkpoint
+from experiment.runs.run import CONFIG
 from experiment.sources.paths import texts_of
 
 

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 
 COMMANDS = ("fit", "validate", "test", "predict")
 LAUNCHER = "TINYLAB_LAUNCHER"  # tells the processes that Lightning starts beside the first who that is
+# By which torchrun, SLURM, LSF, MPI, Kubeflow, or whoever starts a process on each machine, number processes.
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK",
+             "MV2_COMM_WORLD_SIZE", "RANK", "NODE_RANK")  # fmt: skip
 PULSE = 0.5  # seconds between two looks
 
 VARIABLES = {
@@ -77,6 +80,20 @@ def _set_glibc(options: dict[str, tuple[int, int]]) -> None:
     if mallopt is not None and not any(name.startswith(_FOREIGN) for name in os.environ):
         for number, value in options.values():
             mallopt(number, value)
+
+
+def leave_slurm_alone() -> None:
+    """Within a SLURM job, be one process unless srun has started it.
+
+    Lightning takes every process of a job for one of several tasks, and ends where the variables of srun are missing.
+    """
+    if "SLURM_NTASKS" in os.environ and "SLURM_STEP_ID" not in os.environ:
+        os.environ["SLURM_JOB_NAME"] = "interactive"  # by which Lightning tells such a process
+
+
+def is_alone() -> bool:
+    """Whether no launcher has started this process beside others; those that Lightning starts itself are alone, too."""
+    return not any(name in os.environ for name in LAUNCHERS)
 
 
 def end_with_launcher() -> None:

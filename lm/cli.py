@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from experiment.commands.cli import ExperimentCLI
 from experiment.errors import InputError
 from experiment.nn.lora_config import LoRAConfig
-from experiment.runs.run import read_checkpoint, recorded, run_of
+from experiment.runs.run import recorded, run_of
 from experiment.runs.throughput import Throughput
 from lm.data.module import TextDataModule
 from lm.decoding.config import GenerationConfig
@@ -76,14 +76,13 @@ class LanguageCLI(ExperimentCLI):
         if init_from is not None or model.adapter != "full":
             self._take_weights(config)
         if model.decoder.max_sequence_length is None:
-            outline = {} if self.checkpoint is None else read_checkpoint(self.checkpoint, part="outline")
-            before = outline.get("hyper_parameters", {}).get("decoder", {})
+            before = self.stored().get("hyper_parameters", {}).get("decoder", {})
             model.decoder.max_sequence_length = before.get("max_sequence_length", config.data.sequence_length)
 
     def _take_weights(self, config: Namespace) -> None:
         model, init_from, decoder = config.model, config.model.init_from, None
         if self.checkpoint is not None:
-            hyper_parameters = read_checkpoint(self.checkpoint).get("hyper_parameters", {})
+            hyper_parameters = self.stored("weights").get("hyper_parameters", {})
             with suppress(TypeError, KeyError, ValueError):
                 decoder = DecoderConfig(**hyper_parameters["decoder"])
             for name, value in hyper_parameters.get("lora", {}).items():
@@ -176,7 +175,7 @@ class LanguageCLI(ExperimentCLI):
 
     def _check_state(self) -> None:
         """Raise an InputError where a checkpoint holds the state of another optimizer."""
-        stored = {} if self.checkpoint is None else read_checkpoint(self.checkpoint, part="outline")
+        stored = self.stored()
         if not stored.get("optimizer_states"):  # an imported model has none
             return
         before = stored.get("hyper_parameters", {}).get("optimizer", {}).get("muon_learning_rate")

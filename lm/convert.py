@@ -72,7 +72,7 @@ def adapter(checkpoint: str, folder: str) -> None:
         checkpoint: The folder of a run, such as runs/lm/demo (its best checkpoint is taken), or a checkpoint in it.
         folder: Where to write; what was adapted goes into FOLDER/base, for transformers.
     """
-    from experiment.runs.find import find_checkpoint  # brings Lightning, which --help need not wait for
+    from experiment.runs.reading import find_checkpoint  # brings Lightning, which --help need not wait for
 
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

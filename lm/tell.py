@@ -18,7 +18,7 @@ from experiment.console import console
 from experiment.errors import one_line_errors
 from experiment.invocation import CommandParser
 from experiment.quiet import quiet_libraries
-from experiment.runs.find import find_checkpoint
+from experiment.runs.reading import find_checkpoint
 from experiment.sources.paths import repaired, user_path
 from lm.decoding.config import GenerationConfig
 from lm.decoding.generation import TextStream, stream

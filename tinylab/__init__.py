@@ -28,7 +28,7 @@ def load(run: str | Path) -> "LanguageModelDemo | ClassifierDemo":
     Raises:
         InputError: There is no such run, or it cannot be read.
     """
-    from experiment.runs.find import find_checkpoint, package_of
+    from experiment.runs.reading import find_checkpoint, package_of
 
     checkpoint = find_checkpoint(Path(run))
     if package_of(checkpoint) == "lm":
@@ -52,7 +52,7 @@ def evaluate(run: str | Path, *flags: str) -> dict[str, float]:
     """
     from importlib import import_module
 
-    from experiment.runs.find import find_checkpoint, package_of
+    from experiment.runs.reading import find_checkpoint, package_of
     from experiment.runs.run import CONFIG
 
     checkpoint = find_checkpoint(Path(run))

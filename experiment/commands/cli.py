@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentError, Namespace
@@ -24,18 +24,9 @@ from experiment.console import console
 from experiment.errors import InputError
 from experiment.invocation import command
 from experiment.nn.hardware import default_precision
-from experiment.runs.checkpoints import BestCheckpoint, ExactResume, StepCheckpoint, check_resume
-from experiment.runs.launch import agreed
+from experiment.runs.checkpoints import BestCheckpoint, ExactResume, StepCheckpoint
 from experiment.runs.loggers import MetricsFile, RunLogger
-from experiment.runs.run import (
-    CONFIG,
-    check_fits,
-    hold_run_dir,
-    read_checkpoint,
-    resolve_checkpoint,
-    resolve_run_dir,
-    verify_together,
-)
+from experiment.runs.run import CONFIG, agreed, hold_run_dir, resolve_run_dir
 from experiment.runs.stopping import FiniteLoss
 from experiment.sources.paths import repaired, write_text
 
@@ -175,16 +166,28 @@ class ExperimentCLI(LightningCLI):
         config = self.config[self.subcommand]
         configs = [Path(str(path)) for path in config.get("config") or []]
         self.run_dir = resolve_run_dir(self.package, self.subcommand, config.run_dir, configs, self.ckpt_path)
-        self.checkpoint = resolve_checkpoint(self.subcommand, self.run_dir, self.ckpt_path)
-        if self.checkpoint is not None:
-            verify_together(self.checkpoint)
-        if self.subcommand == "predict" and self.checkpoint is None:
+        self.checkpoint: Path | None = None
+        if self.ckpt_path is not None:
+            from experiment.runs.reading import resolve_checkpoint, verify_together
+
+            self.checkpoint = resolve_checkpoint(self.subcommand, self.run_dir, self.ckpt_path)
+            if self.checkpoint is not None:
+                verify_together(self.checkpoint)
+        elif self.subcommand == "predict":
             raise InputError("predict needs --ckpt_path: last or best of the run, or a file")
         if config.trainer.precision is None:
             config.trainer.precision = default_precision(config.trainer.accelerator)
         self.complete(config)
         self.kept_config = self.config.clone()
         self.adjust(config)
+
+    def stored(self, part: Literal["weights", "outline"] = "outline") -> dict[str, Any]:
+        """What the checkpoint holds; nothing where there is none."""
+        if self.checkpoint is None:
+            return {}
+        from experiment.runs.reading import read_checkpoint
+
+        return read_checkpoint(self.checkpoint, part)
 
     def complete(self, config: Namespace) -> None:
         """Fill in values for the run's config.yaml."""
@@ -199,6 +202,8 @@ class ExperimentCLI(LightningCLI):
         except ValueError as error:  # a configuration that a dataclass or a constructor refuses
             raise InputError("; ".join(dict.fromkeys([str(error), *self.mistakes()]))) from error
         if self.checkpoint is not None:
+            from experiment.runs.reading import check_fits
+
             check_fits(self.model, self.checkpoint)
         elif self.subcommand != "fit":
             console.print("note: no --ckpt_path was given, so the model has its initial weights")
@@ -251,7 +256,7 @@ class ExperimentCLI(LightningCLI):
         self.datamodule.prepare_data()
         self.datamodule.setup("fit")
         self.datamodule.check(self.trainer)
-        stored = {} if self.checkpoint is None else read_checkpoint(self.checkpoint, part="outline")
+        stored = self.stored()
         finished = self.checkpoint is not None and self._is_finished(stored)
         loggers = [logger for logger in self.trainer.loggers if isinstance(logger, RunLogger)]
         for logger in loggers:
@@ -278,6 +283,8 @@ class ExperimentCLI(LightningCLI):
         self.model.on_load_checkpoint(dict(stored))
         if position := stored.get(type(self.datamodule).__qualname__):
             self.datamodule.load_state_dict(position)
+        from experiment.runs.reading import check_resume
+
         limit = check_resume(self.trainer, self.model, stored, self.checkpoint)
         if limit is not None:
             steps = stored["global_step"]

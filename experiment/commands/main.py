@@ -16,8 +16,8 @@ from experiment.console import console
 from experiment.errors import InputError
 from experiment.invocation import command
 from experiment.quiet import quiet_libraries
-from experiment.runs.launch import leave_slurm_alone, waited_in_vain
 from experiment.runs.stopping import Interrupted
+from experiment.startup import leave_slurm_alone
 
 RESUME = "--ckpt_path last"
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -59,6 +59,8 @@ def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> Experime
         )
         sys.exit(2)
     except RuntimeError as error:
+        from experiment.runs.launch import waited_in_vain
+
         if debug or (line := waited_in_vain(error)) is None:
             raise
         print(f"error: {line}", file=sys.stderr)

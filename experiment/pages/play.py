@@ -44,7 +44,7 @@ def find_tabs(runs: Sequence[Path]) -> dict[str, dict[str, Path]]:
     Raises:
         InputError: A folder has no checkpoint, or one that no package knows.
     """
-    from experiment.runs.find import PACKAGES, find_checkpoint, package_of
+    from experiment.runs.reading import PACKAGES, find_checkpoint, package_of
 
     found: dict[str, dict[str, Path]] = {package: {} for package in PACKAGES.values()}
     names = [run.resolve().name for run in runs]

@@ -7,7 +7,6 @@ so that a kill at any moment leaves the last complete one there.
 import math
 import os
 import shutil
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from experiment.compat.lightning import is_accumulating, log_by_optimizer_steps
 from experiment.errors import InputError
-from experiment.runs.run import read_checkpoint
 from experiment.runs.stopping import Interrupted, check_weights, newest_checkpoint, stop_request
 from experiment.sources.paths import remove
 
@@ -70,6 +68,8 @@ class FileCheckpointIO(TorchCheckpointIO):
     where a kill leaves it. Reads what one process or several have written, checked once."""
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        from experiment.runs.reading import read_checkpoint
+
         return read_checkpoint(Path(path), part="all")
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -186,34 +186,6 @@ class BestCheckpoint(Checkpoint):
 
     def _file(self, trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / "checkpoints" / "best.ckpt"
-
-
-def check_resume(trainer: Trainer, module: LightningModule, stored: Mapping[str, Any], file: Path) -> str | None:
-    """The option by which nothing is left to train from a checkpoint on; None where something is.
-
-    Raises:
-        InputError: The checkpoint is of another optimizer.
-    """
-    try:
-        epochs = stored["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    except (KeyError, TypeError):  # an imported model
-        return None
-    groups = [len(group["params"]) for group in module.parameter_groups()]
-    states = stored.get("optimizer_states", [])
-    before = [len(group["params"]) for state in states for group in state.get("param_groups", [])]
-    if before not in ([], groups):
-        raise InputError(
-            f"{file} is of another optimizer: its groups hold {before} weights, expected {groups}; give the "
-            "options, and the version of tinylab, that it was trained with, or begin a new run"
-        )
-    loop = trainer.fit_loop
-    if 0 <= trainer.max_steps <= stored["global_step"]:
-        return f"trainer.max_steps {trainer.max_steps}"
-    if loop.max_epochs is not None and 0 <= loop.max_epochs <= epochs:
-        limit = f"trainer.max_epochs {loop.max_epochs}"
-        loop.max_epochs = epochs  # Lightning refuses a smaller one
-        return limit
-    return None
 
 
 class ExactResume(Callback):

@@ -52,15 +52,6 @@ def agreed(what: str, decide: Callable[[], str]) -> str:
     return choice
 
 
-def leave_slurm_alone() -> None:
-    """Within a SLURM job, be one process unless srun has started it.
-
-    Lightning takes every process of a job for one of several tasks, and ends where the variables of srun are missing.
-    """
-    if "SLURM_NTASKS" in os.environ and "SLURM_STEP_ID" not in os.environ:
-        os.environ["SLURM_JOB_NAME"] = "interactive"  # by which Lightning tells such a process
-
-
 def is_child() -> bool:
     """Whether Lightning has started this process beside the first of its machine, which has decided everything."""
     return _place() is None and os.environ.get("LOCAL_RANK", "0") != "0"

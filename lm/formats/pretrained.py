@@ -38,7 +38,7 @@ def load_pretrained(name: str | Path, tokenizer: str | None = None) -> tuple[Dec
         InputError: It does not exist, cannot be read, or is not expressible by our decoder.
     """
     # These bring Lightning, which --help need not wait for.
-    from experiment.runs.find import find_checkpoint
+    from experiment.runs.reading import find_checkpoint
     from experiment.runs.run import is_run, run_of
 
     path = Path(name).expanduser()
@@ -112,7 +112,7 @@ def load_checkpoint(checkpoint: str | Path, tokenizer: str | None = None) -> tup
     Raises:
         InputError: If the file is damaged or another model's, or the tokenizer is not to be found.
     """
-    from experiment.runs.find import find_checkpoint
+    from experiment.runs.reading import find_checkpoint
 
     checkpoint = Path(checkpoint).expanduser()
     checkpoint = find_checkpoint(checkpoint) if checkpoint.is_dir() else checkpoint
@@ -128,7 +128,7 @@ def load_adapted(checkpoint: Path) -> tuple[Decoder, LoRAConfig | None]:
     Raises:
         InputError: If the file is damaged or another model's, or what was adapted is not beside it.
     """
-    from experiment.runs.run import read_checkpoint
+    from experiment.runs.reading import read_checkpoint
 
     content = read_checkpoint(checkpoint)
     weights = {

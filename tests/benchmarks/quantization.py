@@ -15,7 +15,7 @@ from jsonargparse import auto_cli
 from rich.table import Table
 
 from experiment.console import console
-from experiment.runs.find import find_checkpoint
+from experiment.runs.reading import find_checkpoint
 from experiment.sources.files import load_texts
 from lm.decoding.quantization import WeightDtype, prepare_for_decoding
 from lm.formats.pretrained import load_checkpoint

@@ -3,7 +3,7 @@
 import pytest
 
 from experiment.errors import InputError
-from experiment.runs.find import find_checkpoint
+from experiment.runs.reading import find_checkpoint
 from experiment.sources.files import load_texts
 from experiment.sources.paths import existing_file, user_path
 from lm.data.tokenizer_files import load_tokenizer

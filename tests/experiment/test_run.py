@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from experiment.errors import InputError
-from experiment.runs.run import read_checkpoint, resolve_checkpoint, resolve_run_dir
+from experiment.runs.reading import read_checkpoint, resolve_checkpoint
+from experiment.runs.run import resolve_run_dir
 
 
 def make_run(folder: Path) -> Path:

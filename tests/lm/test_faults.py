@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from experiment.runs.checkpoints import BestCheckpoint
-from experiment.runs.run import read_checkpoint
+from experiment.runs.reading import read_checkpoint
 from lm.__main__ import main
 from tests.processes import Commands, Process
 from tests.runs import TINY, write_stories

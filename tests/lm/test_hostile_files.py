@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from experiment.errors import InputError
-from experiment.runs.run import check_fits, read_checkpoint
+from experiment.runs.reading import check_fits, read_checkpoint
 from lm.data.bpe import train_tokenizer
 from lm.data.demo_stories import demo_texts
 from lm.data.module import TextDataModule

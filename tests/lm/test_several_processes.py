@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiment.runs.run import read_checkpoint
+from experiment.runs.reading import read_checkpoint
 from lm.__main__ import main
 from lm.convert import main as convert
 from tests.processes import Commands

@@ -1,0 +1,232 @@
+"""Checkpoints: which one is meant, whether it fits, and what it holds, read without running code."""
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from experiment.console import console
+from experiment.errors import InputError
+from experiment.renamed import current_checkpoint
+from experiment.runs.launch import agreed, is_child
+from experiment.sources.paths import user_path
+
+PACKAGES = {"decoder": "lm", "adapter": "classify"}  # by a hyperparameter that only this package's checkpoints have
+_verified: set[tuple[Path, int]] = set()  # checkpoints, as they were written at that time
+
+
+def resolve_checkpoint(subcommand: str, run_dir: Path, ckpt_path: str) -> Path | None:
+    """The checkpoint file that ``--ckpt_path`` means; ``last`` and ``best`` are those of the run's own folder.
+
+    A copy of a run may lack the link last.ckpt: the newest whole checkpoint stands in for it. A training that is
+    resumed from ``last`` before anything was saved starts at the beginning, so that the same command works whenever a
+    machine was taken away.
+
+    Raises:
+        InputError: There is no such file, or none that is whole.
+    """
+    named = ckpt_path in ("last", "best")
+    file = run_dir / "checkpoints" / f"{ckpt_path}.ckpt" if named else user_path(ckpt_path)
+    if is_checkpoint(file):
+        return file
+    there = sorted(path.name for path in file.parent.glob("*.ckpt"))
+    if ckpt_path == "last" and (newest := newest_checkpoint(file.parent)):
+        console.print(f"note: {file} is not there; {newest.name} is the newest whole checkpoint")
+        return newest
+    if subcommand == "fit" and ckpt_path == "last" and not there:
+        return None
+    raise InputError(
+        f"ckpt_path {ckpt_path}: there is no file {file}; expected last, best or a path"
+        + (f" (that folder holds {', '.join(there)})" if there else "")
+    )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the highest step among those of fit in a folder that can be read."""
+    steps = {}
+    # Names have the steps in order, so that only one of them is read, and the best, which may be newer.
+    for pattern in ("step-*.ckpt", "best.ckpt"):
+        for file in sorted(folder.glob(pattern), reverse=True):
+            with suppress(InputError):
+                steps[file] = read_checkpoint(file, part="outline").get("global_step", 0)
+                break
+    return max(steps, key=steps.__getitem__, default=None)
+
+
+def find_checkpoint(run: Path) -> Path:
+    """The best checkpoint of a run's folder, or the last; a file is itself.
+
+    Raises:
+        InputError: There is none.
+    """
+    if is_checkpoint(run):
+        return run
+    if not run.exists():
+        raise InputError(f"run {run} does not exist: expected the folder of a run that fit has written, or a file")
+    for name in ("best.ckpt", "last.ckpt"):
+        if is_checkpoint(run / "checkpoints" / name):
+            return run / "checkpoints" / name
+    if newest := newest_checkpoint(run / "checkpoints"):
+        return newest
+    raise InputError(f"run {run} holds no checkpoint: expected the folder of a run that fit has written, or a file")
+
+
+def _sharding() -> ModuleType:
+    """What reads the folders that several processes write: other checkpoints do not need it."""
+    from experiment.runs import sharding
+
+    return sharding
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether there is a file, or the folder that several processes write together."""
+    return path.is_file() or (path.is_dir() and _sharding().is_sharded(path))
+
+
+def verify(file: Path) -> None:
+    """Check that a checkpoint holds what was written. A process reads it whole for that once; one that Lightning has
+    started leaves it to the first.
+
+    Raises:
+        ValueError: It is damaged; and what the reader of zip files raises.
+    """
+    key = _as_written(file)
+    if key in _verified or is_child():
+        return
+    if file.is_dir():
+        _sharding().verify(file)
+    else:
+        with zipfile.ZipFile(file) as archive:
+            if damaged := archive.testzip():  # torch does not look at the checksums it writes
+                raise ValueError(f"{damaged} is damaged")
+    _verified.add(key)
+
+
+def verify_together(file: Path) -> None:
+    """`verify` in the first of the processes of a launch, for all of them.
+
+    Raises:
+        InputError: As `read_checkpoint`.
+    """
+
+    def look() -> str:
+        read_checkpoint(file, part="outline")
+        return "whole"
+
+    agreed("checkpoint", look)
+    _verified.add(_as_written(file))
+
+
+def _as_written(file: Path) -> tuple[Path, int]:
+    parts = [file, *file.iterdir()] if file.is_dir() else [file]
+    return file.resolve(), max(part.stat().st_mtime_ns for part in parts)
+
+
+def read_checkpoint(file: Path, part: Literal["all", "weights", "outline"] = "weights") -> dict[str, Any]:
+    """A Lightning checkpoint, mapped into memory; nothing but tensors and plain values is ever unpickled.
+
+    Args:
+        file: The file, or the folder that several processes have written.
+        part: How much of a folder is read: ``weights`` leaves the optimizers' states empty, ``outline`` gives the
+            shapes of the weights alone, as tensors on the meta device. Of a file it is always all.
+
+    Raises:
+        InputError: The file is missing or truncated, is no checkpoint, or would have to run code to be loaded.
+    """
+    if not is_checkpoint(file):
+        raise InputError(f"there is no checkpoint {file}: expected a file that fit has written")
+    try:
+        verify(file)
+        if file.is_dir():
+            checkpoint = _sharding().read(file, part)
+        else:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            if isinstance(checkpoint, dict):
+                current_checkpoint(checkpoint)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"ckpt_path {file} is refused: it is no checkpoint, or holds objects that would run code when loaded; "
+            "expected a file that fit has written"
+        ) from error
+    except Exception as error:  # what a damaged file makes the readers of zip and pickle raise has no bounds
+        others = sorted(other.name for other in file.parent.glob("*.ckpt") if other.resolve() != file.resolve())
+        raise InputError(
+            f"ckpt_path {file} cannot be read: it is truncated or no checkpoint; take another one"
+            + (f" ({', '.join(others)})" if others else " of that run")
+        ) from error
+    weights = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
+        raise InputError(
+            f"ckpt_path {file} is no Lightning checkpoint (no state_dict): expected a file that fit has written"
+        )
+    if not isinstance(checkpoint.get("global_step", 0), int):
+        raise InputError(f"ckpt_path {file} is no Lightning checkpoint: its global_step is no number of steps")
+    return checkpoint
+
+
+def package_of(file: Path) -> str:
+    """The package whose `fit` has written a checkpoint: lm or classify.
+
+    Raises:
+        InputError: The file cannot be read, or is of neither.
+    """
+    hyperparameters = read_checkpoint(file, part="outline").get("hyper_parameters", {})
+    package = next((package for key, package in PACKAGES.items() if key in hyperparameters), None)
+    if package is None:
+        raise InputError(f"{file} is not a checkpoint of lm or classify: expected one that fit has written")
+    return package
+
+
+def check_fits(module: LightningModule, file: Path) -> None:
+    """Check that a checkpoint is one of this model before anything is changed.
+
+    Raises:
+        InputError: A weight is missing, left over, or of another shape.
+    """
+    stored = read_checkpoint(file, part="outline")["state_dict"]
+    expected = module.state_dict()
+    cure = "use the configuration and the tokenizer it was trained with (config.yaml in its run's folder)"
+    for name, weight in expected.items():
+        if name not in stored:
+            raise InputError(f"ckpt_path {file} is of another architecture: it has no {name}; {cure}")
+        if stored[name].shape != weight.shape:
+            raise InputError(
+                f"ckpt_path {file} is of another architecture: {name} is {tuple(stored[name].shape)}, "
+                f"expected {tuple(weight.shape)}; {cure}"
+            )
+    if left := [name for name in stored if name not in expected]:
+        raise InputError(f"ckpt_path {file} is of another architecture: this model has no {left[0]}; {cure}")
+
+
+def check_resume(trainer: Trainer, module: LightningModule, stored: Mapping[str, Any], file: Path) -> str | None:
+    """The option by which nothing is left to train from a checkpoint on; None where something is.
+
+    Raises:
+        InputError: The checkpoint is of another optimizer.
+    """
+    try:
+        epochs = stored["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    except (KeyError, TypeError):  # an imported model
+        return None
+    groups = [len(group["params"]) for group in module.parameter_groups()]
+    states = stored.get("optimizer_states", [])
+    before = [len(group["params"]) for state in states for group in state.get("param_groups", [])]
+    if before not in ([], groups):
+        raise InputError(
+            f"{file} is of another optimizer: its groups hold {before} weights, expected {groups}; give the "
+            "options, and the version of tinylab, that it was trained with, or begin a new run"
+        )
+    loop = trainer.fit_loop
+    if 0 <= trainer.max_steps <= stored["global_step"]:
+        return f"trainer.max_steps {trainer.max_steps}"
+    if loop.max_epochs is not None and 0 <= loop.max_epochs <= epochs:
+        limit = f"trainer.max_epochs {loop.max_epochs}"
+        loop.max_epochs = epochs  # Lightning refuses a smaller one
+        return limit
+    return None
