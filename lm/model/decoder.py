@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from experiment.nn.attention import attention
 from lm.model.config import DecoderConfig
-from lm.model.functional import Span, attend_one, rms_norm, split_and_rotate, story_span, swiglu
+from lm.model.functional import Span, rms_norm, split_and_rotate, story_span, swiglu
 
 if TYPE_CHECKING:
     from lm.model.kv_cache import KeyValueCache
@@ -105,17 +105,12 @@ class Attention(nn.Module):
         query, key, value = split_and_rotate(qkv, self.num_heads, self.num_kv_heads, cos, sin)
         if self.value_shares is not None:
             value = value * self.value_shares[0] + first_value * self.value_shares[1]
-        mask, causal = (None, True) if span is None else (span.mask, span.causal)
         if cache is None:
-            key, values = key.transpose(1, 2), value.transpose(1, 2)
+            mask, causal = (None, True) if span is None else (span.mask, span.causal)
+            mixed = attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, causal)
         else:
-            key, values = cache.write(layer, span, key, value)
-        query = query.transpose(1, 2)
-        if mask is not None and x.shape[1] == 1 and (x.device.type == "cpu" or torch.compiler.is_compiling()):
-            mixed = attend_one(query, key, values, mask)
-        else:
-            mixed = attention(query, key, values, mask, causal)  # (B, heads, T, head_dim)
-        return self.out(mixed.transpose(1, 2).flatten(2)), value
+            mixed = cache.attend(layer, span, query, key, value)
+        return self.out(mixed.transpose(1, 2).flatten(2)), value  # mixed is (B, heads, T, head_dim)
 
 
 class SwiGLU(nn.Module):

@@ -56,29 +56,6 @@ def split_and_rotate(
     return _call(_SplitAndRotate, qkv, (num_heads, num_kv_heads, num_kv_heads), cos, sin)
 
 
-def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Attention of one token a row, on a CPU or in compiled code.
-
-    On a CPU, `scaled_dot_product_attention` has more overhead than work for one row, and with a mask takes three times
-    as long as plain products for many; on a GPU, torch.compile fuses the sums.
-
-    Args:
-        query: (B, heads, 1, head_dim).
-        key: (B, kv_heads, S, head_dim).
-        value: As key.
-        mask: (B, 1, 1, S), True where the token may look.
-
-    Returns:
-        (B, heads, 1, head_dim).
-    """
-    grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1)) * query.shape[-1] ** -0.5  # (B, kv_heads, group, D)
-    sums = len(query) == 1 or query.is_cuda  # which torch.compile fuses
-    scores = (grouped.unsqueeze(3) * key.unsqueeze(2)).sum(-1) if sums else grouped @ key.mT
-    probs = scores.masked_fill(~mask, -torch.inf).softmax(-1)  # (B, kv_heads, group, S)
-    mixed = (probs.unsqueeze(-1) * value.unsqueeze(2)).sum(-2) if sums else probs @ value
-    return mixed.flatten(1, 2).unsqueeze(2)
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
     """Turn the pairs of x (B, T, heads, head_dim) by tables (1 or B, T, 1, head_dim) of `rotary_tables`."""
     half = x.shape[-1] // 2

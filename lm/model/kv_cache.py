@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from experiment.compat.torch import mark_dynamic, maybe_mark_dynamic
+from experiment.nn.attention import attention
 from lm.model.config import DecoderConfig
 from lm.model.functional import Span
 
@@ -132,6 +133,15 @@ class KeyValueCache:
         keys, values = self._layers[layer]
         return keys[:, :, : span.visible], values[:, :, : span.visible]
 
+    def attend(self, layer: int, span: CacheSpan, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Store key and value (B, T, kv_heads, head_dim), and let query (B, T, heads, head_dim) look at what the span
+        lets it see: (B, heads, T, head_dim)."""
+        keys, values = self.write(layer, span, key, value)
+        query = query.transpose(1, 2)
+        if span.mask is not None and query.shape[2] == 1 and (query.device.type == "cpu" or torch.compiler.is_compiling()):
+            return attend_one(query, keys, values, span.mask)
+        return attention(query, keys, values, span.mask, span.causal)
+
     def clear(self) -> None:
         """Forget all tokens."""
         self.lengths.zero_()
@@ -183,3 +193,26 @@ class KeyValueCache:
         self._layers = [[stored.index_select(0, index) for stored in layer] for layer in self._layers]
         self.lengths = self.lengths.index_select(0, index)
         self._lengths = [self._lengths[row] for row in rows]
+
+
+def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Attention of one token a row, on a CPU or in compiled code.
+
+    On a CPU, `scaled_dot_product_attention` has more overhead than work for one row, and with a mask takes three times
+    as long as plain products for many; on a GPU, torch.compile fuses the sums.
+
+    Args:
+        query: (B, heads, 1, head_dim).
+        key: (B, kv_heads, S, head_dim).
+        value: As key.
+        mask: (B, 1, 1, S), True where the token may look.
+
+    Returns:
+        (B, heads, 1, head_dim).
+    """
+    grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1)) * query.shape[-1] ** -0.5  # (B, kv_heads, group, D)
+    sums = len(query) == 1 or query.is_cuda  # which torch.compile fuses
+    scores = (grouped.unsqueeze(3) * key.unsqueeze(2)).sum(-1) if sums else grouped @ key.mT
+    probs = scores.masked_fill(~mask, -torch.inf).softmax(-1)  # (B, kv_heads, group, S)
+    mixed = (probs.unsqueeze(-1) * value.unsqueeze(2)).sum(-2) if sums else probs @ value
+    return mixed.flatten(1, 2).unsqueeze(2)
