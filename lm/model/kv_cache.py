@@ -138,7 +138,8 @@ class KeyValueCache:
         lets it see: (B, heads, T, head_dim)."""
         keys, values = self.write(layer, span, key, value)
         query = query.transpose(1, 2)
-        if span.mask is not None and query.shape[2] == 1 and (query.device.type == "cpu" or torch.compiler.is_compiling()):
+        by_hand = query.device.type == "cpu" or torch.compiler.is_compiling()
+        if by_hand and span.mask is not None and query.shape[2] == 1:
             return attend_one(query, keys, values, span.mask)
         return attention(query, keys, values, span.mask, span.causal)
 
