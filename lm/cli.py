@@ -20,7 +20,7 @@ from experiment.runs.throughput import Throughput
 from lm.data.module import TextDataModule
 from lm.decoding.config import GenerationConfig
 from lm.model.config import DecoderConfig, Variant
-from lm.training.callbacks import FirstValidation, Perplexity, Samples
+from lm.training.callbacks import FirstValidation, Samples
 from lm.training.module import LanguageModel
 from lm.training.optim import OptimizerConfig
 
@@ -41,8 +41,7 @@ class LanguageCLI(ExperimentCLI):
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
         self.first_validation = FirstValidation()
-        callbacks = [Perplexity(), Throughput(), self.first_validation]
-        super().__init__(LanguageModel, TextDataModule, callbacks, args)
+        super().__init__(LanguageModel, TextDataModule, [Throughput(), self.first_validation], args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)

@@ -88,8 +88,8 @@ def test_training_loads_no_optional_part() -> None:
     found = loaded("lm.__main__", "lm.cli")
     surplus = {name for name in found if name.startswith(OPTIONAL)} - {"lm.decoding.config"}
     assert not surplus
-    assert len(found) <= 45
-    assert sum(found.values()) <= 5800
+    assert len(found) <= 30
+    assert sum(found.values()) <= 4500
 
 
 @pytest.mark.slow

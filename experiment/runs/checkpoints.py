@@ -24,43 +24,39 @@ from experiment.runs.stopping import Interrupted, check_weights, newest_checkpoi
 from experiment.sources.paths import remove
 
 
-def save_atomically(trainer: Trainer, file: Path, weights_only: bool = False) -> None:
+def save_atomically(trainer: Trainer, file: Path) -> None:
     """Write a checkpoint to ``file`` whole or not at all. Call it in all processes.
 
     Raises:
         InputError: It cannot be written; what lay there before is left as it was.
     """
-    with trainer.lightning_module.stopwatch:
-        _save(trainer, file, weights_only)
-
-
-def _save(trainer: Trainer, file: Path, weights_only: bool) -> None:
-    check_weights(trainer)
     partial = file.with_name(f"{file.name}.partial")
-    try:
-        trainer.save_checkpoint(partial, weights_only)
-        if trainer.is_global_zero:
-            if partial.is_dir():
-                from experiment.runs.sharding import put_folder
+    with trainer.lightning_module.stopwatch:
+        check_weights(trainer)
+        try:
+            trainer.save_checkpoint(partial)
+            if trainer.is_global_zero:
+                if partial.is_dir():
+                    from experiment.runs.sharding import put_folder
 
-                put_folder(partial, file, trainer.global_step)
-            else:
-                with partial.open("r+b") as stream:
-                    os.fsync(stream.fileno())  # else a machine that loses power has the new name and not the content
-                if file.is_dir() and not file.is_symlink():  # of several processes
-                    remove(file)
-                partial.replace(file)
-    except Exception as error:
-        with suppress(OSError):
-            remove(partial)
-        # torch reports a full disk as a RuntimeError of its writer; any other, such as a lack of memory, is not that.
-        if not isinstance(error, OSError) and "inline_container" not in str(error):
-            raise
-        cause = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"{file} cannot be written ({cause}): free space, or copy the run's folder elsewhere, and continue with "
-            f"--ckpt_path last; {newest_checkpoint(trainer)}"
-        ) from error
+                    put_folder(partial, file, trainer.global_step)
+                else:
+                    with partial.open("r+b") as stream:
+                        os.fsync(stream.fileno())  # else a machine that loses power has the new name and no content
+                    if file.is_dir() and not file.is_symlink():  # of several processes
+                        remove(file)
+                    partial.replace(file)
+        except Exception as error:
+            with suppress(OSError):
+                remove(partial)
+            # torch reports a full disk as a RuntimeError of its writer; any other, such as a lack of memory, is not.
+            if not isinstance(error, OSError) and "inline_container" not in str(error):
+                raise
+            cause = getattr(error, "strerror", None) or error
+            raise InputError(
+                f"{file} cannot be written ({cause}): free space, or copy the run's folder elsewhere, and continue "
+                f"with --ckpt_path last; {newest_checkpoint(trainer)}"
+            ) from error
 
 
 class FileCheckpointIO(TorchCheckpointIO):

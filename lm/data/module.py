@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lm.data.tokenizer import StoryTokenizer
 
 Evaluation = Literal["full", "first_window"]
+_note = rank_zero_only(console.print)
 FORMAT = 3  # of the cached folders; raise it when their content changes
 
 
@@ -141,7 +142,8 @@ class TextDataModule(ResumableDataModule):
         """How far streamed training has come."""
         from lm.data.streaming import StreamProgress
 
-        return StreamProgress()
+        cut = ("num_workers", "batch_size", "sequence_length", "packing")
+        return StreamProgress({name: getattr(self, name) for name in cut})
 
     @property
     def num_workers(self) -> int:
@@ -227,38 +229,22 @@ class TextDataModule(ResumableDataModule):
     def _stream(self) -> DataLoader:
         from lm.data.streaming import StoryStream, unchanged
 
-        stream = StoryStream(
-            self.path,
-            self.tokenizer,
-            self.sequence_length,
-            self.batch_size,
-            self.packing,
-            self.seed,
-            *rank_and_processes(),
-            self.stream_progress,
-            self.revision,
-            self.document_mask,
-        )
+        options = (self.sequence_length, self.batch_size, self.packing, self.seed, *rank_and_processes())
+        own = {"progress": self.stream_progress, "revision": self.revision, "with_positions": self.document_mask}
+        stream = StoryStream(self.path, self.tokenizer, *options, **own)
         return self.device_loader(stream, num_workers=self.num_workers, collate_fn=unchanged)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return self.stream_progress.begin(batch) if "position" in batch else batch
 
     def state_dict(self) -> dict[str, Any]:
-        if not self.streaming:
-            return super().state_dict()
-        state = self.stream_progress.state_of_processes(self.trainer)
-        return state | {"num_workers": self.num_workers, **self._cut()}
-
-    def _cut(self) -> dict[str, Any]:
-        """What decides how a stream is cut into batches."""
-        return {name: getattr(self, name) for name in ("batch_size", "sequence_length", "packing")}
+        return self.stream_progress.state_of_processes(self.trainer) if self.streaming else super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if not self.streaming:
-            super().load_state_dict(state_dict)
+        if self.streaming:
+            self.stream_progress.load_state_of_processes(state_dict, self.trainer)
         else:
-            self.stream_progress.load_state_of_processes(state_dict, self.trainer, self.num_workers, self._cut())
+            super().load_state_dict(state_dict)
 
     @cached_property
     def _second(self) -> "TextDataModule | None":
@@ -301,11 +287,6 @@ class TextDataModule(ResumableDataModule):
     def _loader(self, data: Dataset, sampler: EpochBatchSampler) -> DataLoader:
         workers = self.num_workers
         return self.device_loader(data, sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
-
-
-@rank_zero_only
-def _note(note: str) -> None:
-    console.print(note)
 
 
 def _in_batches(order: np.ndarray, size: int) -> list[np.ndarray]:

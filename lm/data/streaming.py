@@ -5,9 +5,10 @@ order within each block. A reader is one worker of one process; each has its own
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -135,9 +136,14 @@ class StoryStream(IterableDataset):
 
 
 class StreamProgress:
-    """How far the readers of this process have come, by the batches that were trained on."""
+    """How far the readers of this process have come, by the batches that were trained on.
 
-    def __init__(self) -> None:
+    Args:
+        cut: Options of data that decide how the stream is cut into batches, with which alone it can be resumed.
+    """
+
+    def __init__(self, cut: Mapping[str, Any] = MappingProxyType({})) -> None:
+        self.cut = cut
         self.positions: dict[int, Position] = {}
         self.batches = 0  # done
         self._begun: tuple[int, Position] | None = None
@@ -171,11 +177,9 @@ class StreamProgress:
         processes = [state] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(processes, state)
-        return {"processes": processes}
+        return {"processes": processes, **self.cut}
 
-    def load_state_of_processes(
-        self, state: dict[str, Any], trainer: Trainer, num_workers: int, cut: dict[str, Any]
-    ) -> None:
+    def load_state_of_processes(self, state: dict[str, Any], trainer: Trainer) -> None:
         """Resume from a checkpoint's state.
 
         Raises:
@@ -183,13 +187,12 @@ class StreamProgress:
         """
         if "processes" not in state:
             raise InputError("this run has not streamed its data: resume it with --data.streaming false")
-        found = len(state["processes"]), state["num_workers"]
-        if found != (trainer.world_size, num_workers):
+        if (found := len(state["processes"])) != trainer.world_size:
             raise InputError(
-                f"this run has streamed with {found[0]} processes and data.num_workers {found[1]}: resume it with as "
-                "many, since each has its own share of the stories"
+                f"this run has streamed with {found} processes: resume it with as many, since each has its own share "
+                "of the stories"
             )
-        for name, now in cut.items():
+        for name, now in self.cut.items():
             if (before := state.get(name, now)) != now:
                 raise InputError(
                     f"data.{name} {now}: this run has streamed with {before}, on which its place depends; "

@@ -1,4 +1,4 @@
-"""Callbacks: perplexity, sample stories."""
+"""Callbacks: a validation before the first step, and sample stories."""
 
 import json
 from collections.abc import Sequence
@@ -17,31 +17,13 @@ from experiment.compat.lightning import validate_within_fit
 from experiment.console import console
 from experiment.errors import InputError
 from experiment.runs.loggers import RunLogger
-from experiment.sources.paths import repaired
+from experiment.sources.paths import repaired, write_text
 from lm.decoding.config import GenerationConfig
 
 if TYPE_CHECKING:
     from lm.data.tokenizer import StoryTokenizer
 
 PROMPTS = ("Once upon a time", "One day, a little girl named", "Tom had a red ball.")
-
-
-class Perplexity(Callback):
-    """Logs perplexity and bits per byte of a whole split, from the module's token sums."""
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log("val", pl_module)
-        if isinstance(trainer.val_dataloaders, list):  # data.second_path
-            for name, value in pl_module.second_sums.compute().items():
-                pl_module.log(f"val/second_{name}", value)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log("test", pl_module)
-
-    def _log(self, split: str, pl_module: LightningModule) -> None:
-        figures = pl_module.sums.compute()
-        pl_module.log(f"{split}/perplexity", figures["perplexity"], prog_bar=split == "val")
-        pl_module.log(f"{split}/bits_per_byte", figures["bits_per_byte"])
 
 
 class FirstValidation(Callback):
@@ -99,14 +81,9 @@ class Samples(Callback):
     def _rewind(self, file: Path, step: int) -> None:
         """Drop what a killed run wrote after the checkpoint that this run resumes from."""
         if file.exists():
-            lines = [
-                line
-                for line in file.read_text(errors="replace", encoding="utf-8").split("\n")
-                if _step_of(line) <= step
-            ]
-            partial = file.with_suffix(".partial")
-            partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            partial.replace(file)
+            text = file.read_text(errors="replace", encoding="utf-8")
+            lines = [line for line in text.split("\n") if _step_of(line) <= step]
+            write_text(file, "".join(f"{line}\n" for line in lines))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -120,16 +97,14 @@ class Samples(Callback):
 
     def generate(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """Continue the prompts with the model as it is."""
-        from lm.decoding.generation import generate
+        from lm.training.predictions import continue_prompts
 
-        tokenizer = trainer.datamodule.tokenizer
-        prompts = [tokenizer.encode_prompt(prompt) for prompt in self.prompts]
+        tokenizer = pl_module.tokenizer
+        batch = {"prompts": self.prompts, "input_ids": [tokenizer.encode_prompt(prompt) for prompt in self.prompts]}
         divided = isinstance(pl_module.decoder, FSDPModule)
         with trainer.precision_plugin.forward_context() if divided else nullcontext():  # they come in its type
-            results = generate(
-                pl_module.plain_decoder, prompts, self.config, eos_id=tokenizer.eos_id, decode=tokenizer.decode
-            )
-        return [tokenizer.decode(prompt + result.token_ids) for prompt, result in zip(prompts, results, strict=True)]
+            stories = continue_prompts(pl_module.plain_decoder, batch, self.config, tokenizer)
+        return [story["text"] for story in stories]
 
     @rank_zero_only
     def write(self, stories: Sequence[str], trainer: Trainer) -> None:

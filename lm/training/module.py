@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from lm.model.config import DecoderConfig, Variant
 from lm.model.decoder import Decoder
 from lm.model.loss import has_plain_head, summed_loss, token_losses
 from lm.training.optim import OptimizerConfig, learning_rate_factor, make_optimizer
+
+if TYPE_CHECKING:
+    from lm.data.tokenizer import StoryTokenizer
 
 Batch = dict[str, Tensor]
 Adapter = Literal["full", "lora", "peft"]
@@ -145,6 +148,7 @@ class LanguageModel(StepModule):
         with torch.device("cpu"):  # also where the decoder is made on none
             self.sums = TokenSums()
             self.second_sums = TokenSums()  # of data.second_path
+        self.tokenizer: StoryTokenizer | None = None  # of the data, for decoding
         self.on_token: Callable[[int, int], None] | None = None  # sees (row, token id) while a story is written
 
     @property
@@ -184,6 +188,9 @@ class LanguageModel(StepModule):
         multiplied = [weight for weight in self.decoder.parameters() if weight is not looked_up]
         products = sum((6 if weight.requires_grad else 4) * weight.numel() for weight in multiplied)
         return products + 12 * config.num_layers * config.hidden_size * length
+
+    def setup(self, stage: str) -> None:
+        self.tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)
 
     # training
 
@@ -278,10 +285,16 @@ class LanguageModel(StepModule):
         self._evaluate(batch, self.sums)
 
     def on_validation_epoch_end(self) -> None:
-        self.log("val/loss", self.sums.compute()["loss"], prog_bar=True)
+        self.log_sums("val/", self.sums)
+        if isinstance(self.trainer.val_dataloaders, list):  # data.second_path
+            self.log_sums("val/second_", self.second_sums)
 
     def on_test_epoch_end(self) -> None:
-        self.log("test/loss", self.sums.compute()["loss"])
+        self.log_sums("test/", self.sums)
+
+    def log_sums(self, prefix: str, sums: TokenSums) -> None:
+        for name, value in sums.compute().items():
+            self.log(f"{prefix}{name}", value, prog_bar=f"{prefix}{name}" in ("val/loss", "val/perplexity"))
 
     # decoding
 
@@ -290,29 +303,8 @@ class LanguageModel(StepModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Continue each prompt of the batch: a list of ``prompt``, ``text``, ``tokens`` and ``finish_reason``."""
-        from lm.decoding.compilation import CompilationError
-        from lm.decoding.generation import generate
+        from lm.training.predictions import continue_prompts
 
-        tokenizer = self.trainer.datamodule.tokenizer
         # In the weights' precision: in bfloat16 a story would depend on its batch.
         with torch.autocast(self.device.type, enabled=False):
-            try:
-                results = generate(
-                    self._decoding,
-                    batch["input_ids"],
-                    self.generation,
-                    eos_id=tokenizer.eos_id,
-                    decode=tokenizer.decode,
-                    on_token=self.on_token,
-                )
-            except CompilationError as error:
-                raise InputError(str(error)) from error
-        return [
-            {
-                "prompt": prompt,
-                "text": tokenizer.decode(prompt_ids + result.token_ids),
-                "tokens": len(result.token_ids),
-                "finish_reason": result.finish_reason,
-            }
-            for prompt, prompt_ids, result in zip(batch["prompts"], batch["input_ids"], results, strict=True)
-        ]
+            return continue_prompts(self._decoding, batch, self.generation, self.tokenizer, self.on_token)

@@ -1,7 +1,7 @@
 """What `predict` leaves: the stories, in a file and on the terminal."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,39 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from experiment.console import console
 from experiment.errors import InputError
-from lm.decoding.generation import TextStream
+from lm.data.tokenizer import StoryTokenizer
+from lm.decoding.compilation import CompilationError
+from lm.decoding.config import GenerationConfig
+from lm.decoding.generation import TextStream, generate
+from lm.model.decoder import Decoder
+
+
+def continue_prompts(
+    decoder: Decoder,
+    batch: dict[str, Any],
+    config: GenerationConfig,
+    tokenizer: StoryTokenizer,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """The stories of a batch of `PromptBatches`: ``prompt``, ``text``, ``tokens`` and ``finish_reason`` of each.
+
+    Raises:
+        InputError: They cannot be decoded as configured.
+    """
+    ids = batch["input_ids"]
+    try:
+        results = generate(decoder, ids, config, tokenizer.eos_id, tokenizer.decode, on_token)
+    except CompilationError as error:
+        raise InputError(str(error)) from error
+    return [
+        {
+            "prompt": prompt,
+            "text": tokenizer.decode(prompt_ids + result.token_ids),
+            "tokens": len(result.token_ids),
+            "finish_reason": result.finish_reason,
+        }
+        for prompt, prompt_ids, result in zip(batch["prompts"], ids, results, strict=True)
+    ]
 
 
 class Predictions(BasePredictionWriter):
@@ -25,8 +57,8 @@ class Predictions(BasePredictionWriter):
         self.stream = stream
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data, context = trainer.datamodule, pl_module.decoder.config.max_sequence_length
-        for batch in data.predict_dataloader():
+        context = pl_module.decoder.config.max_sequence_length
+        for batch in trainer.datamodule.predict_dataloader():
             for prompt, ids in zip(batch["prompts"], batch["input_ids"], strict=True):
                 if len(ids) > context and not pl_module.generation.sliding_window:
                     shown = prompt if len(prompt) <= 40 else f"{prompt[:40]}…"
@@ -47,7 +79,7 @@ class Predictions(BasePredictionWriter):
     ) -> None:
         pl_module.on_token = None
         if self.stream and console.is_terminal:
-            self._text = TextStream(trainer.datamodule.tokenizer.decode, batch["input_ids"][0])
+            self._text = TextStream(pl_module.tokenizer.decode, batch["input_ids"][0])
             console.print(self._text.text, end="")
             pl_module.on_token = self._show
 

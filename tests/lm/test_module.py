@@ -11,7 +11,6 @@ from lightning.pytorch import Trainer
 
 from lm.data.module import TextDataModule
 from lm.model.config import DecoderConfig
-from lm.training.callbacks import Perplexity
 from lm.training.module import LanguageModel, TokenSums
 from lm.training.optim import OptimizerConfig, learning_rate_factor, parameter_groups
 from tests.windows import unpacked
@@ -69,7 +68,7 @@ def test_report_perplexity_equals_a_direct_sum_for_every_batch_size(
 ) -> None:
     data = stories(tmp_path, eval_batch_size=batch_size, packing=packing, evaluation="first_window")
     model = language_model(data)
-    figures = trainer(callbacks=[Perplexity()]).validate(model, data, verbose=False)[0]
+    figures = trainer().validate(model, data, verbose=False)[0]
     expected = direct_figures(model, data, limit=16)
     assert figures["val/loss"] == pytest.approx(expected["val/loss"], abs=1e-6)
     assert figures["val/bits_per_byte"] == pytest.approx(expected["val/bits_per_byte"], abs=1e-6)
@@ -81,7 +80,7 @@ def test_full_perplexity_equals_a_direct_sum_where_no_story_needs_a_window(tmp_p
     data = stories(tmp_path, eval_batch_size=batch_size)
     data.sequence_length = 128
     model = language_model(data)
-    figures = trainer(callbacks=[Perplexity()]).validate(model, data, verbose=False)[0]
+    figures = trainer().validate(model, data, verbose=False)[0]
     expected = direct_figures(model, data)
     assert figures["val/loss"] == pytest.approx(expected["val/loss"], abs=1e-6)
     assert figures["val/bits_per_byte"] == pytest.approx(expected["val/bits_per_byte"], abs=1e-6)
