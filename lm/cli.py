@@ -1,8 +1,7 @@
 """The language model's command line: what ``tinylab lm`` runs."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -73,36 +72,14 @@ class LanguageCLI(ExperimentCLI):
         wanted = config.validate_first
         self.first_validation.wanted = init_from is not None if wanted is None else wanted
         if init_from is not None or model.adapter != "full":
-            self._take_weights(config)
+            from lm.formats.pretrained import take_shape
+
+            if init_from is None and self._base is None:
+                raise InputError(f"model.adapter {model.adapter}: there is nothing to adapt; give --model.init_from")
+            take_shape(config, self.flags, self.stored("weights"))
         if model.decoder.max_sequence_length is None:
             before = self.stored().get("hyper_parameters", {}).get("decoder", {})
             model.decoder.max_sequence_length = before.get("max_sequence_length", config.data.sequence_length)
-
-    def _take_weights(self, config: Namespace) -> None:
-        model, init_from, decoder = config.model, config.model.init_from, None
-        if self.checkpoint is not None:
-            hyper_parameters = self.stored("weights").get("hyper_parameters", {})
-            with suppress(TypeError, KeyError, ValueError):
-                decoder = DecoderConfig(**hyper_parameters["decoder"])
-            for name, value in hyper_parameters.get("lora", {}).items():
-                if f"model.lora.{name}" not in self.flags and name != "lora_dropout":
-                    config[f"model.lora.{name}"] = value
-        elif init_from is not None:
-            from lm.formats.pretrained import load_pretrained
-
-            source, _, tokenizer = load_pretrained(init_from)
-            decoder = source.config
-            if "data.tokenizer" not in self.flags:
-                config.data.tokenizer = tokenizer
-        if init_from is None and self._base is None:
-            raise InputError(f"model.adapter {model.adapter}: there is nothing to adapt; give --model.init_from")
-        for name, value in ({} if decoder is None else asdict(decoder)).items():
-            flag = f"model.decoder.{name}"
-            if name in ("vocab_size", "dropout") or (name == "max_sequence_length" and flag in self.flags):
-                continue
-            if flag in self.flags and config[flag] != value:
-                raise InputError(f"{flag} {config[flag]}: the pretrained weights have {value}; leave it out")
-            config[flag] = value
 
     def adjust(self, config: Namespace) -> None:
         """Use the tokenizer and the base weights that a checkpoint's run has kept: their source may be gone. Another

@@ -84,9 +84,7 @@ class MetricsFile(RunLogger):
         if self.file.exists():
             rows = [row for row in self._read() if int(row["step"]) <= step]
             self._write_all(rows)
-            self._row = (
-                {"step": int(rows[-1]["step"]), **{k: v for k, v in rows[-1].items() if k != "step"}} if rows else {}
-            )
+            self._row = {**rows[-1], "step": int(rows[-1]["step"])} if rows else {}
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

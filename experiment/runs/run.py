@@ -87,21 +87,17 @@ def resolve_run_dir(
 def _choose_run_dir(
     package: str, subcommand: str, run_dir: str | None, configs: list[Path], ckpt_path: str | None
 ) -> Path:
-    own_checkpoint = ckpt_path in ("last", "best")
+    own = ckpt_path in ("last", "best")
+    of_file = None if own or ckpt_path is None else run_of(ckpt_path)
     if run_dir is not None:
         folder = user_path(run_dir)
-        inside = ckpt_path is not None and (own_checkpoint or run_of(ckpt_path).resolve() == folder.resolve())
         if subcommand == "fit":
-            check_free(folder, resumed=inside)
-    else:
-        newest, free = default_run_dirs(package, configs)
-        if subcommand == "fit":
-            folder = newest if own_checkpoint and newest else free
-        elif ckpt_path is not None and not own_checkpoint and holds_run(run_of(ckpt_path)):
-            folder = run_of(ckpt_path)
-        else:
-            folder = newest or free
-    return folder
+            check_free(folder, resumed=own or (of_file is not None and of_file.resolve() == folder.resolve()))
+        return folder
+    newest, free = default_run_dirs(package, configs)
+    if subcommand == "fit":
+        return newest if own and newest else free
+    return of_file if of_file is not None and holds_run(of_file) else newest or free
 
 
 def recorded(run: Path, key: str) -> Any:

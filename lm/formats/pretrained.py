@@ -1,10 +1,14 @@
 """Pretrained weights and tokenizers: of a run, a checkpoint, or in the formats of other programs."""
 
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
+from jsonargparse import Namespace
 
 from experiment.errors import InputError
 from experiment.nn.lora_config import LoRAConfig
@@ -68,6 +72,39 @@ def load_pretrained(name: str | Path, tokenizer: str | None = None) -> tuple[Dec
             "tokens; cut the embeddings with transformers' resize_token_embeddings and save it again"
         )
     return decoder, loaded, str(where)
+
+
+def take_shape(config: Namespace, flags: Collection[str], checkpoint: Mapping[str, Any]) -> None:
+    """Give a configuration the shape, the tokenizer and the adapter's options of the weights that it starts from.
+
+    Args:
+        config: Of a command, with model.init_from.
+        flags: Options that were given by hand, which must agree.
+        checkpoint: What the command uses; empty for model.init_from.
+
+    Raises:
+        InputError: They do not agree, or as `load_pretrained`.
+    """
+    decoder = None
+    if checkpoint:
+        hyper_parameters = checkpoint.get("hyper_parameters", {})
+        with suppress(TypeError, KeyError, ValueError):
+            decoder = DecoderConfig(**hyper_parameters["decoder"])
+        for name, value in hyper_parameters.get("lora", {}).items():
+            if f"model.lora.{name}" not in flags and name != "lora_dropout":
+                config[f"model.lora.{name}"] = value
+    elif config.model.init_from is not None:
+        source, _, tokenizer = load_pretrained(config.model.init_from)
+        decoder = source.config
+        if "data.tokenizer" not in flags:
+            config.data.tokenizer = tokenizer
+    for name, value in ({} if decoder is None else asdict(decoder)).items():
+        flag = f"model.decoder.{name}"
+        if name in ("vocab_size", "dropout") or (name == "max_sequence_length" and flag in flags):
+            continue
+        if flag in flags and config[flag] != value:
+            raise InputError(f"{flag} {config[flag]}: the pretrained weights have {value}; leave it out")
+        config[flag] = value
 
 
 def load_weights(decoder: Decoder, name: str) -> None:
