@@ -17,8 +17,7 @@ from experiment.nn.lora_config import LoRAConfig
 from experiment.runs.run import recorded, run_of
 from experiment.runs.throughput import Throughput
 from lm.data.module import TextDataModule
-from lm.decoding.config import GenerationConfig
-from lm.model.config import DecoderConfig, Variant
+from lm.model.config import DecoderConfig, GenerationConfig, Variant
 from lm.training.callbacks import FirstValidation, Samples
 from lm.training.module import LanguageModel
 from lm.training.optim import OptimizerConfig

@@ -13,11 +13,11 @@ from experiment.errors import hint
 from experiment.nn.hardware import default_device
 from experiment.sources.paths import texts_of
 from lm.data.tokenizer import StoryTokenizer
-from lm.decoding.config import GenerationConfig
 from lm.decoding.generation import TextStream, generate, stream
 from lm.decoding.quantization import prepare_for_decoding
 from lm.decoding.sampling import filter_logits
 from lm.formats.pretrained import load_checkpoint
+from lm.model.config import GenerationConfig
 
 ALTERNATIVES = 5  # shown for each token
 MOST_CHARACTERS = 50_000  # far beyond any context, and tokenised in no time
@@ -69,7 +69,7 @@ class LanguageModelDemo:
 
         Args:
             beginning: Text, or texts.
-            generation: Fields of `lm.decoding.config.GenerationConfig`, such as ``temperature=0.8, seed=1``. A story
+            generation: Fields of `lm.model.config.GenerationConfig`, such as ``temperature=0.8, seed=1``. A story
                 ends by itself or after ``max_new_tokens``, by default 200.
 
         Raises:

@@ -8,8 +8,8 @@ from pathlib import Path
 import gradio as gr
 
 from experiment.pages.token_html import Row, escaped, message, word
-from lm.decoding.config import GenerationConfig
 from lm.demo import Choice, Ending, LanguageModelDemo
+from lm.model.config import GenerationConfig
 
 SEEDS = 1000
 BEGINNINGS = ["Once upon a time", "One day, a little girl named Lily", "Tom had a red ball.", "The dog was sad because"]

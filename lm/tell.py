@@ -20,9 +20,9 @@ from experiment.invocation import CommandParser
 from experiment.quiet import quiet_libraries
 from experiment.runs.reading import find_checkpoint
 from experiment.sources.paths import repaired, user_path
-from lm.decoding.config import GenerationConfig
 from lm.decoding.generation import TextStream, stream
 from lm.demo import LanguageModelDemo
+from lm.model.config import GenerationConfig
 
 HELP = """  a text         begins a story (with a chat template: is a message)
   Enter          goes on with the story

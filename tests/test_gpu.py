@@ -14,10 +14,9 @@ from experiment.pages.summary import read_metrics
 from experiment.sources.batches import DeviceLoader
 from lm.__main__ import main
 from lm.decoding import cuda_graphs
-from lm.decoding.config import GenerationConfig
 from lm.decoding.generation import generate
 from lm.decoding.sampling import LARGEST_DRAW, sample
-from lm.model.config import DecoderConfig
+from lm.model.config import DecoderConfig, GenerationConfig
 from lm.model.decoder import Decoder
 from lm.model.loss import linear_cross_entropy, summed_loss, token_losses
 from lm.training.compiled_loss import CompiledLoss

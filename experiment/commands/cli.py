@@ -240,9 +240,8 @@ class ExperimentCLI(LightningCLI):
             raise InputError(f"trainer: {error}") from error
         leave_sigterm_alone(trainer)
         validate_by_steps(trainer)
-        trainer.accumulate_grad_batches = self.datamodule.accumulation(
-            trainer.world_size, trainer.accumulate_grad_batches
-        )
+        given = trainer.accumulate_grad_batches
+        trainer.accumulate_grad_batches = self.datamodule.accumulation(trainer.world_size, given)
         if isinstance(trainer.strategy, DDPStrategy):  # all buffers here are constants: positions, rotary tables
             keep_buffers_local(trainer)
         return trainer
@@ -287,8 +286,7 @@ class ExperimentCLI(LightningCLI):
 
         limit = check_resume(self.trainer, self.model, stored, self.checkpoint)
         if limit is not None:
-            steps = stored["global_step"]
-            held = f"{self.checkpoint.name} has {steps} steps"
+            held = f"{self.checkpoint.name} has {stored['global_step']} steps"
             console.print(f"note: nothing is left to train: {held}, and {limit} is given")
         return limit is not None
 

@@ -230,13 +230,10 @@ class ExactResume(Callback):
                 group.update(options)
         for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
             if isinstance(scheduler, LambdaLR):
-                scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
-                rates = [
-                    base * factor(scheduler.last_epoch)
-                    for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-                ]
-                for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate
+                groups = scheduler.optimizer.param_groups
+                scheduler.base_lrs = [group["initial_lr"] for group in groups]
+                for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+                    group["lr"] = base * factor(scheduler.last_epoch)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:

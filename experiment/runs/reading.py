@@ -5,7 +5,6 @@ import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -77,16 +76,13 @@ def find_checkpoint(run: Path) -> Path:
     raise InputError(f"run {run} holds no checkpoint: expected the folder of a run that fit has written, or a file")
 
 
-def _sharding() -> ModuleType:
-    """What reads the folders that several processes write: other checkpoints do not need it."""
-    from experiment.runs import sharding
-
-    return sharding
-
-
 def is_checkpoint(path: Path) -> bool:
     """Whether there is a file, or the folder that several processes write together."""
-    return path.is_file() or (path.is_dir() and _sharding().is_sharded(path))
+    if path.is_dir():
+        from experiment.runs.sharding import is_sharded
+
+        return is_sharded(path)
+    return path.is_file()
 
 
 def verify(file: Path) -> None:
@@ -100,7 +96,9 @@ def verify(file: Path) -> None:
     if key in _verified or is_child():
         return
     if file.is_dir():
-        _sharding().verify(file)
+        from experiment.runs import sharding
+
+        sharding.verify(file)
     else:
         with zipfile.ZipFile(file) as archive:
             if damaged := archive.testzip():  # torch does not look at the checksums it writes
@@ -144,7 +142,9 @@ def read_checkpoint(file: Path, part: Literal["all", "weights", "outline"] = "we
     try:
         verify(file)
         if file.is_dir():
-            checkpoint = _sharding().read(file, part)
+            from experiment.runs import sharding
+
+            checkpoint = sharding.read(file, part)
         else:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             if isinstance(checkpoint, dict):

@@ -250,13 +250,8 @@ class TextDataModule(ResumableDataModule):
     def _second(self) -> "TextDataModule | None":
         if self.second_path is None:
             return None
-        second = TextDataModule(
-            self.second_path,
-            sequence_length=self.sequence_length,
-            eval_batch_size=self.eval_batch_size,
-            evaluation=self.evaluation,
-            num_workers=self.num_workers,
-        )
+        same = ("sequence_length", "eval_batch_size", "evaluation", "num_workers")
+        second = TextDataModule(self.second_path, **{name: getattr(self, name) for name in same})
         second.tokenizer = self.tokenizer
         return second
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from experiment.compat.torch import compiler_errors, maybe_mark_dynamic
 from lm.decoding.compilation import CompilationError, compiled_step, one_token
-from lm.decoding.config import GenerationConfig
 from lm.decoding.sampling import choose
 from lm.decoding.steps import cache_dtype, last_logits, pad
+from lm.model.config import GenerationConfig
 from lm.model.decoder import Decoder
 from lm.model.kv_cache import KeyValueCache
 

@@ -20,10 +20,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lm.decoding.config import GenerationConfig
 from lm.decoding.cuda_graphs import can_run_ahead, steps_for
 from lm.decoding.sampling import LARGEST_DRAW, choose
 from lm.decoding.steps import Cached, Recomputed, prepare_if_faster
+from lm.model.config import GenerationConfig
 from lm.model.decoder import Decoder
 
 FinishReason = Literal["eos", "stop", "length"]

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiment.compat.torch import int8_product, pack_matrix, packed_product
-from lm.decoding.config import WeightDtype
+from lm.model.config import WeightDtype
 from lm.model.decoder import Decoder
 
 STREAMS = 4  # more are no faster

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lm.decoding.config import GenerationConfig
+from lm.model.config import GenerationConfig
 
 NUCLEUS = 256  # most likely tokens, which are tried first
 LARGEST_DRAW = 1 - 2**-22  # larger ones times a float32 sum could round up to the sum
@@ -116,7 +116,7 @@ def _sampling_kernel() -> ModuleType | None:
     """lm/decoding/sampling_kernel.py, where Triton is there and makes code for this GPU: it is tried."""
     try:
         from lm.decoding import sampling_kernel
-        from lm.decoding.config import GenerationConfig
+        from lm.model.config import GenerationConfig
 
         sampling_kernel.sample(torch.zeros(1, 2, device="cuda"), torch.zeros(1, device="cuda"), GenerationConfig())
         torch.cuda.synchronize()

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lm.decoding.config import GenerationConfig
+from lm.model.config import GenerationConfig
 
 LARGEST = 65536  # tokens that the registers of one program hold
 TOP_BITS = tl.constexpr(0x3F800000)  # of 1.0, the likeliest token's probability over itself

@@ -27,9 +27,9 @@ from experiment.quiet import quiet_libraries
 from experiment.sources.paths import user_path
 from lm.data.prompts import read_prompts
 from lm.data.tokenizer import StoryTokenizer
-from lm.decoding.config import GenerationConfig
 from lm.decoding.generation import generate
 from lm.formats.pretrained import load_checkpoint
+from lm.model.config import GenerationConfig
 from lm.model.decoder import Decoder
 
 PROMPTS = [

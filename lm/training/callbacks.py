@@ -18,7 +18,7 @@ from experiment.console import console
 from experiment.errors import InputError
 from experiment.runs.loggers import RunLogger
 from experiment.sources.paths import repaired, write_text
-from lm.decoding.config import GenerationConfig
+from lm.model.config import GenerationConfig
 
 if TYPE_CHECKING:
     from lm.data.tokenizer import StoryTokenizer
@@ -85,9 +85,7 @@ class Samples(Callback):
             lines = [line for line in text.split("\n") if _step_of(line) <= step]
             write_text(file, "".join(f"{line}\n" for line in lines))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         step = trainer.global_step
         if self.every_n_steps and step % self.every_n_steps == 0 and step != self._last_step:
             self._last_step = step

@@ -20,8 +20,7 @@ from experiment.errors import InputError
 from experiment.nn.hardware import can_compile, fast_bfloat16
 from experiment.nn.lora_config import LoRAConfig
 from experiment.runs.step_sums import StepModule
-from lm.decoding.config import GenerationConfig
-from lm.model.config import DecoderConfig, Variant
+from lm.model.config import DecoderConfig, GenerationConfig, Variant
 from lm.model.decoder import Decoder
 from lm.model.loss import has_plain_head, summed_loss, token_losses
 from lm.training.optim import OptimizerConfig, learning_rate_factor, make_optimizer
@@ -224,19 +223,13 @@ class LanguageModel(StepModule):
         Raises:
             InputError: They do not.
         """
-        config = self.optimizer_config
-        if config.muon_learning_rate is not None and isinstance(trainer.strategy, ModelParallelStrategy):
-            raise InputError(
-                f"model.optimizer.muon_learning_rate {config.muon_learning_rate}: Muon needs whole matrices, which "
-                "this strategy divides among the processes; take configs/ddp.yaml, or set it to null"
-            )
-        if self.adapter != "full" and isinstance(trainer.strategy, ModelParallelStrategy):
+        config, divided = self.optimizer_config, isinstance(trainer.strategy, ModelParallelStrategy)
+        if divided and self.adapter != "full":
             raise InputError(f"model.adapter {self.adapter}: this strategy divides the weights; take configs/ddp.yaml")
-        if self.adapter != "full" and config.muon_learning_rate is not None:
-            raise InputError(
-                f"model.optimizer.muon_learning_rate {config.muon_learning_rate}: model.adapter {self.adapter} trains "
-                "no whole matrices; set it to null"
-            )
+        if config.muon_learning_rate is not None and (divided or self.adapter != "full"):
+            why = "Muon needs whole matrices, which this strategy divides among the processes; take configs/ddp.yaml"
+            why = f"{why}, or" if divided else f"model.adapter {self.adapter} trains no whole matrices;"
+            raise InputError(f"model.optimizer.muon_learning_rate {config.muon_learning_rate}: {why} set it to null")
         if config.schedule != "constant" and trainer.max_steps == trainer.max_epochs == -1:
             raise InputError(
                 f"model.optimizer.schedule {config.schedule} needs an end to go down to: give --trainer.max_steps, or "

@@ -12,8 +12,8 @@ from experiment.console import console
 from experiment.errors import InputError
 from lm.data.tokenizer import StoryTokenizer
 from lm.decoding.compilation import CompilationError
-from lm.decoding.config import GenerationConfig
 from lm.decoding.generation import TextStream, generate
+from lm.model.config import GenerationConfig
 from lm.model.decoder import Decoder
 
 

@@ -24,12 +24,11 @@ from jsonargparse import auto_cli
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lm.data.tokenizer_files import load_tokenizer
-from lm.decoding.config import GenerationConfig
 from lm.decoding.generation import generate
 from lm.decoding.quantization import WeightDtype, prepare_for_decoding
 from lm.formats.hugging_face import split_weights
 from lm.formats.llama2c import llama2c_tokenizer_path, to_llama2c
-from lm.model.config import DecoderConfig
+from lm.model.config import DecoderConfig, GenerationConfig
 from lm.model.decoder import Decoder
 
 SHAPE = DecoderConfig(max_sequence_length=256)  # 15.4 million weights

@@ -20,9 +20,9 @@ from jsonargparse import auto_cli
 from rich.table import Table
 
 from experiment.console import console
-from lm.decoding.config import GenerationConfig
 from lm.decoding.generation import generate
 from lm.decoding.quantization import prepare_for_decoding
+from lm.model.config import GenerationConfig
 
 SHAPES = {"head": (32768, 288), "qkv": (864, 288), "out": (288, 288), "gate_up": (1536, 288), "down": (288, 768)}
 BEYOND_CACHE = 400e6  # bytes

@@ -24,10 +24,9 @@ from experiment.pages.play import main, open_page
 from lm.convert import write_run
 from lm.data.bpe import train_tokenizer
 from lm.data.demo_stories import write_story
-from lm.decoding.config import GenerationConfig
 from lm.decoding.generation import generate
 from lm.formats.pretrained import load_checkpoint
-from lm.model.config import DecoderConfig
+from lm.model.config import DecoderConfig, GenerationConfig
 from lm.model.decoder import Decoder
 from tests.classify.conftest import save_tiny_bert
 

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from lm.__main__ import main as lm
 from lm.convert import main as convert
 from lm.data.tokenizer import StoryTokenizer
-from lm.decoding.config import GenerationConfig
 from lm.decoding.generation import generate
 from lm.formats.hugging_face import from_hugging_face, to_hugging_face
 from lm.formats.llama2c import from_llama2c, llama2c_tokenizer_path, to_llama2c
 from lm.formats.pretrained import load_checkpoint
+from lm.model.config import GenerationConfig
 from tests.lm.small import VOCAB_SIZE, assert_refused, logits, make_decoder, make_tokenizer, random_ids
 
 

@@ -9,12 +9,11 @@ import torch
 import torch._inductor.config
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from lm.decoding.config import GenerationConfig
 from lm.decoding.cuda_graphs import LATE, GraphSteps
 from lm.decoding.generation import generate
 from lm.decoding.quantization import quantize
 from lm.decoding.sampling import argmax, filter_logits, penalize_repetition
-from lm.model.config import DecoderConfig
+from lm.model.config import DecoderConfig, GenerationConfig
 from lm.model.decoder import Decoder
 from tests.references import in_transformers
 

@@ -15,11 +15,11 @@ from lm.convert import main as convert
 from lm.data.demo_stories import demo_texts
 from lm.data.tokenizer import StoryTokenizer
 from lm.data.tokenizer_files import load_tokenizer
-from lm.decoding.config import GenerationConfig
 from lm.decoding.generation import generate
 from lm.formats.gguf import from_gguf, to_gguf
 from lm.formats.llama2c import from_llama2c, to_llama2c
 from lm.formats.pretrained import load_checkpoint
+from lm.model.config import GenerationConfig
 from lm.model.decoder import Decoder
 from tests.lm.small import VOCAB_SIZE, assert_refused, logits, make_decoder, make_tokenizer, random_ids
 

@@ -15,7 +15,6 @@ from lm.__main__ import main as lm
 from lm.convert import main as convert
 from lm.data.demo_letters import main as letters
 from lm.data.demo_stories import demo_texts
-from lm.decoding.config import GenerationConfig
 from lm.decoding.generation import generate
 from lm.formats.adapters import (
     TARGETS,
@@ -33,6 +32,7 @@ from lm.formats.gguf import from_gguf
 from lm.formats.hugging_face import from_hugging_face, to_hugging_face
 from lm.formats.llama2c import from_llama2c
 from lm.formats.pretrained import load_checkpoint
+from lm.model.config import GenerationConfig
 from lm.model.decoder import Decoder
 from tests.lm.small import VOCAB_SIZE, logits, make_decoder, make_tokenizer, random_ids
 

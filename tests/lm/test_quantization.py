@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from lm.decoding.config import GenerationConfig
 from lm.decoding.generation import generate
 from lm.decoding.quantization import DecodingLinear, prepare_for_decoding, quantize
-from lm.model.config import DecoderConfig
+from lm.model.config import DecoderConfig, GenerationConfig
 from lm.model.decoder import Decoder
 
 

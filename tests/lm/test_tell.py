@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 
 from lm.convert import main as convert
 from lm.data.tokenizer_files import load_tokenizer
-from lm.decoding.config import GenerationConfig
 from lm.decoding.generation import generate
 from lm.formats.hugging_face import to_hugging_face
 from lm.formats.pretrained import load_checkpoint
+from lm.model.config import GenerationConfig
 from lm.tell import main
 from tests.lm.small import make_decoder, make_tokenizer
 

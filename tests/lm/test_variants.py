@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from experiment.errors import InputError
-from lm.decoding.config import GenerationConfig
 from lm.decoding.generation import generate
 from lm.formats.hugging_face import to_hugging_face
 from lm.formats.llama2c import to_llama2c
-from lm.model.config import DecoderConfig
+from lm.model.config import DecoderConfig, GenerationConfig
 from lm.model.decoder import Decoder
 from lm.model.kv_cache import KeyValueCache
 from lm.model.variants import Variant, VariantDecoder, make_decoder
