@@ -111,7 +111,7 @@ def make_optimizer(
 
 
 def learning_rate_factor(step: int, total_steps: float, config: OptimizerConfig) -> float:
-    """The learning rate of a step over the highest.
+    """The learning rate of a step over the highest. By hand: transformers' begin at 0, whose step learns nothing.
 
     Args:
         step: Optimizer steps done, from 0.
