@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from experiment.runs.interruption import StopRequest
 from filelock import FileLock
 
 from experiment.invocation import command
 from experiment.runs import run as run_folder
-from experiment.runs.interruption import StopRequest
 from experiment.runs.provenance import read_record
 from lm.__main__ import main
 from lm.data.bpe import train_tokenizer
