@@ -1,14 +1,10 @@
 """How the user calls tinylab, for every message that names a command to run: it can be pasted into the same shell."""
 
-import argparse
 import os
 import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
-
-from experiment.errors import InputError
 
 MODULES = ("lm", "classify", "experiment", "tinylab")
 
@@ -34,22 +30,6 @@ def command(name: str) -> str:
 def as_called(text: str) -> str:
     """A text with its commands, such as ``tinylab lm``, as `command` gives them."""
     return re.sub(r"(?<!/)(?<!-m )\btinylab (\w+)", lambda found: command(found[1]), text)
-
-
-class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors are of one line, as everywhere: no usage before them.
-
-    Args:
-        prog: Such as ``tinylab tell``.
-        description: Its first paragraph is shown.
-    """
-
-    def __init__(self, prog: str, description: str | None = None, **options: Any) -> None:
-        about = as_called((description or "").partition("\n\n")[0])  # no docstring: `python -OO` has none
-        super().__init__(as_called(prog), description=about, allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
 
 
 def _nearer(program: str) -> str:

@@ -16,9 +16,10 @@ from typing import Any
 
 import yaml
 
+from experiment.command_parser import CommandParser, one_line_errors
 from experiment.console import console
-from experiment.errors import InputError, one_line_errors
-from experiment.invocation import CommandParser, command
+from experiment.errors import InputError
+from experiment.invocation import command
 
 RESULTS, BOARD = Path("results"), Path("BOARD.md")
 REPEATED = {

@@ -11,8 +11,9 @@ from pathlib import Path
 import yaml
 from jsonargparse import auto_cli
 
+from experiment.command_parser import one_line_errors
 from experiment.console import console
-from experiment.errors import InputError, one_line_errors
+from experiment.errors import InputError
 from experiment.invocation import command
 from experiment.quiet import quiet_libraries
 from experiment.sources.paths import user_path

@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from torch import Tensor
 
-from experiment.errors import hint
+from experiment.commands.wording import hint
 from experiment.nn.hardware import default_device
 from experiment.sources.paths import texts_of
 from lm.data.tokenizer import StoryTokenizer

@@ -14,9 +14,8 @@ import yaml
 with suppress(ImportError):  # arrow keys at the prompt, where the system has them
     import readline  # noqa: F401
 
+from experiment.command_parser import CommandParser, one_line_errors
 from experiment.console import console
-from experiment.errors import one_line_errors
-from experiment.invocation import CommandParser
 from experiment.quiet import quiet_libraries
 from experiment.runs.reading import find_checkpoint
 from experiment.sources.paths import repaired, user_path

@@ -1,9 +1,8 @@
 """Errors of jsonargparse in the words of one who typed an option."""
 
+import difflib
 import re
 from collections.abc import Iterable
-
-from experiment.errors import hint
 
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
 KIND = re.compile(rf"(typing\.)?Literal\[(?P<values>[^\]]*)\]|<class '(?P<name>{'|'.join(KINDS)})'>")
@@ -56,3 +55,12 @@ def _kinds(types: str) -> Iterable[str]:
 def _listed(words: Iterable[str]) -> str:
     *most, last = dict.fromkeys(words)
     return f"{', '.join(most)} or {last}" if most else last
+
+
+def hint(word: str, known: Iterable[str]) -> str:
+    """The known word that a mistyped one is near to, or begins, as a question in brackets; nothing where none is."""
+    known = list(known)
+    near = [name for name in known if word and name.startswith(word)]
+    if len(near) != 1:
+        near = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
+    return f" (did you mean {near[0]}?)" if near else ""

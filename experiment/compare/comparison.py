@@ -24,8 +24,9 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace, dict_to_namespace
 
+from experiment.command_parser import CommandParser
 from experiment.errors import InputError
-from experiment.invocation import CommandParser, as_called
+from experiment.invocation import as_called
 from experiment.renamed import current_file
 
 Values = Mapping[str, Any]

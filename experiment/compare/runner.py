@@ -19,10 +19,11 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
+from experiment.command_parser import one_line_errors
 from experiment.compare.comparison import Row, Run, read_comparison
 from experiment.compare.differences import show
 from experiment.console import console
-from experiment.errors import InputError, one_line_errors
+from experiment.errors import InputError
 from experiment.pages.summary import read_metrics
 from experiment.runs.provenance import read_record
 

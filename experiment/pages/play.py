@@ -11,10 +11,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiment.command_parser import CommandParser, one_line_errors
 from experiment.console import console
-from experiment.errors import InputError, one_line_errors
+from experiment.errors import InputError
 from experiment.extras import require
-from experiment.invocation import CommandParser
 from experiment.quiet import quiet_libraries
 from experiment.sources.paths import user_path
 

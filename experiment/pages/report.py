@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from experiment.command_parser import CommandParser, one_line_errors
 from experiment.console import console
-from experiment.errors import InputError, one_line_errors
-from experiment.invocation import CommandParser
+from experiment.errors import InputError
 from experiment.pages.curves import CHARTS, COLORS, Rows, draw_interactive, draw_png, find_series
 from experiment.pages.predictions import Verdicts, draw_calibration, draw_confusion, draw_pngs, read_verdicts
 from experiment.pages.summary import FIGURES, best, read_metrics

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.table import Table
 
+from experiment.command_parser import CommandParser, one_line_errors
 from experiment.console import console
-from experiment.errors import InputError, one_line_errors
-from experiment.invocation import CommandParser
+from experiment.errors import InputError
 
 # What is shown of a run, where it has it: the better direction decides which value is its best.
 FIGURES = {"val/loss": min, "val/perplexity": min, "val/bits_per_byte": min, "val/accuracy": max, "val/f1": max}

@@ -7,8 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiment.errors import one_line_errors
-from experiment.invocation import CommandParser
+from experiment.command_parser import CommandParser, one_line_errors
 from lm.data.demo_stories import DATA, draw_split
 
 SIZES = {"validation": 100, "train": 2_000}  # in the order in which they are drawn

@@ -19,7 +19,8 @@ from jsonargparse import auto_cli
 from rich import box
 from rich.table import Table
 
-from experiment.errors import InputError, one_line_errors
+from experiment.command_parser import one_line_errors
+from experiment.errors import InputError
 from experiment.invocation import command
 from experiment.nn.hardware import default_device
 from experiment.progress import console, progress

@@ -259,8 +259,7 @@ class LanguageModel(StepModule):
         self.sums.reset()
         self.second_sums.reset()
 
-    def on_test_epoch_start(self) -> None:
-        self.sums.reset()
+    on_test_epoch_start = on_validation_epoch_start
 
     def _evaluate(self, batch: Batch, sums: TokenSums) -> None:
         tokens = batch["tokens"].long()

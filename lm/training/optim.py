@@ -43,18 +43,15 @@ class OptimizerConfig:
     decay_fraction: float = 0.2
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "muon_learning_rate", "eps"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name} {getattr(self, name)}: expected a number above 0")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected a number from 0 to below 1")
-        for name in ("final_ratio", "decay_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected a number from 0 to 1")
-        for name in ("weight_decay", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)}: expected 0 or more")
+        for names, valid, expected in (
+            (("learning_rate", "muon_learning_rate", "eps"), lambda x: x is None or x > 0, "a number above 0"),
+            (("beta1", "beta2"), lambda x: 0 <= x < 1, "a number from 0 to below 1"),
+            (("final_ratio", "decay_fraction"), lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+            (("weight_decay", "warmup_steps"), lambda x: x >= 0, "0 or more"),
+        ):
+            for name in names:
+                if not valid(getattr(self, name)):
+                    raise ValueError(f"{name} {getattr(self, name)}: expected {expected}")
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:

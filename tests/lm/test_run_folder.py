@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from experiment.runs.interruption import StopRequest
+from experiment.runs.stopping import StopRequest
 from filelock import FileLock
 
 from experiment.invocation import command

@@ -1,0 +1,41 @@
+"""What the commands beside lm and classify have in common: their parser, and errors of one line."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from experiment.errors import InputError
+from experiment.invocation import as_called
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are of one line, as everywhere: no usage before them.
+
+    Args:
+        prog: Such as ``tinylab tell``.
+        description: Its first paragraph is shown.
+    """
+
+    def __init__(self, prog: str, description: str | None = None, **options: Any) -> None:
+        about = as_called((description or "").partition("\n\n")[0])  # no docstring: `python -OO` has none
+        super().__init__(as_called(prog), description=about, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End a command with one line on stderr and exit code 2 where its input, or the disk, cannot be used."""
+    try:
+        yield
+    except (InputError, argparse.ArgumentError) as error:
+        message = " ".join(str(error).split())
+    except OSError as error:  # no space, no permission
+        message = f"{error.filename or 'writing'}: {error.strerror}; free space, or give another place"
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
