@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from experiment.runs.stopping import StopRequest
 from filelock import FileLock
 
 from experiment.invocation import command
 from experiment.runs import run as run_folder
 from experiment.runs.provenance import read_record
+from experiment.runs.stopping import StopRequest
 from lm.__main__ import main
 from lm.data.bpe import train_tokenizer
 from tests.runs import STORIES, TINY, assert_same_run, refused, rows, write_stories
