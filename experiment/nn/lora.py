@@ -84,9 +84,9 @@ class LoRALinear(nn.Module):
         if self.merged or not self.enabled:
             return result
         dropped = self.lora_dropout(x)
-        middle = self.lora_A(dropped) * self.scaling
+        update = self.lora_B(self.lora_A(dropped))
         if self.lora_magnitude_vector is None:
-            return add_product(result, middle, self.lora_B.weight)
+            return result + update * self.scaling  # in PEFT's order, for the same bits
         # y = m / ||W + s B A|| (x W^T + s x A^T B^T) + b, written as an addition to the base layer's result.
         # With dropout, PEFT lets the rescaled x W^T see the dropped input too; so do we.
         scale = (self.lora_magnitude_vector / self._row_norm()).view(1, -1)
@@ -94,7 +94,7 @@ class LoRALinear(nn.Module):
             projected = F.linear(dropped, self.base_layer.weight[self.rows])
         else:
             projected = result if self.base_layer.bias is None else result - self.base_layer.bias[self.rows]
-        return result + ((scale - 1) * projected + scale * self.lora_B(middle))
+        return result + ((scale - 1) * projected + scale * update * self.scaling)
 
     @torch.no_grad()
     def adapted_weight(self) -> Tensor:

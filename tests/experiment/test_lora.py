@@ -68,6 +68,15 @@ def test_logits_and_gradients_equal_those_of_peft(variant, dropout):
     assert all(gradient.abs().max() > 0 for gradient in gradients[0].values())
 
 
+@dropouts
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_losses_and_weights_of_training_are_those_of_peft_to_the_bit(dropout, precision):
+    ours, theirs = custom_model({}, dropout), peft_model({}, dropout)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16):
+        assert train(ours, 5) == train(theirs, 5)
+    assert_same(trained_weights(ours), trained_weights(theirs), atol=0)
+
+
 @variants
 @dropouts
 def test_twenty_optimizer_steps_end_in_the_losses_and_weights_of_peft(variant, dropout):
