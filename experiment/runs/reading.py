@@ -64,16 +64,14 @@ def find_checkpoint(run: Path) -> Path:
     Raises:
         InputError: There is none.
     """
-    if is_checkpoint(run):
-        return run
-    if not run.exists():
-        raise InputError(f"run {run} does not exist: expected the folder of a run that fit has written, or a file")
-    for name in ("best.ckpt", "last.ckpt"):
-        if is_checkpoint(run / "checkpoints" / name):
-            return run / "checkpoints" / name
-    if newest := newest_checkpoint(run / "checkpoints"):
+    folder = run / "checkpoints"
+    for file in (run, folder / "best.ckpt", folder / "last.ckpt"):
+        if is_checkpoint(file):
+            return file
+    if newest := newest_checkpoint(folder):
         return newest
-    raise InputError(f"run {run} holds no checkpoint: expected the folder of a run that fit has written, or a file")
+    found = "holds no checkpoint" if run.exists() else "does not exist"
+    raise InputError(f"run {run} {found}: expected the folder of a run that fit has written, or a file")
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -189,19 +187,14 @@ def check_fits(module: LightningModule, file: Path) -> None:
     Raises:
         InputError: A weight is missing, left over, or of another shape.
     """
-    stored = read_checkpoint(file, part="outline")["state_dict"]
-    expected = module.state_dict()
-    cure = "use the configuration and the tokenizer it was trained with (config.yaml in its run's folder)"
-    for name, weight in expected.items():
-        if name not in stored:
-            raise InputError(f"ckpt_path {file} is of another architecture: it has no {name}; {cure}")
-        if stored[name].shape != weight.shape:
+    weights = read_checkpoint(file, part="outline")["state_dict"], module.state_dict()
+    stored, expected = ({name: tuple(weight.shape) for name, weight in one.items()} for one in weights)
+    for name in {**expected, **stored}:
+        if (found := stored.get(name, "not in it")) != (wanted := expected.get(name, "no such weight")):
             raise InputError(
-                f"ckpt_path {file} is of another architecture: {name} is {tuple(stored[name].shape)}, "
-                f"expected {tuple(weight.shape)}; {cure}"
+                f"ckpt_path {file} is of another architecture: {name} is {found}, expected {wanted}; use the "
+                "configuration and the tokenizer it was trained with (config.yaml in its run's folder)"
             )
-    if left := [name for name in stored if name not in expected]:
-        raise InputError(f"ckpt_path {file} is of another architecture: this model has no {left[0]}; {cure}")
 
 
 def check_resume(trainer: Trainer, module: LightningModule, stored: Mapping[str, Any], file: Path) -> str | None:
