@@ -34,7 +34,7 @@ def save_atomically(trainer: Trainer, file: Path) -> None:
     with trainer.lightning_module.stopwatch:
         check_weights(trainer)
         try:
-            trainer.save_checkpoint(partial)
+            trainer.save_checkpoint(partial, weights_only=False)  # None would be told each time
             if trainer.is_global_zero:
                 if partial.is_dir():
                     from experiment.runs.sharding import put_folder
