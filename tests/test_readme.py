@@ -154,6 +154,12 @@ def test_every_command_of_the_readme_works(
             pytest.fail(f"{command}\n{type(error).__name__}: {error}\n{printed.err[-1000:]}", pytrace=False)
 
 
+def test_every_row_of_the_benchmark_has_its_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
+    for module, function in set(import_module("bench").ROWS.values()):
+        assert callable(getattr(import_module(module), function))
+
+
 def test_links_between_pages_lead_to_files() -> None:
     for page in PAGES:
         links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))

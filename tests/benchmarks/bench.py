@@ -28,6 +28,8 @@ ROWS = {
     "lora_bf16": ("lora", "lora_bf16"),
     "lora_default": ("lora", "lora_default"),
     "lora_gpu": ("lora", "lora_gpu"),
+    "decoder_lora": ("decoder_lora", "rows"),
+    "decoder_lora_gpu": ("decoder_lora", "gpu_rows"),
     "help_time": ("bench", "help_time"),
 }
 

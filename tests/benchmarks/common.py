@@ -180,7 +180,10 @@ def check_losses(ours: list[float], peer: list[float], tolerance: float) -> str:
 
 
 def peak_memory() -> float:
-    """The most memory that this process has held, in MiB. (getrusage would count what its parent held before exec.)"""
+    """The most memory that this process has held, on a GPU if it uses one, in MiB. (getrusage would count what its
+    parent held before exec.)"""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from common import DEVICE, Turns
 from torch import Tensor, nn
-from transformers_training import LEARNING_RATE, Tokens, Work
+from transformers_training import Work
 
 from lm.model.config import DecoderConfig
 from lm.model.decoder import Decoder
@@ -45,7 +45,7 @@ def litgpt(config: DecoderConfig) -> nn.Module:
 
 def batches(work: Work) -> Iterator[Tensor]:
     """Ids (batch_size, length) in the order of every contender."""
-    ids = Tokens(work).ids
+    ids = work.ids
     ids = ids.pin_memory() if DEVICE == "cuda" else ids
     for step in count():
         begin = step * work.batch_size % len(ids)
@@ -60,7 +60,7 @@ def compiled_loop(measured: Callable[..., None], work: Work, model: str = "decod
     matrices = [parameter for parameter in net.parameters() if parameter.ndim >= 2]
     others = [parameter for parameter in net.parameters() if parameter.ndim < 2]
     groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=work.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     @torch.compile
     def mean_loss(ids: Tensor) -> Tensor:

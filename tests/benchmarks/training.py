@@ -29,7 +29,7 @@ from common import (
 from compiled_loop import compiled_loop
 from torch.utils.data import DataLoader
 from trainers import lightning_trainer
-from transformers_training import LEARNING_RATE, Tokens, Work, train_llama
+from transformers_training import Tokens, Work, told, train_llama
 
 from experiment.nn.hardware import default_precision, fast_bfloat16
 from experiment.quiet import quiet_libraries
@@ -52,12 +52,14 @@ class OurTokens(Tokens):
 
 
 def tinylab(measured: Callable[..., None], work: Work) -> None:
-    """Our training of the same decoder by AdamW, with its metrics.csv."""
+    """Our training of the same decoder, or of an adapter of it, by AdamW, with its metrics.csv."""
     quiet_libraries()
     torch.manual_seed(0)
-    optimizer = OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant", warmup_steps=0)
-    module = LanguageModel(work.decoder, optimizer, compile=True)
-    turns, loader = Turns(measured, work.steps, work.warmup), DataLoader(OurTokens(work), batch_size=work.batch_size)
+    optimizer = OptimizerConfig(learning_rate=work.learning_rate, schedule="constant", warmup_steps=0)
+    adapter = "full" if work.adapter is None else "lora"
+    module = LanguageModel(work.decoder, optimizer, compile=True, adapter=adapter, adapter_weights=work.adapter)
+    turns = Turns(told(measured, module), work.steps, work.warmup)
+    loader = DataLoader(OurTokens(work), batch_size=work.batch_size)
     options = {"precision": work.precision, "gradient_clip_val": 1.0, "callbacks": [Throughput()]}
     lightning_trainer(module, loader, turns, "loss_mask", **options)
 
@@ -76,6 +78,7 @@ def compare(ours: Work, peer: Work, rounds: int = ROUNDS) -> tuple[dict[str, lis
         tolerance = max(TOLERANCE[work.precision] for work in (ours, peer))
         losses = check_losses(a.details["losses"], b.details["losses"], tolerance)
         check_losses(a.details["losses"], c.details["losses"], tolerance)
+        assert len({worker.details["trained"] for worker in workers.values()}) == 1
         memory = {name: worker.details["peak_memory"] for name, worker in workers.items()}
     return speeds, fastest(speeds, names), memory, f"{beside(speeds, names)}; {losses}"
 

@@ -3,7 +3,9 @@ would not need, since its memory is measured."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
+import numpy as np
 import torch
 from common import Turns
 from torch.utils.data import Dataset
@@ -13,8 +15,6 @@ from experiment.quiet import quiet_libraries
 from lm.formats.hugging_face import split_weights
 from lm.model.config import DecoderConfig
 from lm.model.decoder import Decoder
-
-LEARNING_RATE = 6e-4
 
 
 @dataclass(frozen=True)
@@ -27,20 +27,30 @@ class Work:
     precision: str = "32-true"
     steps: int = 2  # of a measurement
     warmup: int = 4  # the first steps fault memory in, and compile
+    adapter: str | None = None  # folder of the one to train, in PEFT's format; None trains all weights
+    ids_file: str | None = None  # of numpy, (rows, length); None draws them
+    learning_rate: float = 6e-4
 
     @property
     def tokens(self) -> int:
         """Of a step."""
         return self.batch_size * self.length
 
+    @property
+    def ids(self) -> torch.Tensor:
+        """Rows of token ids, the same for every contender; drawn ones are as unequally frequent as words."""
+        if self.ids_file is not None:
+            return torch.from_numpy(np.load(self.ids_file))
+        generator = torch.Generator().manual_seed(0)
+        places = torch.rand(4096, self.length, generator=generator, dtype=torch.float64)
+        return (self.decoder.vocab_size**places).long() - 1
+
 
 class Tokens(Dataset):
-    """Token ids whose frequencies fall as those of words do, the same for every contender."""
+    """The rows of token ids as transformers takes them."""
 
-    def __init__(self, work: Work, rows: int = 4096) -> None:
-        generator = torch.Generator().manual_seed(0)
-        places = torch.rand(rows, work.length, generator=generator, dtype=torch.float64)
-        self.ids = (work.decoder.vocab_size**places).long() - 1
+    def __init__(self, work: Work) -> None:
+        self.ids = work.ids
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -72,13 +82,23 @@ def transformers_llama(config: DecoderConfig) -> torch.nn.Module:
     return model
 
 
+def told(measured: Callable[..., None], model: torch.nn.Module) -> Callable[..., None]:
+    """``measured`` that also tells how many weights of the model train."""
+    return partial(measured, trained=sum(weight.numel() for weight in model.parameters() if weight.requires_grad))
+
+
 def train_llama(measured: Callable[..., None], work: Work, compile: bool = False) -> None:
-    """transformers' Llama and Trainer as their examples have it, with the same optimizer and clipping; compiled where
-    asked for, by the Trainer's own switch."""
+    """transformers' Llama, with PEFT's adapter where the work has one, and Trainer as their examples have it, with the
+    same optimizer and clipping; compiled where asked for, by the Trainer's own switch."""
     quiet_libraries()
+    model = transformers_llama(work.decoder)
+    if work.adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, work.adapter, is_trainable=True)
     transformers_trainer(
-        transformers_llama(work.decoder), Tokens(work), Turns(measured, work.steps, work.warmup), work.tokens,
+        model, Tokens(work), Turns(told(measured, model), work.steps, work.warmup), work.tokens,
         bf16=work.precision == "bf16-mixed", per_device_train_batch_size=work.batch_size,
-        train_sampling_strategy="sequential", learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
+        train_sampling_strategy="sequential", learning_rate=work.learning_rate, lr_scheduler_type="constant",
         weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0, torch_compile=compile,
     )  # fmt: skip
