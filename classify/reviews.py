@@ -9,6 +9,7 @@ more than 0.95 in one epoch. They say nothing about real reviews.
 """
 
 import random
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,7 @@ def write_review(rng: random.Random, label: int) -> str:
     return " ".join([opening, *body, rng.choice(TEXTS["verdicts"][label]).format(good=good, bad=bad)])
 
 
+@cache
 def synthetic_reviews(split: str) -> "Dataset":
     """A split of the synthetic corpus: columns text and label (0 negative, 1 positive), half of each."""
     from datasets import ClassLabel, Dataset, Features, Value
