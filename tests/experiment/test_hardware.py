@@ -22,22 +22,31 @@ def test_bfloat16_is_chosen_on_a_cpu_that_is_fast_at_it_and_on_no_other() -> Non
     assert fast_bfloat16("cpu") == (amd or "amx_tile" in flags)
 
 
-@pytest.mark.parametrize(
-    ("avx512_bf16", "amx", "name", "precision"),
-    [
-        (False, False, "AMD EPYC", "32-true"),
-        (True, False, "AMD EPYC", "bf16-mixed"),
-        (True, False, "Intel Xeon", "32-true"),
-        (True, True, "Intel Xeon", "bf16-mixed"),
-    ],
-)
-def test_a_run_takes_the_precision_that_is_fast_unless_told_otherwise(
-    avx512_bf16: bool, amx: bool, name: str, precision: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The precision that is fast on a CPU of a kind."""
     # The one machine at hand has one answer; the other ones are put in its place.
+    name, avx512_bf16, amx, precision = request.param
     found = {"cpu_name": name, "avx512_bf16": avx512_bf16, "amx_tile": amx}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    return precision
+
+
+CPUS = [
+    ("AMD EPYC", False, False, "32-true"),
+    ("AMD EPYC", True, False, "bf16-mixed"),
+    ("Intel Xeon", True, False, "32-true"),
+    ("Intel Xeon", True, True, "bf16-mixed"),
+]
+
+
+@pytest.mark.parametrize("precision", CPUS, indirect=True)
+def test_precision_is_that_which_a_cpu_of_the_kind_is_fast_at(precision: str) -> None:
     assert default_precision("cpu") == precision
+
+
+@pytest.mark.parametrize("precision", CPUS[:2], indirect=True)
+def test_a_run_takes_the_precision_that_is_fast_unless_told_otherwise(precision: str, in_tmp: Path) -> None:
     arguments = ["fit", f"--data.path={write_stories(Path('stories'))}", *TINY, "--trainer.fast_dev_run=1"]
     assert main([*arguments, "--run_dir=run"]).trainer.precision == precision
     other = {"32-true": "bf16-mixed", "bf16-mixed": "32-true"}[precision]

@@ -19,6 +19,7 @@ from lm.formats.llama2c import from_llama2c, llama2c_tokenizer_path, to_llama2c
 from lm.formats.pretrained import load_checkpoint
 from lm.model.config import GenerationConfig
 from tests.lm.small import VOCAB_SIZE, assert_refused, logits, make_decoder, make_tokenizer, random_ids
+from tests.runs import write_stories
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +321,7 @@ def test_an_imported_model_validates_predicts_trains_and_is_exported_again(token
         source = in_tmp / "model.bin"
         to_llama2c(decoder, tokenizer, source)
     run = in_tmp / "imported"
-    convert(["import", str(source), str(run), "--path", "demo"])
+    convert(["import", str(source), str(run), "--path", str(write_stories(in_tmp / "stories"))])
     stored, _ = load_checkpoint(run / "checkpoints/last.ckpt")
     assert torch.equal(logits(stored, random_ids()), logits(decoder, random_ids()))
 

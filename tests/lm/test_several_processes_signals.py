@@ -48,7 +48,7 @@ def test_a_wait_has_an_end_and_says_who_waited_where(arguments: list[str], comma
 def test_nothing_is_left_ten_seconds_after_sigterm(arguments: list[str], commands: Commands, repeat: int) -> None:
     process = commands.start(*arguments, "--trainer.max_steps=2000")  # Lightning starts the second
     process.wait(until=lambda: "val/loss" in process.output or repeat % 2 == 0)
-    time.sleep(random.Random(repeat).uniform(0, 1 if repeat % 2 else 12))
+    time.sleep(random.Random(repeat).uniform(0, 1 if repeat % 2 else 4))
     process.send(signal.SIGTERM)
     assert process.wait(seconds=10) in (128 + signal.SIGTERM, -signal.SIGTERM), process.output
     end = time.monotonic() + 10
