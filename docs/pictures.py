@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from experiment.compare.comparison import read_comparison
-from experiment.compare.differences import draw
+from experiment.compare.differences import collect, draw
 from experiment.pages.play import newest_demo, open_page
 from experiment.pages.report import write_report
 
@@ -97,7 +97,8 @@ def take_report(run: Path) -> None:
 def draw_ablation() -> None:
     """lm_ablation.png: what `make lm-ablation` gave, kept in docs/lm_ablation.csv."""
     comparison, _ = read_comparison(["configs/comparisons/lm_ablation.yaml"])
-    draw(comparison, pd.read_csv(PICTURES.with_name("lm_ablation.csv")), PICTURES / "lm_ablation.png")
+    runs = pd.read_csv(PICTURES.with_name("lm_ablation.csv")).to_dict("records")
+    draw(comparison, collect(comparison, runs), PICTURES / "lm_ablation.png")
 
 
 def main() -> None:

@@ -251,13 +251,16 @@ class ExperimentCLI(LightningCLI):
 
     # commands
 
-    def before_fit(self) -> None:
-        # Everything is checked before anything is written.
+    def check_fit(self) -> None:
+        """Refuse what cannot be trained, before anything is written."""
         self.model.check_trainer(self.trainer)
         self.datamodule.trainer = self.trainer
         self.datamodule.prepare_data()
         self.datamodule.setup("fit")
         self.datamodule.check(self.trainer)
+
+    def before_fit(self) -> None:
+        self.check_fit()
         stored = self.stored()
         finished = self.checkpoint is not None and self._is_finished(stored)
         loggers = [logger for logger in self.trainer.loggers if isinstance(logger, RunLogger)]

@@ -12,17 +12,16 @@ import argparse
 import hashlib
 import itertools
 import json
-import math
 import random
-import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace, dict_to_namespace
+from jsonargparse import Namespace, dict_to_namespace, get_loader
 
 from experiment.command_parser import CommandParser
 from experiment.errors import InputError
@@ -30,9 +29,9 @@ from experiment.invocation import as_called
 from experiment.renamed import current_file
 
 Values = Mapping[str, Any]
-OWN_FLAGS = ("run_dir", "ckpt_path", "seed_everything")  # each run has its own
-BUDGET_FLAGS = ("checkpoint.every_n_steps", "trainer.max_steps", "trainer.max_epochs", "trainer.max_time")
-BUDGET_FLAGS += ("trainer.val_check_interval", "trainer.check_val_every_n_epoch", "trainer.log_every_n_steps")
+OWN_FLAGS = {"run_dir", "ckpt_path", "seed_everything"}  # each run has its own
+BUDGET_FLAGS = {"checkpoint.every_n_steps", "trainer.max_steps", "trainer.max_epochs", "trainer.max_time"}
+BUDGET_FLAGS |= {"trainer.val_check_interval", "trainer.check_val_every_n_epoch", "trainer.log_every_n_steps"}
 BUDGETS = ("steps", "tokens", "seconds", "epochs", "tokens_per_parameter")
 
 
@@ -104,23 +103,16 @@ class Run:
     @property
     def arguments(self) -> list[str]:
         """What follows `fit` on its command line, but for the budget's flags."""
-        flags = [f"--{name}={as_word(value)}" for name, value in self.row.flags.items()]
-        return [*(f"--config={config}" for config in self.row.configs), *flags, f"--seed_everything={self.seed}"]
-
-
-def as_word(value: Any) -> str:
-    """A value as a flag has it: null, true and lists as JSON, which is YAML."""
-    return value if isinstance(value, str) else json.dumps(value)
+        given = [("config", config) for config in self.row.configs] + [*self.row.flags.items()]
+        words = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given]
+        return [*words, f"--seed_everything={self.seed}"]
 
 
 def as_value(word: Any) -> Any:
-    """The value that a word of the command line stands for; 1e-3, a text to YAML 1.1, is a number, and 1.0 is 1."""
-    try:
-        value = yaml.safe_load(word) if isinstance(word, str) else word
-        value = float(value) if isinstance(value, str) else value
-    except (ValueError, yaml.YAMLError):
-        return word
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    """The value that a word of the command line stands for, as `fit` reads it; 1.0 is 1."""
+    with suppress(yaml.YAMLError):
+        word = get_loader("yaml")(word) if isinstance(word, str) else word
+    return int(word) if isinstance(word, float) and word.is_integer() else word
 
 
 def merged(configs: Sequence[str], flags: Values) -> dict[str, Any]:
@@ -140,8 +132,8 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
         raise InputError(f"{file} cannot be read ({error}): expected names with values, as in configs/") from error
 
 
-def read_words(words: Sequence[str], reserved: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
-    """Configurations and flags among the words that follow a `fit`; an InputError for what is neither, or reserved."""
+def read_words(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Configurations and flags among the words that follow a `fit`; an InputError for a word that is neither."""
     flags: list[list[str]] = []
     for word in words:
         if word.startswith("--"):
@@ -150,18 +142,12 @@ def read_words(words: Sequence[str], reserved: Sequence[str] = ()) -> tuple[list
             flags[-1].append(word)
         else:
             raise InputError(f"{word}: expected a flag of fit, such as --data.batch_size=8")
-        if flags[-1][0] in reserved:
-            raise InputError(f"--{flags[-1][0]} is set for each run: use the comparison's own options, --help")
     named = [(name, *value, "true")[:2] for name, *value in flags]
     return [value for name, value in named if name == "config"], {n: v for n, v in named if n != "config"}
 
 
 def read_comparison(args: Sequence[str] | None) -> tuple[Comparison, Path]:
-    """What a command line asks for: a comparison, of its file or of one of `wandb sweep`, and the folder of all.
-
-    Raises:
-        InputError: It names the part that cannot be run.
-    """
+    """What a command line asks for, and the folder of all comparisons; an InputError names what cannot be run."""
     parser = CommandParser("tinylab compare", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.description = as_called(__doc__ or "")
     parser.add_argument("file", type=Path, help="such as configs/comparisons/recipes.yaml; or one of `wandb sweep`")
@@ -174,7 +160,7 @@ def read_comparison(args: Sequence[str] | None) -> tuple[Comparison, Path]:
     file, found = options.file, {}
     content = {"name": file.stem} | read_yaml(file)
     try:
-        budget = dict(word.split("=", 1) for word in options.budget or ())
+        (added, typed), budget = read_words(words), dict(word.split("=", 1) for word in options.budget or ())
         content = from_sweep(content) if "command" in content else content
         shared = {name: content.pop(name, {}) for name in ("package", "budget")}
         drawn = expand(*(content.pop(name, None) for name in ("parameters", "method", "run_cap")))
@@ -184,29 +170,28 @@ def read_comparison(args: Sequence[str] | None) -> tuple[Comparison, Path]:
             rows = {"+".join(Path(config).stem for config in row): {"configs": row} for row in sets}
             if len(rows) < len(sets):
                 raise InputError(f"--rows {' '.join(options.rows)}: two would have one name: rename a configuration")
+            content["baseline"] = None
         for name, (chosen, values) in itertools.product(rows, drawn):
             row = shared | (rows[name] or {})
             if budget:
                 row["budget"] = {"points": row["budget"].get("points", 8), **budget}
             row["budget"] = {unit: as_value(value) for unit, value in row["budget"].items()}
-            reserved = BUDGET_FLAGS if row["budget"].keys() - {"points"} else ()
-            added, typed = read_words(words, (*OWN_FLAGS, *reserved))
-            own = {**row.get("flags", {}), **values}
-            row["flags"] = {n: value for n, value in {**common, **typed}.items() if n not in own} | own
+            for flag in typed.keys() & (OWN_FLAGS | BUDGET_FLAGS if row["budget"] else OWN_FLAGS):
+                raise InputError(f"--{flag} is set for each run: use the comparison's own options, --help")
+            row["flags"] = {**common, **typed, **row.get("flags", {}), **values}
             row["configs"] = [*configs, *row.get("configs", []), *added]
             label = ",".join(filter(None, (name, chosen))) or "only"
-            found[label] = Row(label, **row)
+            found[label] = Row(label, **{"title": label, **row})
         base, names = content.get("baseline"), options.only or [*found]
-        base = None if options.rows else base
-        for option, named in (("--only", names), ("baseline", filter(None, [base]))):
-            if unknown := [name for name in named if name not in found]:
-                raise InputError(f"{option} {unknown[0]}: there is no such row; expected some of {', '.join(found)}")
+        for option, name in [("baseline", base or names[0]), *(("--only", name) for name in names)]:
+            if name not in found:
+                raise InputError(f"{option} {name}: there is no such row; expected some of {', '.join(found)}")
         content |= {"baseline": base if base in names else None, "seeds": options.seeds or content.get("seeds", [1])}
         return Comparison(**content | {"rows": [found[name] for name in names]}), options.out
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
     except (TypeError, AttributeError, KeyError, ValueError) as error:
-        why = re.sub(r"\S*__init__\(\) ", "", str(error))
+        why = str(error).rpartition("__init__() ")[2]
         raise InputError(f"{file} is no comparison ({why}): expected a file as in configs/comparisons") from error
 
 
@@ -229,7 +214,8 @@ def expand(parameters: Values | None, method: str | None, run_cap: int | None) -
     rounds = [[choices(*one, dice) for one in parameters.items()] for _ in range((run_cap or 10) if dice else 1)]
     drawn = [dict(zip(parameters, values, strict=True)) for one in rounds for values in itertools.product(*one)]
     varied = [name for name in parameters if "value" not in parameters[name]]
-    return [(",".join(f"{n.rpartition('.')[2]}={as_word(flags[n])}" for n in varied), flags) for flags in drawn]
+    shown = [[f"{name.rpartition('.')[2]}={json.dumps(flags[name])}" for name in varied] for flags in drawn]
+    return [(",".join(words).replace('"', ""), flags) for words, flags in zip(shown, drawn, strict=True)]
 
 
 def choices(name: str, choice: Values, dice: random.Random | None) -> Sequence[Any]:
@@ -244,5 +230,5 @@ def choices(name: str, choice: Values, dice: random.Random | None) -> Sequence[A
         case {"min": low, "max": high, "distribution": None | "uniform"} if dice:
             return [float(f"{dice.uniform(low, high):.4g}")]
         case {"min": low, "max": high, "distribution": "log_uniform_values"} if dice:
-            return [float(f"{math.exp(dice.uniform(math.log(low), math.log(high))):.4g}")]
+            return [float(f"{low * (high / low) ** dice.random():.4g}")]
     raise InputError(f"parameter {name} {dict(choice)}: expected value, values, or of method random min and max")

@@ -1,7 +1,8 @@
 """What the rows of a comparison gave: tables, differences paired over seeds, a plot, and the page of the runs."""
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from scipy.stats import t
 
@@ -18,7 +18,7 @@ from experiment.console import console
 from experiment.pages.curves import COLORS
 from experiment.pages.report import write_report
 
-Lines = Sequence[Mapping[str, Any]]  # what each run left, with the name of its row
+Line = dict[str, Any]  # what a run left, with the name of its row
 TITLES = {  # of a figure, and its format
     "train/loss": ("training loss", ".4f"), "val/loss": ("validation loss", ".4f"), "val/accuracy": ("accuracy", ".4f"),
     "val/perplexity": ("perplexity", ".2f"), "val/bits_per_byte": ("bits per byte", ".4f"),
@@ -28,16 +28,20 @@ TITLES = {  # of a figure, and its format
 }  # fmt: skip
 
 
-def collect(comparison: Comparison, lines: Lines) -> pd.DataFrame:
-    """Every figure that is reported or drawn, a row for each run; NaN where it has none."""
-    names, runs = {*comparison.report, comparison.metric["name"], "parameters", "tokens", "failed"}, []
+def collect(comparison: Comparison, lines: Sequence[Line]) -> pd.DataFrame:
+    """What is shown of each run and each that is quoted: texts and figures, NaN for a figure that it lacks."""
+    names, runs = {*comparison.report, comparison.metric["name"], "parameters", "tokens"}, []
+    rows = {row.name: vars(row) for row in comparison.rows}
     for line in lines:
-        curve = {name: values for name, values in line.get("curve", {}).items() if values}
-        losses = curve.get("val/loss", [0.0])
-        place = -1 if comparison.at == "last" else losses.index(min(losses))
-        figures = {**line, **line.get("test", {}), **{name: values[place] for name, values in curve.items()}}
-        runs.append({name: figures.get(name) for name in ("row", "seed", *names)})
-    frame = pd.DataFrame(runs).astype(dict.fromkeys(names, float))
+        curve = pd.DataFrame(line.get("curve", {}))
+        by_loss = comparison.at == "best" and "val/loss" in curve
+        validations = (curve.sort_values("val/loss", kind="stable") if by_loss else curve[::-1]).to_dict("records")
+        seed = f"{line['seed']} failed (exit code {line['failed']})" if "failed" in line else str(line["seed"])
+        figures = line | line.get("test", {}) | next(iter(validations), {})
+        runs.append(rows[line["row"]] | figures | {"seeds": seed})
+    runs += [{"row": name, "title": name, **figures} for name, figures in comparison.quoted.items()]
+    frame = pd.DataFrame(runs).reindex(columns=["row", "seed", "seeds", "title", "group", "shows", *names])
+    frame = frame.astype(dict.fromkeys(names, float)).fillna({"seeds": "", "group": "", "shows": ""})
     return frame.assign(compute=6 * frame["parameters"] * frame["tokens"])
 
 
@@ -54,34 +58,24 @@ def differences(frame: pd.DataFrame, metric: str, baseline: str, form: str = ".4
     return texts
 
 
-def cell(values: pd.Series, form: str) -> str:
-    """`mean ± standard deviation`, without the second where all seeds agree; empty where there are no values."""
-    spread = f" ± {values.std():{form}}" if values.std() > 0 else ""
-    return f"{values.mean():{form}}{spread}" if values.count() else ""
-
-
 def table(comparison: Comparison, frame: pd.DataFrame) -> pd.DataFrame:
     """Figures with their spread, the difference from the baseline, and what each row shows, all as text."""
-    metric, base, rows = comparison.metric["name"], comparison.baseline, []
-    forms = {name: TITLES.get(name, (name, ".4g")) for name in (*comparison.report, metric)}
-    apart = differences(frame, metric, base, forms[metric][1]) if base else {}
-    for row in comparison.rows:
-        own = frame[frame["row"] == row.name]
-        codes = ["" if np.isnan(code) else f" failed (exit code {code:.0f})" for code in own["failed"]]
-        cells = {forms[name][0]: cell(own[name], forms[name][1]) for name in comparison.report}
-        cells[f"{forms[metric][0]} less that of {base}"] = apart.get(row.name, "")
-        seeds = ", ".join(f"{seed}{code}" for seed, code in zip(own["seed"], codes, strict=True))
-        named = {"group": row.group, "row": row.title or row.name}
-        rows.append({**named, **cells, "seeds": seeds, "what it shows": row.shows})
-    for title, known in comparison.quoted.items():
-        rows.append(
-            {"row": title, **{forms[name][0]: f"{known[name]:{forms[name][1]}}" for name in known if name in forms}}
-        )
-    shown = pd.DataFrame(rows).fillna("")
+    metric, of_rows = comparison.metric["name"], frame.groupby("row", sort=False)
+    shown = of_rows[["group", "title"]].first().rename(columns={"title": "row"})
+    for figure in comparison.report:
+        title, form = TITLES.get(figure, (figure, ".4g"))
+        mean, spread = of_rows[figure].mean(), of_rows[figure].std()  # the second is left out where all seeds agree
+        shown[title] = mean.map(f"{{:{form}}}".format) + spread.map(f" ± {{:{form}}}".format).where(spread > 0, "")
+        shown[title] = shown[title].where(mean.notna(), "")
+    if base := comparison.baseline:
+        title, form = TITLES.get(metric, (metric, ".4g"))
+        shown[f"{title} less that of {base}"] = pd.Series(differences(frame, metric, base, form))
+    shown["seeds"], shown["what it shows"] = of_rows["seeds"].agg(", ".join), of_rows["shows"].first()
+    shown = shown.fillna("")
     return shown.loc[:, (shown != "").any()]
 
 
-def show(comparison: Comparison, lines: Lines, out: Path) -> None:
+def show(comparison: Comparison, lines: Sequence[Line], out: Path) -> None:
     """Print the table, and write it as Markdown, CSV and JSON lines beside a plot and the page of the runs."""
     folder, frame, metric = out / comparison.name, collect(comparison, lines), comparison.metric
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,18 +86,17 @@ def show(comparison: Comparison, lines: Lines, out: Path) -> None:
     notes += dict.fromkeys(f"Judged by {line['evaluated']}." for line in lines if "evaluated" in line)
     if len({line.get("tokenizer") for line in lines}) > 1:
         notes += ["Tokenizers differ: bits per byte compare, losses of a token and numbers of tokens do not."]
-    scores = frame.groupby("row")[metric["name"]].mean().dropna().sort_values(ascending=metric["goal"] == "minimize")
+    scores = frame.dropna(subset="seed").groupby("row")[metric["name"]].mean().dropna()
+    best = scores.sort_values(ascending=metric["goal"] == "minimize").index[:1]
     printed = Table(title=comparison.name, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in shown:  # narrow, since a pipe has 80 columns
         printed.add_column(name, overflow="fold", min_width=max(map(len, " ".join([name, *shown[name]]).split())))
-    for name, cells in zip([*(row.name for row in comparison.rows), *comparison.quoted], shown.to_numpy(), strict=True):
-        printed.add_row(*cells, style="bold green" if name in scores.index[:1] else None)
+    for name, *cells in shown.itertuples():
+        printed.add_row(*cells, style="bold green" if name in best else None)
     console.print(printed, "\n".join(notes), sep="\n")
-    printed.box, printed.title, printed.padding = box.MARKDOWN, None, (0, 1)
-    page = Console(width=100_000, highlight=False, markup=False, emoji=False)
-    with page.capture() as text:
-        page.print(printed, *notes, sep="\n\n")
-    file.with_suffix(".md").write_text(text.get().strip() + "\n", encoding="utf-8")
+    lines_of_page = [[*shown], ["---"] * shown.shape[1], *shown.to_numpy()]
+    page = "".join(f"| {' | '.join(cells)} |\n" for cells in lines_of_page) + "\n" + "\n\n".join(notes)
+    file.with_suffix(".md").write_text(f"{page}\n", encoding="utf-8")
     shown.to_csv(file.with_suffix(".csv"), index=False)
     file.with_suffix(".jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
     draw(comparison, frame, file.with_suffix(".png"))
@@ -116,35 +109,29 @@ def show(comparison: Comparison, lines: Lines, out: Path) -> None:
 
 def draw(comparison: Comparison, frame: pd.DataFrame, file: Path) -> None:
     """The metric: of each row with every seed, or against compute with the line of a power law."""
-    metric, kind, rows = comparison.metric["name"], comparison.plot, {row.name: row for row in comparison.rows}
-    frame = frame.assign(place=frame["row"].map([*rows].index), group=frame["row"].map(lambda name: rows[name].group))
-    picture = Figure(figsize=(9, 0.3 * len(rows) + 1.2 if kind == "rows" else 4.2), layout="constrained")
+    metric, by_row = comparison.metric["name"], comparison.plot == "rows"
+    title = TITLES.get(metric, (metric,))[0]
+    x, y = (metric, "title") if by_row else ("compute", metric)
+    picture = Figure(figsize=(9, 0.3 * frame["row"].nunique() + 1.2 if by_row else 4.2), layout="constrained")
     axes = picture.subplots()
-    axes.set(**{"xlabel" if kind == "rows" else "ylabel": TITLES.get(metric, (metric, ""))[0]})
-    groups = frame.dropna(subset=metric).groupby("group", sort=False)
-    for color, (group, part) in zip(COLORS * len(rows), groups, strict=False):
-        if kind == "rows":
-            spread = part.groupby("place")[metric].agg(["mean", "std"])
-            look = {"color": color, "markersize": 12, "capsize": 3}
-            axes.plot(part[metric], part["place"], "o", color=color, markersize=3.5, alpha=0.6)
-            axes.errorbar(spread["mean"], spread.index, xerr=spread["std"], fmt="|", **look)
-        else:
-            axes.loglog(part["compute"], part[metric], "o", color=color)
-            if part["compute"].nunique() > 1:
-                slope, level = np.polyfit(np.log(part["compute"]), np.log(part[metric]), 1)
-                line = np.exp(level) * part["compute"] ** slope
-                axes.loglog(part["compute"], line, color=color, label=f"{group}: C^{slope:.3f}")
-    if kind == "rows":
-        base = frame[frame["row"] == comparison.baseline][metric].mean()
-        for mark in (base, *(known.get(metric, np.nan) for known in comparison.quoted.values())):
-            axes.axvline(mark, color="gray", linewidth=0.8)
-        axes.set_yticks(range(len(rows)), [row.title or row.name for row in rows.values()])
+    if by_row:
+        axes.yaxis.update_units(frame["title"])  # in their order, also those that failed
         axes.invert_yaxis()
+        axes.axvline(frame[frame["row"] == comparison.baseline][metric].mean(), color="gray", linewidth=0.8)
+        axes.set_xlabel(title)
     else:
+        axes.set(xscale="log", yscale="log", xlabel="C = 6 x parameters x tokens, FLOP", ylabel=title)
         axes.yaxis.set_minor_formatter("{x:g}")
-        axes.set_xlabel("C = 6 x parameters x tokens, FLOP")
+    for color, (group, part) in zip(itertools.cycle(COLORS), frame.dropna(subset=[x, y]).groupby("group", sort=False)):
+        axes.plot(part[x], part[y], "o", color=color, markersize=3.5, alpha=0.6)
+        if by_row:
+            spread = part.groupby("title")[metric].agg(["mean", "std"])
+            look = {"fmt": "|", "color": color, "markersize": 12, "capsize": 3}
+            axes.errorbar(spread["mean"], spread.index, xerr=spread["std"], **look)
+        elif part[x].nunique() > 1:
+            slope, level = np.polyfit(np.log(part[x]), np.log(part[y]), 1)
+            axes.plot(part[x], np.exp(level) * part[x] ** slope, color=color, label=f"{group}: C^{slope:.3f}")
+            axes.legend(frameon=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
     picture.savefig(file, dpi=150)

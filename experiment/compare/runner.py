@@ -1,17 +1,17 @@
 """Makes the runs of a comparison: `tinylab compare --help`."""
 
-import contextlib
-import importlib.util
+import importlib
 import io
+import itertools
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
-import time
 from argparse import ArgumentError
 from collections.abc import Sequence
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,96 +25,81 @@ from experiment.compare.differences import show
 from experiment.console import console
 from experiment.errors import InputError
 from experiment.pages.summary import read_metrics
+from experiment.quiet import quiet_libraries
 from experiment.runs.provenance import read_record
 
 Line = dict[str, Any]  # what a run left: its key, configuration, machine and figures
-STOPPED = "stopped; go on with the same command"
-STEPS_TIMED, STEPS_SKIPPED = 20, 5  # the first steps are slower than those that follow
+FEW_STEPS = {"trainer.max_steps": 20, "trainer.max_epochs": -1, "trainer.limit_val_batches": 0}
+FEW_STEPS |= {"trainer.log_every_n_steps": 1}
+SKIPPED = 5  # of these, since the first are slower than those that follow
 
 
-def read_results(out: Path) -> dict[str, Line]:
-    """The lines of the runs that ended, by key; of several the last that ended well."""
+def read_results(out: Path, tested: bool = False) -> dict[str, Line]:
+    """The lines of the runs that ended well, by key; with `tested`, of those that the test split has judged."""
     found: dict[str, Line] = {}
-    for text in "\n".join(file.read_text(encoding="utf-8") for file in sorted(out.glob("results*.jsonl"))).split("\n"):
-        with contextlib.suppress(ValueError):  # empty, or cut by a kill
+    for text in itertools.chain(*(file.read_text("utf-8").split("\n") for file in sorted(out.glob("results*.jsonl")))):
+        with suppress(ValueError):  # empty, or cut by a kill
             line = json.loads(text)
-            if "failed" not in line or "failed" in found.get(line["key"], line):
+            if "failed" not in line and ("test" in line or not tested):
                 found[line["key"]] = line
     return found
 
 
 def make_runs(runs: Sequence[Run], out: Path, group: str, tested: bool = False) -> dict[str, Line]:
-    """Make the runs that no line in `out` tells of yet, in order; those that failed before this call are tried again.
+    """Make the runs that no line in `out` tells of yet, in order.
 
     W&B has them as `group`. With `tested`, the best checkpoint is judged on the test split, too. The lines come by key;
-    that of a run that failed has `failed`, the exit code.
+    that of a run that failed has `failed`, the exit code, and is not kept: the next call tries it again.
     """
-
-    def done(line: Line | None) -> bool:
-        return bool(line) and (line["ended"] > begun if "failed" in line else "test" in line or not tested)
-
-    begun, before = time.time(), read_results(out)
-    left: dict[str, Run] = {}  # one for each row that has runs to make
-    for run in runs:
-        if not done(before.get(run.key)):
-            left.setdefault(run.row.name, run)
+    before, made = read_results(out, tested), {}
+    left = {run.row.name: run for run in runs if run.key not in before}  # one of each row
     facts = {name: prepare(run) for name, run in left.items()}
     judged = {facts.get(run.row.name, before.get(run.key, {})).get("evaluated"): run.row.name for run in runs}
     if len(judged) > 1:
         named = ", ".join(f"{row} would be judged by {text}" for text, row in judged.items())
         raise InputError(f"{named}: these do not compare")
-    clocks = {name: timing_of(run) for name, run in left.items() if run.row.unit == "seconds"}
-    timed = make_runs([*clocks.values()], out, group) if clocks else {}
-    for name, clock in clocks.items():
-        facts[name]["seconds_per_step"] = timed[clock.key].get("seconds_per_step")
+    for name, run in left.items():
+        if run.row.unit == "seconds":
+            row = replace(run.row, name=f"time of {name}", budget={}, flags={**run.row.flags, **FEW_STEPS})
+            clock = replace(run, row=row)
+            facts[name]["seconds_per_step"] = make_runs([clock], out, group)[clock.key].get("seconds_per_step")
     flags = {name: budget_flags(run.row, facts[name]) for name, run in left.items()}
     (out / "locks").mkdir(parents=True, exist_ok=True)
-    waiting = dict(enumerate(runs, 1))
-    while waiting:
-        for number, run in list(waiting.items()):
-            name, folder = run.row.name, out / "runs" / run.key
-            with contextlib.suppress(Timeout), FileLock(out / "locks" / run.key, timeout=0):  # else another makes it
-                line = read_results(out).get(run.key)
-                note = " (done before)" if done(line) else ""
-                console.print(f"run {number} of {len(runs)}: {name}, seed {run.seed}{note}", style="bold")
-                if not done(line):
-                    line = {"key": run.key, "package": run.row.package, "seed": run.seed, "budget": run.row.budget}
-                    line |= facts[name] | {"config": run.row.config, "arguments": [*run.arguments, *flags[name]]}
-                    line |= make(run, line["arguments"], folder, group, tested) | {"ended": time.time()}
+    for patience in (0, -1):  # first what no other process makes; then what others make, or have left
+        for number, run in enumerate(runs, 1):
+            with suppress(Timeout), FileLock(out / "locks" / run.key, timeout=patience):
+                if run.key in made | read_results(out, tested):
+                    continue
+                console.print(f"run {number} of {len(runs)}: {run.row.name}, seed {run.seed}", style="bold")
+                words = [*run.arguments, *flags[run.row.name]]
+                line = {"key": run.key, "package": run.row.package, "seed": run.seed, "budget": run.row.budget}
+                line |= facts[run.row.name] | {"config": run.row.config, "arguments": words}
+                made[run.key] = line | make(run, words, out / "runs" / run.key, group, tested)
+                if "failed" not in made[run.key]:
                     with (out / "results.jsonl").open("ab", buffering=0) as file:  # in one piece, for others write too
-                        file.write(f"\n{json.dumps(line)}".encode())
-                del waiting[number]
-        time.sleep(0.5 if waiting else 0)
-    return read_results(out)
-
-
-def timing_of(run: Run) -> Run:
-    """A few steps of it, to see how long one takes."""
-    short = {"max_steps": STEPS_TIMED, "max_epochs": -1, "limit_val_batches": 0, "log_every_n_steps": 1}
-    flags = {**run.row.flags, **{f"trainer.{name}": value for name, value in short.items()}}
-    return replace(run, row=replace(run.row, name=f"time of {run.row.name}", budget={}, flags=flags))
+                        file.write(f"\n{json.dumps(made[run.key])}".encode())
+    return made | read_results(out, tested)
 
 
 def prepare(run: Run) -> Line:
     """Let fit make all of a run but its training, so that it refuses what it would refuse; what a budget needs and who
     compares wants to know, which is nothing of a module that is no package of ours."""
-    found = importlib.util.find_spec(run.row.package)
-    if found is None:
-        raise InputError(f"row {run.row.name}: package {run.row.package}: expected lm, classify, or a module like them")
-    if found.submodule_search_locations is None:
-        return {}
-    from experiment.quiet import quiet_libraries
-
-    quiet_libraries(False)
-    kind = importlib.import_module(f"{run.row.package}.cli").CLI
-    prepared = type("Prepared", (kind,), dict.fromkeys(("before_fit", "fit", "after_fit"), lambda self, **_: None))
+    row = run.row
     try:
-        cli = prepared(["fit", *run.arguments, *["--trainer.max_epochs=-1"] * (run.row.unit is not None)])
-        cli.datamodule.setup("fit")
-        cli.datamodule.check(cli.trainer)
+        command = importlib.import_module(f"{row.package}.cli").CLI  # brings Lightning, which --help need not wait for
+    except ModuleNotFoundError as error:
+        if error.name == f"{row.package}.cli":
+            return {}
+        expected = "expected lm, classify, or a module like them"
+        raise InputError(f"row {row.name}: package {row.package}: {expected}") from error
+    nothing = lambda self, **_: None  # noqa: E731
+    checked = type("Checked", (command,), {"before_fit": command.check_fit, "fit": nothing, "after_fit": nothing})
+    try:
+        ending = ["--trainer.max_epochs=-1", "--trainer.max_steps=1"] if row.unit else []  # so long as it is unknown
+        cli = checked(["fit", *run.arguments, *ending])
         facts = {**getattr(cli.datamodule, "facts", {})}
     except (InputError, ArgumentError) as error:
-        raise InputError(f"row {run.row.name}: {error}") from error
+        raise InputError(f"row {row.name}: {error}") from error
     if "tokens_per_epoch" in facts:
         batches = math.ceil(facts.pop("batches_per_epoch") / cli.trainer.world_size)
         steps = math.ceil(batches / cli.trainer.accumulate_grad_batches)
@@ -126,9 +111,9 @@ def budget_flags(row: Row, facts: Line) -> list[str]:
     """The flags that end a run with its budget, where its schedule ends too, and validate it `points` times."""
     if row.unit is None:
         return []
+    number, tokens = row.budget[row.unit], facts.get("tokens_per_step")
     if row.unit == "epochs":
-        return [f"--trainer.max_epochs={row.budget['epochs']}", "--trainer.max_steps=-1"]
-    tokens, number = facts.get("tokens_per_step"), row.budget[row.unit]
+        return [f"--trainer.max_epochs={number}", "--trainer.max_steps=-1"]
     of_a_step = {"steps": 1, "tokens": tokens, "seconds": facts.get("seconds_per_step")}
     of_a_step["tokens_per_parameter"] = tokens and tokens / facts["parameters"]
     if not of_a_step[row.unit]:
@@ -137,8 +122,8 @@ def budget_flags(row: Row, facts: Line) -> list[str]:
         raise InputError(f"budget: {number:g} {row.unit} make less than half a step of {row.name}")
     every = math.ceil(steps / row.budget.get("points", 8))
     trainer = {"max_steps": steps, "max_epochs": -1, "val_check_interval": every, "check_val_every_n_epoch": "null"}
-    flags = {"checkpoint.every_n_steps": every, **{f"trainer.{name}": value for name, value in trainer.items()}}
-    return [*(f"--{name}={value}" for name, value in flags.items()), "--trainer.log_every_n_steps=1"]
+    words = [f"--trainer.{name}={value}" for name, value in trainer.items()]
+    return [*words, "--trainer.log_every_n_steps=1", f"--checkpoint.every_n_steps={every}"]
 
 
 def make(run: Run, arguments: Sequence[str], folder: Path, group: str, tested: bool) -> Line:
@@ -156,7 +141,6 @@ def make(run: Run, arguments: Sequence[str], folder: Path, group: str, tested: b
         process.wait()
         raise
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):  # the run alone was asked to stop
-        console.print(STOPPED)
         sys.exit(code)
     if code != 0:
         console.print(f"{run.row.name}, seed {run.seed}, failed with exit code {code}: see above", style="red")
@@ -167,21 +151,20 @@ def make(run: Run, arguments: Sequence[str], folder: Path, group: str, tested: b
 def measure(run: Run, folder: Path) -> Line:
     """Validations of a run, with tokens and seconds of training until each; what it cost, and on what machine."""
     frame, record = pd.DataFrame(read_metrics(folder)), read_record(folder)
+    validated, losses = frame.columns[frame.columns.str.startswith("val/")], frame.filter(["train/loss"]).dropna()
     steps = frame.reindex(columns=["train/tokens", "train/tokens_per_second"]).dropna()
     seconds = steps["train/tokens"].diff().fillna(steps["train/tokens"]) / steps["train/tokens_per_second"]
-    sums = {"tokens": steps["train/tokens"], "training_seconds": seconds.cumsum()}
-    frame = frame.assign(**{name: values.reindex(frame.index).ffill().fillna(0) for name, values in sums.items()})
-    validated = [name for name in frame if name.startswith("val/")]
-    losses, calls = frame.get("train/loss", pd.Series(dtype=float)).dropna(), record.get("calls", [{}])
-    epochs = max(1, run.row.config.get("trainer", {}).get("max_epochs") or 1)
+    sums = pd.DataFrame({"tokens": steps["train/tokens"], "training_seconds": seconds.cumsum()})
+    curve = frame[["step"]].join([sums.reindex(frame.index).ffill().fillna(0), frame[validated]])
+    calls, epochs = record.get("calls", [{}]), run.row.config.get("trainer", {}).get("max_epochs") or 1
     return {
-        "curve": frame.dropna(subset=validated, how="all")[["step", *sums, *validated]].to_dict("list"),
-        "train/loss": losses[-max(1, len(losses) // epochs) :].mean(),  # of the last epoch
+        "curve": curve.dropna(subset=validated, how="all").to_dict("list"),
+        "train/loss": losses.tail(max(1, len(losses) // max(1, epochs))).mean().get("train/loss"),  # of the last epoch
         "trainable": record.get("parameters", {}).get("trainable"),
         "environment": record.get("environment", {}), "date": calls[-1].get("started", "")[:10],
         "seconds": sum(call["seconds"] for call in calls) if all("seconds" in call for call in calls) else None,
         "memory_mib": max((call["memory_mib"] for call in calls if "memory_mib" in call), default=None),
-        "seconds_per_step": seconds[STEPS_SKIPPED:].median() if len(seconds) > STEPS_SKIPPED else None,
+        "seconds_per_step": seconds[SKIPPED:].median() if len(seconds) > SKIPPED else None,
     }  # fmt: skip
 
 
@@ -190,7 +173,7 @@ def test(run: Run, folder: Path) -> dict[str, float]:
     if not (folder / "checkpoints").is_dir():
         return {name: value for name, value in read_metrics(folder)[-1].items() if name.startswith("test/")}
     main = importlib.import_module(f"{run.row.package}.__main__").main
-    with contextlib.redirect_stdout(io.StringIO()):
+    with redirect_stdout(io.StringIO()):
         cli = main(["test", f"--config={folder / 'config.yaml'}", "--ckpt_path=best", f"--run_dir={folder}"])
     return {name: float(value) for name, value in cli.trainer.callback_metrics.items() if name.startswith("test/")}
 
@@ -201,12 +184,13 @@ def main(args: Sequence[str] | None = None) -> None:
     Ctrl-C let the run in progress save and stop, so that the same command goes on from there."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     comparison, out = read_comparison(args)
+    quiet_libraries()
     runs = [Run(row, seed) for seed in comparison.seeds for row in comparison.rows]
     try:
         found = make_runs(runs, out, comparison.name, any(name.startswith("test/") for name in comparison.report))
-    except KeyboardInterrupt:
-        console.print(STOPPED)
-        sys.exit(130)
+    except (KeyboardInterrupt, SystemExit) as ending:
+        console.print("stopped; go on with the same command")
+        sys.exit(getattr(ending, "code", 130))
     lines = [found[Run(row, seed).key] | {"row": row.name} for row in comparison.rows for seed in comparison.seeds]
     show(comparison, lines, out)
     if any("failed" in line for line in lines):
