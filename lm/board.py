@@ -7,9 +7,10 @@
 An entry is a line of JSON that holds all that its runs need but the stories: these are named by the hash of their text.
 """
 
+import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -19,13 +20,10 @@ import yaml
 from experiment.command_parser import CommandParser, one_line_errors
 from experiment.console import console
 from experiment.errors import InputError
-from experiment.invocation import command
+from experiment.invocation import as_called, command
+from experiment.pages.summary import read_lines
 
 RESULTS, BOARD = Path("results"), Path("BOARD.md")
-REPEATED = {
-    "package": "lm", "metric": {"name": "val/bits_per_byte", "goal": "minimize"},
-    "report": ["val/loss", "val/bits_per_byte", "tokens", "training_seconds"],
-}  # fmt: skip
 COLUMNS = "| bits per byte | entry | seeds | tokens | what | machine | commit | date |\n|" + "---|" * 8 + "\n"
 HEADER = """# The board
 
@@ -45,8 +43,6 @@ or 4 M or 41 M tokens (`tokens=4e6`). `tinylab board repeat NAME --data.path FOL
 ranked where they were judged by the same text; choices were made by those same stories, so that the best of many trials
 flatters itself a little.
 """
-
-
 TRACKS = {  # what an entry may cost
     "5 minutes of two cores": ("seconds", 300, "two cores"),
     "20 minutes of two cores": ("seconds", 1200, "two cores"),
@@ -73,7 +69,7 @@ class Entry:
     date: str
 
     def __post_init__(self) -> None:
-        if missing := [one.name for one in fields(self) if not getattr(self, one.name)]:
+        if missing := [name for name, value in vars(self).items() if not value]:
             raise InputError(f"{self.name or 'an entry'} has no {missing[0]}, without which nobody can repeat it")
         if not len(self.seeds) == len(self.bits_per_byte) == len(set(self.seeds)):
             raise InputError(f"{self.name}: {self.bits_per_byte} of seeds {self.seeds}: expected one for each")
@@ -86,7 +82,7 @@ class Entry:
     @property
     def track(self) -> str:
         """Which of the TRACKS the entry is in."""
-        hardware = "one GPU" if self.machine.get("gpu") else "two cores" if self.machine.get("cores") == 2 else "others"
+        hardware = "one GPU" if "gpu" in self.machine else "two cores" if self.machine.get("cores") == 2 else "others"
         for title, (unit, number, where) in TRACKS.items():
             if self.budget.get(unit) == number and where in (hardware, "any machine"):
                 return title
@@ -107,11 +103,9 @@ def read_entries(folder: Path = RESULTS) -> list[Entry]:
 
 def add(name: str, about: str, file: Path, row: str) -> None:
     """Make an entry of the runs of one row, whose lines a comparison has written into the file."""
-    if not file.is_file():
-        raise InputError(f"--from {file} does not exist: expected the JSON lines of a comparison")
-    lines = [line for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()) if line["row"] == row]
+    lines = [line for line in read_lines(file) if line["row"] == row]
     if not lines or any("failed" in line for line in lines):
-        raise InputError(f"{row}: {len(lines)} runs, some of which failed: expected one or more that ended")
+        raise InputError(f"--row {row}: {file} has {len(lines)} runs of it: expected one or more, none that failed")
     first, seen = lines[0], lines[0].get("environment", {})
     seen = {"cpu": seen.get("processor"), **seen}  # as older runs call it
     data = {key: value for key, value in first["config"].get("data", {}).items() if key != "path"}
@@ -156,8 +150,10 @@ def repeat(entry: Entry, words: Sequence[str], folder: Path = Path("runs/board")
     folder.mkdir(parents=True, exist_ok=True)
     config, file = folder / f"{entry.name}.yaml", folder / f"repeat-{entry.name}.yaml"
     config.write_text(yaml.safe_dump(entry.config, sort_keys=False), encoding="utf-8")
-    rows = {entry.name: {"configs": [str(config)], "budget": entry.budget}}
-    file.write_text(yaml.safe_dump({**REPEATED, "seeds": entry.seeds, "rows": rows}), encoding="utf-8")
+    comparison = {"package": "lm", "metric": {"name": "val/bits_per_byte", "goal": "minimize"}, "seeds": entry.seeds}
+    comparison["report"] = ["val/loss", "val/bits_per_byte", "tokens", "training_seconds"]
+    comparison["rows"] = {entry.name: {"configs": [str(config)], "budget": entry.budget}}
+    file.write_text(yaml.safe_dump(comparison), encoding="utf-8")
     console.print(f"the entry had {entry.bits_per_byte} with seeds {entry.seeds}, judged by {entry.evaluated}")
     compare([str(file), *words])
 
@@ -165,17 +161,21 @@ def repeat(entry: Entry, words: Sequence[str], folder: Path = Path("runs/board")
 @one_line_errors()
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
-    parser = CommandParser("tinylab board", __doc__)
+    parser = CommandParser("tinylab board", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.description = as_called(__doc__ or "")
     commands = parser.add_subparsers(dest="command", required=True)
     adding = commands.add_parser("add", help="make an entry of a comparison's row")
-    adding.add_argument("name")
-    adding.add_argument("--row", required=True)
+    adding.add_argument("name", help="of the entry")
+    adding.add_argument("--row", required=True, help="of the comparison")
     adding.add_argument("--about", required=True, help="what it is, in a sentence")
-    adding.add_argument("--from", dest="file", type=Path, default=Path("runs/comparisons/recipes/recipes.jsonl"))
+    comparison = Path("runs/comparisons/recipes/recipes.jsonl")
+    adding.add_argument("--from", dest="file", type=Path, default=comparison, help="by default %(default)s")
     commands.add_parser("write", help="write BOARD.md")
     repeating = commands.add_parser("repeat", help="run an entry once more")
-    repeating.add_argument("name")
+    repeating.add_argument("name", help="of the entry; flags of fit may follow, such as --data.path FOLDER")
     options, words = parser.parse_known_args(args)
+    if words and options.command != "repeat":
+        parser.error(f"unrecognized arguments: {' '.join(words)}")
     if options.command == "add":
         add(options.name, options.about, options.file, options.row)
     elif options.command == "write":
