@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 from scipy.stats import t
 
 from experiment.compare.comparison import Comparison
 from experiment.console import console
-from experiment.pages.curves import COLORS
+from experiment.pages.curves import COLORS, axes_on_white
 from experiment.pages.report import write_report
 
 Line = dict[str, Any]  # what a run left, with the name of its row
@@ -112,8 +111,7 @@ def draw(comparison: Comparison, frame: pd.DataFrame, file: Path) -> None:
     metric, by_row = comparison.metric["name"], comparison.plot == "rows"
     title = TITLES.get(metric, (metric,))[0]
     x, y = (metric, "title") if by_row else ("compute", metric)
-    picture = Figure(figsize=(9, 0.3 * frame["row"].nunique() + 1.2 if by_row else 4.2), layout="constrained")
-    axes = picture.subplots()
+    axes = axes_on_white(9, 0.3 * frame["row"].nunique() + 1.2 if by_row else 4.2)
     if by_row:
         axes.yaxis.update_units(frame["title"])  # in their order, also those that failed
         axes.invert_yaxis()
@@ -132,6 +130,4 @@ def draw(comparison: Comparison, frame: pd.DataFrame, file: Path) -> None:
             slope, level = np.polyfit(np.log(part[x]), np.log(part[y]), 1)
             axes.plot(part[x], np.exp(level) * part[x] ** slope, color=color, label=f"{group}: C^{slope:.3f}")
             axes.legend(frameon=False)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    picture.savefig(file, dpi=150)
+    axes.figure.savefig(file, dpi=150)

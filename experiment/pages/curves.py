@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+    from matplotlib.axes import Axes
 
 Rows = list[dict[str, float]]
 
@@ -89,10 +91,7 @@ def smoothing_width(values: np.ndarray) -> int:
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
     """The mean over a centred window, which is cut off at the ends."""
-    ones, known = np.ones(width), np.isfinite(values)
-    sums = np.convolve(np.where(known, values, 0.0), ones, "same")
-    counts = np.convolve(known, ones, "same")
-    return np.divide(sums, counts, out=np.full_like(values, np.nan), where=counts > 0.5)
+    return pd.Series(values).rolling(width, center=True, min_periods=1).mean().to_numpy()
 
 
 def is_noisy(series: Series) -> bool:
@@ -158,13 +157,22 @@ def is_log(series: Sequence[Series], chart: Chart) -> bool:
     return chart.log and len(values) > 0 and values.max() > 5 * values.min()
 
 
+def axes_on_white(width: float, height: float, grid: bool = True) -> "Axes":
+    """Axes, by matplotlib, of a figure of so many inches."""
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(width, height), layout="constrained").subplots()
+    if grid:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
 def draw_png(series: Sequence[Series], chart: Chart, file: Path) -> None:
     """The same chart on white, 1,500 pixels wide."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.add_subplot()
+    axes = axes_on_white(6, 3.6)
     for one in series:
         values = one.values
         if is_noisy(one):
@@ -188,8 +196,6 @@ def draw_png(series: Sequence[Series], chart: Chart, file: Path) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
     if chart.key == "tokens_per_second":
         axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     if 1 < len(series) <= 2 * len(COLORS):  # more would leave no room for the curves
         axes.legend(frameon=False, fontsize=8)
-    figure.savefig(file, dpi=250)
+    axes.figure.savefig(file, dpi=250)

@@ -1,14 +1,15 @@
 """How a classifier judged texts whose labels are known: confusion, calibration, and its most confident mistakes."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
-from experiment.pages.curves import COLORS
+from experiment.pages.curves import COLORS, axes_on_white
+from experiment.pages.summary import read_lines
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -56,43 +57,31 @@ class Verdicts:
 
     def confusion(self) -> np.ndarray:
         """(c, c) counts: true class by predicted class."""
-        import torch
-        from torchmetrics.functional.classification import multiclass_confusion_matrix
+        from sklearn.metrics import confusion_matrix
 
-        predicted, truth = torch.from_numpy(self.predicted), torch.from_numpy(self.truth)
-        return multiclass_confusion_matrix(predicted, truth, len(self.names)).numpy()
+        return confusion_matrix(self.truth, self.predicted, labels=range(len(self.names)))
 
-    def calibration(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def calibration(self) -> pd.DataFrame:
         """Mean confidence, accuracy and number of texts of each of ten equal bins of confidence that holds any.
 
-        By hand: torchmetrics' CalibrationError does not give the bins, and has one more for a confidence of 1.
+        By hand: torchmetrics' CalibrationError does not give the bins, and scikit-learn's not their numbers.
         """
-        place = np.minimum((self.confidence * BINS).astype(int), BINS - 1)
-        counts = np.bincount(place, minlength=BINS)
-        held = counts > 0
-        confidence = np.bincount(place, self.confidence, BINS)[held] / counts[held]
-        accuracy = np.bincount(place, self.correct, BINS)[held] / counts[held]
-        return confidence, accuracy, counts[held]
+        bins = np.minimum((self.confidence * BINS).astype(int), BINS - 1)
+        texts = pd.DataFrame({"confidence": self.confidence, "accuracy": self.correct, "texts": 1})
+        return texts.groupby(bins).agg({"confidence": "mean", "accuracy": "mean", "texts": "sum"})
 
     def calibration_error(self) -> float:
         """The expected calibration error: the mean distance of confidence and accuracy over the bins, weighted by
         their numbers of texts (Guo et al. 2017, arXiv:1706.04599)."""
-        confidence, accuracy, counts = self.calibration()
-        return float((np.abs(confidence - accuracy) * counts).sum() / counts.sum())
+        bins = self.calibration()
+        return float(np.average(abs(bins["confidence"] - bins["accuracy"]), weights=bins["texts"]))
 
     def mistakes(self, most: int = 10) -> list[dict[str, Any]]:
         """The wrong verdicts, the most confident first."""
-        wrong = np.flatnonzero(~self.correct)
-        wrong = wrong[np.argsort(-self.confidence[wrong], kind="stable")][:most]
-        return [
-            {
-                "text": self.texts[i],
-                "truth": self.names[self.truth[i]],
-                "predicted": self.names[self.predicted[i]],
-                "confidence": float(self.confidence[i]),
-            }
-            for i in wrong
-        ]
+        columns, rows = self.table()
+        frame = pd.DataFrame(rows, columns=columns)[["text", "label", "true_label"]].assign(confidence=self.confidence)
+        wrong = frame[~self.correct].sort_values("confidence", ascending=False, kind="stable").head(most)
+        return wrong.rename(columns={"label": "predicted", "true_label": "truth"}).to_dict("records")
 
 
 def read_verdicts(run: Path, sources: Sequence[str] = SOURCES) -> Verdicts | None:
@@ -102,11 +91,7 @@ def read_verdicts(run: Path, sources: Sequence[str] = SOURCES) -> Verdicts | Non
     ``true_label`` are left out.
     """
     for source in sources:
-        file = run / source
-        if not file.is_file():
-            continue
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
-        lines = [line for line in lines if "true_label" in line and "probabilities" in line]
+        lines = [line for line in read_lines(run / source) if "true_label" in line and "probabilities" in line]
         if lines:
             names = list(lines[0]["probabilities"])
             return Verdicts(
@@ -119,12 +104,16 @@ def read_verdicts(run: Path, sources: Sequence[str] = SOURCES) -> Verdicts | Non
     return None
 
 
+def _counts_and_shares(verdicts: Verdicts) -> tuple[np.ndarray, np.ndarray]:
+    counts = verdicts.confusion()
+    return counts, counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+
+
 def draw_confusion(verdicts: Verdicts) -> "go.Figure":
     """Counts, coloured by their share of the true class."""
     import plotly.graph_objects as go
 
-    counts = verdicts.confusion()
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    counts, shares = _counts_and_shares(verdicts)
     figure = go.Figure(
         go.Heatmap(
             z=shares,
@@ -154,60 +143,51 @@ def draw_calibration(verdicts: Verdicts) -> "go.Figure":
     """Accuracy against confidence; a calibrated classifier lies on the diagonal."""
     import plotly.graph_objects as go
 
-    confidence, accuracy, counts = verdicts.calibration()
-    figure = go.Figure()
+    bins, figure = verdicts.calibration(), go.Figure()
     low = 1 / len(verdicts.names)  # the likeliest of c classes has at least 1 / c
     figure.add_scatter(
         x=[low, 1], y=[low, 1], mode="lines", line={"color": "#8a8f98", "dash": "dot", "width": 1.5},
         name="calibrated", hoverinfo="skip",
     )  # fmt: skip
     figure.add_scatter(
-        x=confidence,
-        y=accuracy,
-        customdata=counts,
+        x=bins["confidence"],
+        y=bins["accuracy"],
+        customdata=bins["texts"],
         name="this run",
         mode="lines+markers",
         line={"color": COLORS[0], "width": 2},
-        marker={"size": 8 + 22 * np.sqrt(counts / counts.sum()), "opacity": 0.8},
+        marker={"size": 8 + 22 * np.sqrt(bins["texts"] / bins["texts"].sum()), "opacity": 0.8},
         hovertemplate="confidence %{x:.3f}<br>accuracy %{y:.3f}<br>%{customdata:,} texts<extra></extra>",
     )
     figure.update_layout(
         hovermode="closest",
         xaxis={"title": {"text": "confidence"}, "range": [low - 0.02, 1.03]},
-        yaxis={"title": {"text": "accuracy"}, "range": [min(low, accuracy.min()) - 0.05, 1.06]},
+        yaxis={"title": {"text": "accuracy"}, "range": [min(low, bins["accuracy"].min()) - 0.05, 1.06]},
     )
     return figure
 
 
 def draw_confusion_png(verdicts: Verdicts) -> "Figure":
     """The same on white, by matplotlib."""
-    from matplotlib.figure import Figure
-
-    counts, names = verdicts.confusion(), verdicts.names
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure = Figure(figsize=(4, 3.6), layout="constrained")
-    axes = figure.add_subplot()
+    names, (counts, shares) = verdicts.names, _counts_and_shares(verdicts)
+    axes = axes_on_white(4, 3.6, grid=False)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.3)
     for (row, column), count in np.ndenumerate(counts):
         axes.text(column, row, f"{count:,}\n{shares[row, column]:.1%}", ha="center", va="center", fontsize=9)
     axes.set(title="Confusion", xlabel="predicted", ylabel="true")
     axes.set(xticks=range(len(names)), xticklabels=names, yticks=range(len(names)), yticklabels=names)
-    return figure
+    return axes.figure
 
 
 def draw_pngs(verdicts: Verdicts, folder: Path) -> None:
     """confusion.png and calibration.png."""
-    from matplotlib.figure import Figure
-
     draw_confusion_png(verdicts).savefig(folder / "confusion.png", dpi=250)
-    confidence, accuracy, counts = verdicts.calibration()
-    figure = Figure(figsize=(4, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    low = 1 / len(verdicts.names)
+    bins, low = verdicts.calibration(), 1 / len(verdicts.names)
+    axes = axes_on_white(4, 3.6)
     axes.plot([low, 1], [low, 1], ":", color="#8a8f98", label="calibrated")
-    axes.plot(confidence, accuracy, color=COLORS[0])
-    axes.scatter(confidence, accuracy, s=20 + 200 * counts / counts.sum(), color=COLORS[0], alpha=0.8)
+    axes.plot("confidence", "accuracy", color=COLORS[0], data=bins)
+    axes.scatter(
+        "confidence", "accuracy", 20 + 200 * bins["texts"] / bins["texts"].sum(), COLORS[0], alpha=0.8, data=bins
+    )
     axes.set(title=f"Calibration (error {verdicts.calibration_error():.3f})", xlabel="confidence", ylabel="accuracy")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(folder / "calibration.png", dpi=250)
+    axes.figure.savefig(folder / "calibration.png", dpi=250)

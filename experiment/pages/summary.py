@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -32,6 +33,12 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     return [{name: float(value) for name, value in row.items() if value} for row in rows]
 
 
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; none where there is no such file."""
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
 def best(rows: list[dict[str, float]], name: str) -> float | None:
     """The best value of a validation metric over a run; None where it was never logged."""
     values = [row[name] for row in rows if math.isfinite(row.get(name, math.nan))]
@@ -50,9 +57,7 @@ def summarize(runs: list[Path]) -> None:
         table.add_row(run.name, f"{steps:,}", *("" if value is None else f"{value:.4f}" for value in values))
     console.print(table)
     for run in runs:
-        predictions = run / "predictions.jsonl"
-        if predictions.is_file():
-            first = json.loads(predictions.read_text(encoding="utf-8").split("\n")[0])
+        for first in read_lines(run / "predictions.jsonl")[:1]:
             label = f" → {first['label']}" if "label" in first else ""
             console.print(f"\n{run.name} says:", style="dim")
             console.print(first["text"] + label)
