@@ -4,6 +4,7 @@ import csv
 import os
 import signal
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,33 @@ def test_budget_of_tokens_is_met_and_rows_that_are_judged_by_other_text_are_refu
         compare.main(["lm.yaml", *flags, "--budget", "steps=2"])
     error = capsys.readouterr().err.splitlines()[-1]
     assert "would be judged by every token of every story of" in error and "these do not compare" in error
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+def test_every_comparison_is_rows_of_configurations_none_of_which_is_another(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    comparison, _ = read_comparison([str(file)])
+    keys = [compare.Run(row, 1).key for row in comparison.rows]  # reads their configurations
+    assert len(set(keys)) == len(keys) > 1 and comparison.metric["name"] in comparison.report
+
+
+def test_trials_of_equal_time_take_fewer_steps_where_a_step_costs_more_and_differ_in_nothing_else_that_takes_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    steps: dict[tuple[bool, int], set[int]] = {}  # by dropout and weights, which say what a step costs
+    for row in read_comparison(["configs/comparisons/fast_trials.yaml"])[0].rows:
+        decoder, data = row.config["model"]["decoder"], row.config["data"]
+        assert row.unit == "steps" and not any(flag.startswith("trainer.") for flag in row.flags), row.name
+        assert (data["batch_size"], data["sequence_length"], data["vocab_size"]) == (16, 256, 4096), row.name
+        weights = decoder["num_layers"] * decoder["hidden_size"] * decoder["intermediate_size"]
+        steps.setdefault(("dropout" in decoder, weights), set()).add(row.budget["steps"])
+    plain = [of_cost for (dropout, _), of_cost in sorted(steps.items()) if not dropout]
+    assert all(len(of_cost) == 1 for of_cost in steps.values()) and len(plain) > 4
+    assert all(max(costlier) < min(cheaper) for cheaper, costlier in pairwise(plain))
+    assert all(max(of_cost) < min(steps[False, weights]) for (dropout, weights), of_cost in steps.items() if dropout)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

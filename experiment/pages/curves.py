@@ -18,6 +18,7 @@ Rows = list[dict[str, float]]
 COLORS = ("#2f7fe0", "#e0700c", "#14996b", "#c2459b", "#8a63d2", "#a88400", "#d64545", "#0e95a7")
 # Runs that are equal would hide each other, but for these.
 DASHES = (("solid", "-"), ("dash", "--"), ("dot", ":"), ("dashdot", "-."))  # of Plotly, of matplotlib
+SMOOTHED = 40  # windows of a curve: so many parts of it are averaged
 MOST_POINTS = 2_000  # of one curve; more cannot be seen, and make the page heavy
 
 
@@ -51,7 +52,7 @@ CHARTS = (
 
 @dataclass
 class Series:
-    """One metric of one run."""
+    """One metric of one run, as a chart shows it."""
 
     run: str
     metric: str
@@ -60,10 +61,17 @@ class Series:
     steps: np.ndarray
     values: np.ndarray
     tokens: np.ndarray | None  # seen at these steps, where the run counted them
+    label: str = ""  # its metric, or its run where there are several, or both
+    background: bool = False  # behind the validation curve of the same colour
 
     @property
     def validation(self) -> bool:
         return self.metric.startswith("val/")
+
+    @property
+    def noisy(self) -> bool:
+        """Whether its course is hidden, for batches differ: it is drawn faint, and its running mean over it."""
+        return self.metric in ("train/loss", "train/accuracy") and len(self.values) >= 2 * SMOOTHED
 
 
 def find_series(runs: dict[str, Rows], chart: Chart) -> list[Series]:
@@ -81,21 +89,17 @@ def find_series(runs: dict[str, Rows], chart: Chart) -> list[Series]:
             color = COLORS[(place if len(runs) > 1 else chart.metrics.index(metric)) % len(COLORS)]
             dash = DASHES[place % len(DASHES)]
             found.append(Series(run, metric, color, dash, steps, values, tokens))
+    several, metrics = len({one.run for one in found}) > 1, {one.metric for one in found}
+    for one in found:
+        names = (one.run if several else "", one.metric if len(metrics) > 1 or not several else "")
+        one.label = " ".join(filter(None, names))
+        one.background = several and not one.validation and any(other.validation for other in found)
     return found
-
-
-def smoothing_width(values: np.ndarray) -> int:
-    """Over how many points a training curve is averaged: batches differ, which would hide its course."""
-    return max(1, len(values) // 40)
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
     """The mean over a centred window, which is cut off at the ends."""
     return pd.Series(values).rolling(width, center=True, min_periods=1).mean().to_numpy()
-
-
-def is_noisy(series: Series) -> bool:
-    return series.metric in ("train/loss", "train/accuracy") and smoothing_width(series.values) > 1
 
 
 def draw_interactive(series: Sequence[Series], chart: Chart) -> "go.Figure":
@@ -104,24 +108,22 @@ def draw_interactive(series: Sequence[Series], chart: Chart) -> "go.Figure":
 
     figure, several = go.Figure(), len({one.run for one in series}) > 1
     for one in series:
-        name = legend(one, series, chart)
-        group = one.run if several else name
-        options = {"x": one.steps, "customdata": one.tokens, "legendgroup": group}
+        options = {"x": one.steps, "customdata": one.tokens, "legendgroup": one.run if several else one.label}
         values, width = one.values, 2.4 if one.validation or len(chart.metrics) == 1 else 1.6
-        if is_noisy(one):
+        if one.noisy:
             faint = {"color": one.color, "width": 1}
             figure.add_scatter(
                 **options, y=values, mode="lines", line=faint, opacity=0.28, hoverinfo="skip", showlegend=False
             )
-            values = smooth(values, smoothing_width(values))
+            values = smooth(values, len(values) // SMOOTHED)
         line = {"color": one.color, "width": width, "dash": one.dash[0]}
-        if is_background(one, series):  # the legend of the validation curve switches it as well
+        if one.background:  # the legend of the validation curve switches it as well
             options |= {"opacity": 0.5, "showlegend": False}
             line["dash"] = "solid"
         figure.add_scatter(
             **options,
             y=values,
-            name=name,
+            name=one.label,
             mode="lines+markers" if len(values) < 60 and one.validation else "lines",
             line=line,
             marker={"size": 6},
@@ -129,26 +131,13 @@ def draw_interactive(series: Sequence[Series], chart: Chart) -> "go.Figure":
         )
     figure.update_layout(
         hovermode="x unified",
-        showlegend=len({(one.run, one.metric) for one in series}) > 1,
+        showlegend=len(series) > 1,
         xaxis={"title": {"text": "step"}, "rangemode": "tozero", "unifiedhovertitle": {"text": "step %{x:,.0f}"}},
         yaxis={"type": "log", "dtick": "D2", "tickformat": "~g"} if is_log(series, chart) else {},
     )
     if chart.key == "tokens_per_second":
         figure.update_yaxes(rangemode="tozero")
     return figure
-
-
-def legend(one: Series, series: Sequence[Series], chart: Chart) -> str:
-    """What a curve is called: by its metric, and by its run where there are several."""
-    if len({other.run for other in series}) == 1:
-        return one.metric
-    return one.run if len({other.metric for other in series}) == 1 else f"{one.run} {one.metric}"
-
-
-def is_background(one: Series, series: Sequence[Series]) -> bool:
-    """Whether the curve stands behind the validation curve of the same colour."""
-    several = len({other.run for other in series}) > 1
-    return several and not one.validation and any(other.validation for other in series)
 
 
 def is_log(series: Sequence[Series], chart: Chart) -> bool:
@@ -175,19 +164,19 @@ def draw_png(series: Sequence[Series], chart: Chart, file: Path) -> None:
     axes = axes_on_white(6, 3.6)
     for one in series:
         values = one.values
-        if is_noisy(one):
+        if one.noisy:
             axes.plot(one.steps, values, color=one.color, alpha=0.25, linewidth=0.8)
-            values = smooth(values, smoothing_width(values))
+            values = smooth(values, len(values) // SMOOTHED)
         axes.plot(
             one.steps,
             values,
             color=one.color,
             linewidth=1.8 if one.validation else 1.2,
-            linestyle="-" if is_background(one, series) else one.dash[1],
+            linestyle="-" if one.background else one.dash[1],
             marker="o" if one.validation and len(values) < 60 else None,
             markersize=3.5,
-            alpha=0.6 if is_background(one, series) else 1,
-            label=legend(one, series, chart),
+            alpha=0.6 if one.background else 1,
+            label=one.label,
         )
     axes.set(title=chart.title, xlabel="step", yscale="log" if is_log(series, chart) else "linear")
     if is_log(series, chart):

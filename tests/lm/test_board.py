@@ -59,6 +59,12 @@ def test_row_of_a_comparison_becomes_an_entry_and_a_line_of_the_board(in_tmp: Pa
     assert row in Path("BOARD.md").read_text()
 
 
+def test_words_that_a_command_does_not_know_are_refused(in_tmp: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["write", "--nonsense"])
+    assert "unrecognized arguments: --nonsense" in capsys.readouterr().err and not Path("BOARD.md").exists()
+
+
 def test_fewest_bits_stand_first_among_those_judged_by_the_same_text() -> None:
     worse = replace(ENTRIES[0], name="worse", bits_per_byte=[9.0], seeds=[1])
     better = replace(worse, name="better", bits_per_byte=[0.1])
