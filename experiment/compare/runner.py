@@ -32,6 +32,7 @@ Line = dict[str, Any]  # what a run left: its key, configuration, machine and fi
 FEW_STEPS = {"trainer.max_steps": 20, "trainer.max_epochs": -1, "trainer.limit_val_batches": 0}
 FEW_STEPS |= {"trainer.log_every_n_steps": 1}
 SKIPPED = 5  # of these, since the first are slower than those that follow
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes after Ctrl-C and kill
 
 
 def read_results(out: Path, tested: bool = False) -> dict[str, Line]:
@@ -140,7 +141,7 @@ def make(run: Run, arguments: Sequence[str], folder: Path, group: str, tested: b
             process.terminate()
         process.wait()
         raise
-    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):  # the run alone was asked to stop
+    if code in STOPPED:  # the run alone was asked to
         sys.exit(code)
     if code != 0:
         console.print(f"{run.row.name}, seed {run.seed}, failed with exit code {code}: see above", style="red")
@@ -189,8 +190,9 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         found = make_runs(runs, out, comparison.name, any(name.startswith("test/") for name in comparison.report))
     except (KeyboardInterrupt, SystemExit) as ending:
-        console.print("stopped; go on with the same command")
-        sys.exit(getattr(ending, "code", 130))
+        if (code := getattr(ending, "code", STOPPED[0])) in STOPPED:
+            console.print("stopped; go on with the same command")
+        sys.exit(code)
     lines = [found[Run(row, seed).key] | {"row": row.name} for row in comparison.rows for seed in comparison.seeds]
     show(comparison, lines, out)
     if any("failed" in line for line in lines):
