@@ -6,28 +6,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-# Of dense bfloat16 and float16 products, in TFLOP/s, as NVIDIA's data sheets have them; the first name that fits.
-# (Lightning's own table takes an L40S for an L4, and does not find an H200.)
-PEAKS = {
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "NVIDIA L4": 121.0,
-    "A10G": 70.0,
-    "RTX 4090": 165.0,
-    "RTX 3090": 71.0,
-}
-
-
-def peak_flops(device_name: str, precision: str) -> float | None:
-    """The most operations a second of a GPU; None where it is not known, or the products are not of 16 bits."""
-    if not precision.startswith(("bf16", "16")):
-        return None
-    return next((1e12 * peak for name, peak in PEAKS.items() if name in device_name), None)
-
 
 class Stopwatch:
     """Wall time without pauses, which may be nested."""
@@ -91,6 +69,8 @@ class Throughput(Callback):
         self._peak = None
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
+            from experiment.nn.peak_flops import peak_flops
+
             self._peak = peak_flops(torch.cuda.get_device_name(pl_module.device), trainer.precision)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

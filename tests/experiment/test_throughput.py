@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import experiment.runs.throughput
 import experiment.sources.batches
+from experiment.nn.peak_flops import peak_flops
 from experiment.pages.summary import read_metrics
-from experiment.runs.throughput import Stopwatch, peak_flops
+from experiment.runs.throughput import Stopwatch
 from lm.__main__ import main
 from lm.data.corpus import WindowBatches
 from lm.model.config import DecoderConfig
