@@ -2,7 +2,6 @@
 
 import importlib
 import io
-import itertools
 import json
 import math
 import os
@@ -38,11 +37,12 @@ STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes after Ctrl-C
 def read_results(out: Path, tested: bool = False) -> dict[str, Line]:
     """The lines of the runs that ended well, by key; with `tested`, of those that the test split has judged."""
     found: dict[str, Line] = {}
-    for text in itertools.chain(*(file.read_text("utf-8").split("\n") for file in sorted(out.glob("results*.jsonl")))):
-        with suppress(ValueError):  # empty, or cut by a kill
-            line = json.loads(text)
-            if "failed" not in line and ("test" in line or not tested):
-                found[line["key"]] = line
+    for file in sorted(out.glob("results*.jsonl")):
+        for text in file.read_text(encoding="utf-8").split("\n"):
+            with suppress(ValueError):  # empty, or cut by a kill
+                line = json.loads(text)
+                if "failed" not in line and ("test" in line or not tested):
+                    found[line["key"]] = line
     return found
 
 

@@ -9,9 +9,8 @@ import base64
 import gzip
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -20,7 +19,7 @@ from experiment.command_parser import CommandParser, one_line_errors
 from experiment.console import console
 from experiment.errors import InputError
 from experiment.pages.curves import CHARTS, COLORS, Rows, draw_interactive, draw_png, find_series
-from experiment.pages.predictions import Verdicts, draw_calibration, draw_confusion, draw_pngs, read_verdicts
+from experiment.pages.predictions import draw_calibration, draw_confusion, draw_pngs, read_verdicts
 from experiment.pages.summary import FIGURES, best, read_lines, read_metrics
 from experiment.runs.provenance import read_record
 
@@ -36,29 +35,17 @@ THEMES = {
 }
 
 
-@dataclass
 class Run:
-    """What a run's folder holds, as the page shows it."""
+    """What a run's folder holds, as the page shows it; an InputError where the folder is no run."""
 
-    name: str
-    folder: Path
-
-    @cached_property
-    def rows(self) -> Rows:
-        return read_metrics(self.folder)
-
-    @cached_property
-    def record(self) -> dict[str, Any]:
-        return read_record(self.folder)
-
-    @cached_property
-    def config_text(self) -> str:
-        file = self.folder / "config.yaml"
-        return file.read_text(encoding="utf-8") if file.is_file() else ""
-
-    @cached_property
-    def verdicts(self) -> Verdicts | None:
-        return read_verdicts(self.folder)
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        self.rows: Rows = read_metrics(folder)
+        self.record, self.verdicts = read_record(folder), read_verdicts(folder)
+        config, decoding = folder / "config.yaml", folder / "decoding.json"
+        self.config_text = config.read_text(encoding="utf-8") if config.is_file() else ""
+        # What `tinylab decoding` has measured, where it was asked to.
+        self.decoding = json.loads(decoding.read_text(encoding="utf-8")) if decoding.is_file() else []
 
     @property
     def options(self) -> dict[str, str]:
@@ -76,9 +63,8 @@ class Run:
         steps, tokens = self._last("step"), self._last("train/tokens")
         note = f"{short(tokens)} tokens" if tokens else ""
         found.append({"name": "steps", "value": f"{int(steps or 0):,}", "note": note})
-        speeds = sorted(row["train/tokens_per_second"] for row in self.rows if "train/tokens_per_second" in row)
-        if speeds:
-            found.append({"name": "tokens per second", "value": f"{speeds[len(speeds) // 2]:,.0f}", "note": "median"})
+        if speeds := [row["train/tokens_per_second"] for row in self.rows if "train/tokens_per_second" in row]:
+            found.append({"name": "tokens per second", "value": f"{median(speeds):,.0f}", "note": "median"})
         if counts := self.record.get("parameters"):
             share = "all trained"
             if counts["trainable"] != counts["total"]:
@@ -91,12 +77,6 @@ class Run:
 
     def _last(self, name: str) -> float | None:
         return next((row[name] for row in reversed(self.rows) if name in row), None)
-
-    @cached_property
-    def decoding(self) -> list[dict[str, Any]]:
-        """What `tinylab decoding` has measured, where it was asked to."""
-        file = self.folder / "decoding.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
 
     @property
     def samples(self) -> dict[str, list[dict[str, Any]]]:
@@ -151,10 +131,7 @@ def read_runs(folders: Sequence[Path], names: Sequence[str] = ()) -> list[Run]:
     if not names:
         short = [path.name for path in resolved]
         names = [path.name if short.count(path.name) == 1 else f"{path.parent.name}/{path.name}" for path in resolved]
-    runs = [Run(name, folder) for name, folder in zip(names, folders, strict=True)]
-    for run in runs:
-        _ = run.rows  # a folder that is no run is refused before anything is drawn
-    return runs
+    return [Run(name, folder) for name, folder in zip(names, folders, strict=True)]
 
 
 def write_report(folders: Sequence[Path], folder: Path | None = None, names: Sequence[str] = ()) -> Path:
