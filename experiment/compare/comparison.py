@@ -3,8 +3,9 @@
     tinylab compare FILE [--only ROW ...] [--seeds 1 2 3] [--budget seconds=1200] [flags of fit]
 
 What is done is not run again, nor what another comparison has run already; a run that was cut short goes on from its
-last checkpoint. The same command in several processes shares the runs among them. Every run leaves a line in
-results.jsonl of --out; the lines of other machines count once their file lies there as results-NAME.jsonl.
+last checkpoint, and one that failed is tried again. The same command in several processes shares the runs among them.
+Every run that ends well leaves a line in results.jsonl of --out; the lines of other machines count once their file lies
+there as results-NAME.jsonl.
 docs/configuration.md explains every name in a comparison's file.
 """
 
@@ -183,8 +184,8 @@ def read_comparison(args: Sequence[str] | None) -> tuple[Comparison, Path]:
             label = ",".join(filter(None, (name, chosen))) or "only"
             found[label] = Row(label, **{"title": label, **row})
         base, names = content.get("baseline"), options.only or [*found]
-        for option, name in [("baseline", base or names[0]), *(("--only", name) for name in names)]:
-            if name not in found:
+        for option, name in [("baseline", base), *(("--only", name) for name in names)]:
+            if name is not None and name not in found:
                 raise InputError(f"{option} {name}: there is no such row; expected some of {', '.join(found)}")
         content |= {"baseline": base if base in names else None, "seeds": options.seeds or content.get("seeds", [1])}
         return Comparison(**content | {"rows": [found[name] for name in names]}), options.out
