@@ -87,19 +87,40 @@ def draw_splits(
                 pools[split] = _without_duplicates(texts, _class_ids(labels, names, where), seen)
             else:
                 pools[split] = _without_duplicates(texts, np.full(len(texts), -1), seen)
-    drawn = {}
+    drawn, short = {}, []
     left = {split: _shuffled_by_class(pool, len(names), seed) for split, pool in pools.items()}
     for split in reversed(SPLITS):
         source = split if split in pools else "train"
-        if sizes[split] is None and source != split:
-            raise InputError(f"data.{split}_size is null, but {path} has no {split} split to take whole: name a number")
         if (pools[source].labels < 0).all():
             taken = np.random.default_rng(seed).permutation(len(pools[source].texts))[: sizes[split]]
-        else:
-            taken = _take(left[source], sizes[split], f"data.{split}_size", names)
+        elif (taken := _take(left[source], sizes[split], whole=source == split)) is None:
+            short.append(split)
+            continue
         order = np.random.default_rng([seed, SPLITS.index(split)]).permutation(taken)
         drawn[split] = Reviews([pools[source].texts[i] for i in order], pools[source].labels[order])
+    if short:
+        raise InputError(_too_few(path, pools, names, sizes, short))
     return names, drawn
+
+
+def _too_few(
+    path: str, pools: dict[str, Reviews], names: list[str], sizes: dict[str, int | None], short: list[str]
+) -> str:
+    """What to say where the splits `short` cannot be drawn: the sizes, what there is, and sizes that can be had."""
+    asked = " and ".join(f"data.{split}_size {sizes[split] or 'null'}" for split in SPLITS if split in short)
+    labels = {split: pools[split].labels for split in SPLITS if split in pools}
+    counts = {split: np.bincount(of[of >= 0], minlength=len(names)) for split, of in labels.items()}
+    there = "; ".join(
+        f"{split}: {', '.join(f'{count:,} {name}' for name, count in zip(names, found, strict=True))}"
+        for split, found in counts.items()
+    )
+    fewest, least = counts["train"].min(), 1 + len(SPLITS) - len(pools)
+    cure = f"expected at least {least} of each class in train"
+    if fewest >= least:  # null takes all that are left; of train, what the source has no split for takes a tenth each
+        tenth = len(names) * max(1, fewest // 10)
+        flags = (f"--data.{split}_size {'null' if split in pools else tenth}" for split in SPLITS)
+        cure = f"give {' '.join(flags)}, where null takes all there are"
+    return f"{asked}: {path} holds fewer reviews ({there}); {cure}"
 
 
 def _class_names(dataset: Any, path: str) -> list[str]:
@@ -161,19 +182,16 @@ def _shuffled_by_class(pool: Reviews, num_labels: int, seed: int) -> list[np.nda
     return [rng.permutation(np.flatnonzero(pool.labels == label)) for label in range(num_labels)]
 
 
-def _take(left: list[np.ndarray], size: int | None, option: str, names: list[str]) -> np.ndarray:
-    """Positions of `size` reviews, as many of each class as can be, taken out of `left`; None takes all."""
-    taken = []
-    for label, indices in enumerate(left):
-        wanted = len(indices) if size is None else size // len(left) + (label < size % len(left))
-        if wanted > len(indices):
-            raise InputError(
-                f"{option} {size} needs {wanted} reviews of the class {names[label]}, and {len(indices)} are left: "
-                "ask for fewer"
-            )
-        taken.append(indices[:wanted])
-        left[label] = indices[wanted:]
-    taken = np.concatenate(taken)
-    if len(taken) == 0:
-        raise InputError(f"{option} {size}: no review is left for it")
-    return taken
+def _take(left: list[np.ndarray], size: int | None, whole: bool) -> np.ndarray | None:
+    """Positions of `size` reviews, as many of each class as can be, taken out of `left`; None takes all, which only
+    `whole` allows. None where there are not as many, or not one."""
+    if size is None and not whole:
+        return None
+    wanted = [len(indices) for indices in left]
+    if size is not None:
+        wanted = [size // len(left) + (label < size % len(left)) for label in range(len(left))]
+    pairs = list(zip(left, wanted, strict=True))
+    if not sum(wanted) or any(count > len(indices) for indices, count in pairs):
+        return None
+    left[:] = [indices[count:] for indices, count in pairs]
+    return np.concatenate([indices[:count] for indices, count in pairs])

@@ -119,7 +119,6 @@ def test_names_given_by_hand_decide_which_class_is_which(tmp_path):
         ([("a", "good"), ("b", "good")], None, "1 different words"),
         ([("a", 0), ("  ", 1)], None, "review 2 is empty"),
         ([("a", 0), (None, 1)], None, "review 2 is empty or no text"),
-        (numbered(20), None, "needs 20 reviews of the class negative, and 0 are left"),
     ],
 )
 def test_what_is_no_review_or_no_class_is_named_with_its_row(tmp_path, rows, names, message):
@@ -135,9 +134,28 @@ def test_a_missing_column_is_named(tmp_path):
         draw(str(tmp_path))
 
 
-def test_null_needs_a_split_of_the_sources_own(tmp_path):
-    with pytest.raises(InputError, match="validation_size is null"):
-        draw(write_source(tmp_path, train=numbered(100)), SIZES | {"validation": None})
+@pytest.mark.parametrize(
+    ("sizes", "asked"),
+    [
+        (SIZES | {"validation": 40}, "data.train_size 40 and data.validation_size 40: "),
+        (SIZES | {"train": None, "validation": None}, "data.validation_size null: "),
+        ({"train": None, "validation": 30, "test": 4}, "data.train_size null: "),
+    ],
+)
+def test_sizes_that_are_too_large_are_told_at_once_with_those_that_can_be_had(tmp_path, sizes, asked):
+    path = write_source(tmp_path, train=numbered(30), test=numbered(12, first=30))
+    cure = "--data.train_size null --data.validation_size 2 --data.test_size null"
+    with pytest.raises(InputError) as error:
+        draw(path, sizes)
+    assert asked in str(error.value) and "(train: 15 negative, 15 positive; test: 6 " in str(error.value)
+    assert f"give {cure}, where null takes all" in str(error.value)
+    _, drawn = draw(path, {"train": None, "validation": 2, "test": None})
+    assert [len(drawn[split].texts) for split in SIZES] == [28, 2, 12]
+
+
+def test_source_of_too_few_reviews_for_any_split_is_told_so(tmp_path):
+    with pytest.raises(InputError, match="expected at least 3 of each class in train"):
+        draw(write_source(tmp_path, train=numbered(4)))
 
 
 def test_texts_to_classify_come_as_a_list_a_file_or_a_single_text(tmp_path):
