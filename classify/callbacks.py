@@ -91,7 +91,7 @@ class PredictionWriter(BasePredictionWriter):
             table.add_row(line["label"], f"{line['probabilities'][line['label']]:.3f}", shown)
         if self.show:
             console.print(table)
-        console.print(f"{len(lines):,} predictions written to {file}")
+        console.print(f"{len(lines):,} prediction{'' if len(lines) == 1 else 's'} written to {file}")
 
 
 class Evaluation(Callback):

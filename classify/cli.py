@@ -18,6 +18,7 @@ class ClassifyCLI(ExperimentCLI):
     """The classifier's command line: the tokenizer is the model's, the classes are those of the data."""
 
     package = "classify"
+    parts = (("data", TextClassificationDataModule, {}),)
     example = """--data.texts '["I loved it."]'"""
 
     def __init__(self, args: Sequence[str] | None = None) -> None:

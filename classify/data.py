@@ -151,14 +151,15 @@ class TextClassificationDataModule(ResumableDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.step_parts, self.global_batch = {"reviews": batch_size}, ("global_batch_size", global_batch_size)
         self.given_label_names, self.num_workers = label_names, num_workers
-        for name, value, least in (
+        numbers = (
             ("max_length", max_length, 3), ("eval_max_length", self.eval_max_length, 3),
             ("batch_size", batch_size, 1), ("eval_batch_size", 1 if eval_batch_size is None else eval_batch_size, 1),
             ("num_workers", num_workers or 0, 0),
             *((f"{split}_size", size, 2) for split, size in self.sizes.items() if size is not None),
-        ):  # fmt: skip
-            if value < least:
-                raise InputError(f"data.{name} is {value}: expected at least {least}")
+        )  # fmt: skip
+        below = [f"data.{name} {value}: expected at least {least}" for name, value, least in numbers if value < least]
+        if below:
+            raise InputError("; ".join(below))
         if label_names is not None and (len(label_names) < 2 or len(set(label_names)) < len(label_names)):
             raise InputError(f"data.label_names is {label_names}: expected at least two different names")
 

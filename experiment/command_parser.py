@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from experiment.errors import InputError
 from experiment.invocation import as_called
+from experiment.wording import reworded
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -32,7 +33,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (InputError, argparse.ArgumentError) as error:
-        message = " ".join(str(error).split())
+        message = reworded(str(error))
     except OSError as error:  # no space, no permission
         message = f"{error.filename or 'writing'}: {error.strerror}; free space, or give another place"
     else:

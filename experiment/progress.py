@@ -1,6 +1,6 @@
 """What people see while they wait: one console for all output, bars for everything that takes its time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,14 @@ from rich.text import Text
 
 from experiment.console import console
 
-__all__ = ["RunProgressBar", "console", "format_metrics", "progress", "validation_results"]
+__all__ = ["RunProgressBar", "console", "format_metrics", "print_figures", "progress", "validation_results"]
+MEANINGS = {
+    "loss": "mean cross-entropy in nats; less is better",
+    "perplexity": "exp(loss): as unsure as a choice among so many equally likely tokens",
+    "bits_per_byte": "bits to code a byte of text, which compares across tokenizers",
+    "accuracy": "share of the texts that are judged rightly",
+    "f1": "mean over the classes of the harmonic mean of precision and recall",
+}  # of the figures of an evaluation, without the split
 
 
 @contextmanager
@@ -58,6 +65,14 @@ def validation_results(trainer: Trainer) -> dict[str, float]:
     """The newest validation metrics, the loss first."""
     results = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     return dict(sorted(results.items(), key=lambda item: (item[0] != "val/loss", item[0])))
+
+
+def print_figures(figures: Mapping[str, float], explained: bool = False) -> None:
+    """A line for each figure, the loss first, in four significant digits and perhaps with what it means."""
+    width = max(map(len, figures), default=0)
+    for name, value in sorted(figures.items(), key=lambda item: (not item[0].endswith("/loss"), item[0])):
+        meaning = MEANINGS.get(name.rpartition("/")[2].removeprefix("second_"), "") if explained else ""
+        console.print(Text(f"  {name:<{width}}  {value:<7.4g}  ").append(meaning, "dim"))
 
 
 class RunProgressBar(ProgressBar):

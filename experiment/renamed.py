@@ -52,6 +52,16 @@ def current_arguments(arguments: Sequence[str]) -> list[str]:
     return words
 
 
+def rename_environment(prefixes: Sequence[str]) -> None:
+    """Give the variables that stand for options, such as TINYLAB_FIT__DATA__PATH, whose prefix is TINYLAB_FIT__, today's
+    names; one that is set under today's name wins."""
+    for variable in list(os.environ):
+        for prefix in (one for one in prefixes if variable.startswith(one)):
+            option = _current(variable.removeprefix(prefix).replace("__", ".").lower())
+            value = _current_word(option, os.environ.pop(variable))
+            os.environ.setdefault(f"{prefix}{option.replace('.', '__').upper()}", value)
+
+
 def _current_word(option: str, value: str) -> str:
     return current_file(value) if option == "config" else _current_value(option.rstrip("+"), value)
 

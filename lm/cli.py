@@ -1,5 +1,7 @@
 """The language model's command line: what ``tinylab lm`` runs."""
 
+import json
+import shlex
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from experiment.commands.cli import ExperimentCLI
 from experiment.errors import InputError
+from experiment.invocation import command
 from experiment.nn.lora_config import LoRAConfig
 from experiment.runs.run import recorded, run_of
 from experiment.runs.throughput import Throughput
@@ -27,7 +30,6 @@ class LanguageCLI(ExperimentCLI):
     """The language model's command line: its data's vocabulary becomes the decoder's."""
 
     package = "lm"
-    example = """--data.prompts '["Once upon a time"]'"""
     shown_as_written = True
     parts = (
         ("data", TextDataModule, {}),
@@ -147,6 +149,15 @@ class LanguageCLI(ExperimentCLI):
 
             self.callbacks = [*self.callbacks, Predictions(self.config[self.subcommand].predictions.stream)]
         return super().instantiate_trainer(**kwargs)
+
+    @property
+    def example(self) -> str:
+        prompts = json.dumps([self.datamodule.example_prompt], ensure_ascii=False)
+        return f"--data.prompts {shlex.quote(prompts)}"
+
+    def next_command(self, kept: str) -> str:
+        chat = self.datamodule.tokenizer.chat_template
+        return f"{command('tell')} {shlex.quote(str(self.run_dir))}" if chat else super().next_command(kept)
 
     def _check_state(self) -> None:
         """Raise an InputError where a checkpoint holds the state of another optimizer."""

@@ -5,6 +5,7 @@ the folder of a run, from which validate, predict and further training go on.
 """
 
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -184,9 +185,12 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
     quiet_libraries(debug=False)
     exports = (hugging_face, llama2c, gguf, adapter)
-    commands = {command.__name__: command for command in exports} | {"import": import_weights}
+    commands = {export.__name__: export for export in exports} | {"import": import_weights}
     with one_line_errors():
-        auto_cli(commands, args=None if args is None else list(args), exit_on_error=False)
+        auto_cli(
+            commands, list(sys.argv[1:] if args is None else args), prog=command("convert"),
+            exit_on_error=False, allow_abbrev=False,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ from typing import Any, overload
 
 from torch import Tensor
 
-from experiment.commands.wording import hint
 from experiment.nn.hardware import default_device
 from experiment.sources.paths import texts_of
+from experiment.wording import hint
 from lm.data.tokenizer import StoryTokenizer
 from lm.decoding.generation import TextStream, generate, stream
 from lm.decoding.quantization import prepare_for_decoding

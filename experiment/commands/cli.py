@@ -4,7 +4,8 @@ import os
 import secrets
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +53,7 @@ class ExperimentCLI(LightningCLI):
     """
 
     package: str  # the experiment's name, and its part of the default run folder
-    example = ""  # what ``predict`` can be given, for the hint at the end of fit
+    example: str  # what ``predict`` can be given, for the hint at the end of fit
     shown_as_written = False  # whether ``predict`` shows its results token by token
 
     # Key, class, and what is only known later, of those parts that can be checked each by itself.
@@ -138,6 +139,10 @@ class ExperimentCLI(LightningCLI):
         """As Lightning's, without its warning where a caller gives the arguments: the tests and tables do."""
         # Text that the locale could not read, but no name of a file, whose bytes must stay as they are.
         given = [argument if _names_file(argument) else repaired(argument) for argument in args]
+        if any(name.startswith("TINYLAB_") and "__" in name for name in os.environ):  # which nobody refuses
+            from experiment.renamed import rename_environment
+
+            rename_environment([f"TINYLAB_{name.upper()}__" for name in DESCRIPTIONS])
         try:
             self._parse(parser, given)
         except (ArgumentError, InputError):  # perhaps of a name of the last release
@@ -223,6 +228,11 @@ class ExperimentCLI(LightningCLI):
                 part(**{**config[name].as_dict(), **given})
             except ValueError as error:
                 yield str(error)
+        plain = {name: value for name, value in config.trainer.as_dict().items() if isinstance(value, int | float)}
+        try:  # its numbers alone: it may not have been made
+            Trainer(**{**plain, "accelerator": "cpu", "devices": 1, "num_nodes": 1, "logger": False})
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            yield f"trainer: {error}"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand].trainer
@@ -314,10 +324,18 @@ class ExperimentCLI(LightningCLI):
                     self.record.end(self.trainer.global_step)
 
     def validate(self, **arguments: Any) -> None:
-        self.trainer.validate(**arguments, ckpt_path=self.checkpoint and str(self.checkpoint))
+        self._evaluate(self.trainer.validate, **arguments)
 
     def test(self, **arguments: Any) -> None:
-        self.trainer.test(**arguments, ckpt_path=self.checkpoint and str(self.checkpoint))
+        self._evaluate(self.trainer.test, **arguments)
+
+    def _evaluate(self, run: Callable[..., list[Mapping[str, float]]], verbose: bool, **arguments: Any) -> None:
+        checkpoint = self.checkpoint and str(self.checkpoint)
+        results = dict(ChainMap(*map(dict, run(**arguments, ckpt_path=checkpoint, verbose=False))))
+        if verbose:
+            from experiment.progress import print_figures
+
+            print_figures(results, explained=True)
 
     def predict(self, **arguments: Any) -> None:
         # Predictions are written as they come, and else all kept in memory.
@@ -330,10 +348,9 @@ class ExperimentCLI(LightningCLI):
             if isinstance(logger, RunLogger):
                 logger.end(self.run_dir)
         console.print(f"\nfinished after {self.trainer.global_step:,} steps; everything is in {self.run_dir}")
-        from experiment.progress import validation_results
+        from experiment.progress import print_figures, validation_results
 
-        for name, value in validation_results(self.trainer).items():
-            console.print(f"  {name:<20} {value:.4f}")
+        print_figures(validation_results(self.trainer))
         if self.config["fit"].report and (self.run_dir / "metrics.csv").exists():
             from experiment.pages.report import write_report  # brings Plotly's curves, which training does not need
 
@@ -342,9 +359,12 @@ class ExperimentCLI(LightningCLI):
             console.print(f"report: {page}")
         checkpoints = self.run_dir / "checkpoints"
         if kept := next((name for name in ("best", "last") if (checkpoints / f"{name}.ckpt").exists()), None):
-            config = shlex.quote(str(self.run_dir / CONFIG))
-            predict = f"{command(self.package)} predict --config {config} --ckpt_path {kept}"
-            console.print(f"next: {predict} {self.example}")
+            console.print(f"next: {self.next_command(kept)}")
+
+    def next_command(self, kept: str) -> str:
+        """How to use what was trained; `kept` is the name of the checkpoint that there is, best or last."""
+        config = shlex.quote(str(self.run_dir / CONFIG))
+        return f"{command(self.package)} predict --config {config} --ckpt_path {kept} {self.example}"
 
 
 def _names_file(argument: str) -> bool:

@@ -9,6 +9,7 @@ from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from experiment.errors import InputError
+from experiment.sources.paths import user_path
 
 WORDS = ("no", "yes", "on", "off")
 
@@ -53,12 +54,18 @@ def check_configuration(file: Path) -> None:
         InputError: It is not; the message names the file.
     """
     try:
-        options = load_yaml(file.read_text(encoding="utf-8"))
+        options = load_yaml(user_path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        from experiment.wording import near_config
+
+        raise InputError(f"config {file} does not exist{near_config(file)}: expected a YAML file") from error
     except RepeatedKey as error:
         raise InputError(f"config {file}: {error}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"config {file} is no text in UTF-8 ({error.reason}): expected a YAML file") from error
-    except (OSError, ValueError, yaml.YAMLError):  # which the parser tells
+    except OSError as error:
+        raise InputError(f"config {file} cannot be read ({error.strerror}): expected a YAML file") from error
+    except (ValueError, yaml.YAMLError):  # which the parser tells
         return
     if not isinstance(options, dict):
         found = "nothing" if options is None else f"{str(options)[:40]!r}"
@@ -95,7 +102,7 @@ class ExperimentParser(LightningArgumentParser):
         return super().format_help()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        from experiment.commands.wording import reworded
         from experiment.compat.jsonargparse import option_strings
+        from experiment.wording import reworded
 
         super().error(reworded(message, option_strings(self)), ex)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from experiment.command_parser import CommandParser, one_line_errors
 from experiment.console import console
-from experiment.errors import InputError
+from experiment.runs.provenance import missing_run
 
 # What is shown of a run, where it has it: the better direction decides which value is its best.
 FIGURES = {"val/loss": min, "val/perplexity": min, "val/bits_per_byte": min, "val/accuracy": max, "val/f1": max}
@@ -27,7 +27,7 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     """
     file = run / "metrics.csv"
     if not file.is_file():
-        raise InputError(f"{run} holds no metrics.csv: expected the folder of a run that fit has written")
+        raise missing_run(run, "metrics.csv")
     with file.open(newline="", encoding="utf-8") as stream:
         rows = [row for row in csv.DictReader(stream) if None not in row.values() and None not in row]
     return [{name: float(value) for name, value in row.items() if value} for row in rows]

@@ -14,7 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiment.errors import InputError
 from experiment.sources.paths import repaired, write_text
+from experiment.wording import hint
 
 if TYPE_CHECKING:  # the report reads run.json without waiting for torch
     from lightning.pytorch import LightningModule, Trainer
@@ -72,6 +74,14 @@ def environment(trainer: "Trainer") -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def missing_run(run: Path, lacks: str) -> InputError:
+    """What to say of a folder that is no run, for it is not there or `lacks` something."""
+    if run.exists():
+        return InputError(f"run {run} holds no {lacks}: expected the folder of a run that fit has written")
+    near = hint(str(run), map(str, run.parent.glob("*")))
+    return InputError(f"run {run} does not exist{near}: expected the folder of a run that fit has written")
 
 
 def read_record(run: Path) -> dict[str, Any]:

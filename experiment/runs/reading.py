@@ -14,6 +14,8 @@ from experiment.console import console
 from experiment.errors import InputError
 from experiment.renamed import current_checkpoint
 from experiment.runs.launch import agreed, is_child
+from experiment.runs.provenance import missing_run
+from experiment.runs.run import is_run
 from experiment.sources.paths import user_path
 
 PACKAGES = {"decoder": "lm", "adapter": "classify"}  # by a hyperparameter that only this package's checkpoints have
@@ -39,7 +41,10 @@ def resolve_checkpoint(subcommand: str, run_dir: Path, ckpt_path: str) -> Path |
         console.print(f"note: {file} is not there; {newest.name} is the newest whole checkpoint")
         return newest
     if subcommand == "fit" and ckpt_path == "last" and not there:
+        console.print(f"note: {run_dir} has no checkpoint yet, so that training begins at step 0")
         return None
+    if named and not is_run(run_dir):
+        raise missing_run(run_dir, "checkpoint")
     raise InputError(
         f"ckpt_path {ckpt_path}: there is no file {file}; expected last, best or a path"
         + (f" (that folder holds {', '.join(there)})" if there else "")
@@ -70,8 +75,7 @@ def find_checkpoint(run: Path) -> Path:
             return file
     if newest := newest_checkpoint(folder):
         return newest
-    found = "holds no checkpoint" if run.exists() else "does not exist"
-    raise InputError(f"run {run} {found}: expected the folder of a run that fit has written, or a file")
+    raise missing_run(run, "checkpoint")
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -58,8 +58,8 @@ def local_files(path: str) -> dict[str, list[Path]] | None:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or format_of(source) is not None
     if looks_local:
         raise InputError(
-            f"data.path {path!r} does not exist: expected a folder, a file, a hub name such as "
-            "roneneldan/TinyStories, or demo"
+            f"data.path {path!r} does not exist: expected a folder, a file, demo, or a hub name such as "
+            "roneneldan/TinyStories (stories) or stanfordnlp/imdb (reviews)"
         )
     return None
 

@@ -5,6 +5,7 @@ training, by a `StoryStream`.
 """
 
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -89,9 +90,9 @@ class TextDataModule(ResumableDataModule):
         super().__init__()
         least = {"sequence_length": (sequence_length, 2), "num_workers": (num_workers or 0, 0)}
         least |= {"batch_size": (batch_size, 1), "eval_batch_size": (eval_batch_size, 1), "seed": (seed, 0)}
-        for name, (value, minimum) in least.items():
-            if value < minimum:
-                raise InputError(f"data.{name} {value}: expected at least {minimum}")
+        below = [f"data.{name} {value}: expected at least {low}" for name, (value, low) in least.items() if value < low]
+        if below:
+            raise InputError("; ".join(below))
         if evaluation not in get_args(Evaluation):
             raise InputError(f"data.evaluation {evaluation!r}: expected {' or '.join(get_args(Evaluation))}")
         if extra_first_windows and (streaming or not packing):
@@ -144,6 +145,16 @@ class TextDataModule(ResumableDataModule):
 
         cut = ("num_workers", "batch_size", "sequence_length", "packing")
         return StreamProgress({name: getattr(self, name) for name in cut})
+
+    @property
+    def example_prompt(self) -> str:
+        """A short prompt of the validation split, or the first words of a story: what to try the model with."""
+        corpus = self.corpus("validation")
+        if corpus.learned is None:
+            return " ".join(self.tokenizer.decode(corpus.tokens[: corpus.offsets[1]].tolist()).split()[:4])
+        stories = pairwise(corpus.offsets[:21].tolist())
+        prompts = [corpus.tokens[begin : begin + corpus.learned[begin:end].argmax()] for begin, end in stories]
+        return self.tokenizer.decode(min(prompts, key=len).tolist())
 
     @property
     def num_workers(self) -> int:

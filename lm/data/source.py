@@ -81,7 +81,8 @@ class StorySource:
         held, kept = np.split(order, [max(1, len(whole) // HELD_OUT)])
         if split == "train":
             return whole.select(np.sort(kept)), ""
-        return whole.select(np.sort(held)), f"no validation split: {len(held):,} of the training stories held out"
+        few = "" if len(held) > 5 else ", too few to tell much; give validation.* or more stories"
+        return whole.select(np.sort(held)), f"no validation split: {len(held):,} of the training stories held out{few}"
 
     def _loaded(self, split: str) -> "Texts | None":
         return load_texts(self.path, split, story_columns, demo_stories, self.revision)

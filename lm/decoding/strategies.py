@@ -8,6 +8,7 @@ with and without the cache, which must not change a token.
 
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -267,4 +268,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line."""
     quiet_libraries(debug=False)
     with one_line_errors():
-        auto_cli(compare, args=None if args is None else list(args), exit_on_error=False)
+        auto_cli(
+            compare, list(sys.argv[1:] if args is None else args), prog=command("decoding"),
+            exit_on_error=False, allow_abbrev=False,
+        )  # fmt: skip

@@ -139,7 +139,7 @@ def test_run_that_was_cut_off_while_writing_still_has_a_report(language_run: Pat
     assert "at step 100" in text_of(write_report([language_run]))
 
 
-@pytest.mark.parametrize(("runs", "words"), [(["nowhere"], "holds no metrics.csv"), (["tiny", "./tiny"], "twice")])
+@pytest.mark.parametrize(("runs", "words"), [(["nowhere"], "nowhere does not exist"), (["tiny", "./tiny"], "twice")])
 def test_folder_that_is_no_run_is_refused_in_one_line(
     runs: list[str], words: str, language_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

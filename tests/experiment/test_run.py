@@ -58,7 +58,7 @@ def test_checkpoint_path_alone_finds_its_run(in_tmp: Path) -> None:
 
 def test_resuming_before_anything_was_saved_starts_at_the_beginning(in_tmp: Path) -> None:
     assert resolve_checkpoint("fit", Path("runs/lm/demo"), "last") is None
-    with pytest.raises(InputError, match="there is no file"):
+    with pytest.raises(InputError, match="does not exist: expected the folder of a run"):
         resolve_checkpoint("validate", Path("runs/lm/demo"), "last")
 
 

@@ -1,21 +1,21 @@
-"""Errors of jsonargparse in the words of one who typed an option."""
+"""Errors of argparse and jsonargparse in the words of one who typed an option."""
 
 import difflib
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
 KIND = re.compile(rf"(typing\.)?Literal\[(?P<values>[^\]]*)\]|<class '(?P<name>{'|'.join(KINDS)})'>")
 PROBLEM = r"Problem with given class_path '[^']*?(?P<name>\w+)': (?P<why>.*?)(?= - Expected a | Given value|$)"
-SEVERAL = r"Multiple subclasses with name (?P<name>\w+)\. .*? ambiguity: (?P<paths>[\w., ]+)\.(?= )"
 PLAIN = r"(Does not validate against any of the Union subtypes Subtypes:)?( ?Expected a)?[\s\[\],.]*"
 
 
-def reworded(message: str, options: Iterable[str]) -> str:
+def reworded(message: str, options: Iterable[str] = ()) -> str:
     """The message in one line that names the option, its value and what was expected; as it is where it is another.
 
     Args:
-        message: Of jsonargparse.
+        message: Of argparse or jsonargparse.
         options: Every option there is, ``--`` included, for a hint at a mistyped one.
     """
     message = " ".join(message.split())
@@ -35,11 +35,22 @@ def reworded(message: str, options: Iterable[str]) -> str:
     if found := re.match(r"unrecognized arguments: (?P<word>[^\s=]+)", message):
         if found["word"].startswith("-"):
             return f"{found['word']}: there is no such option{hint(found['word'], options)}; --help lists them"
-        return f"{found['word']}: expected an option, such as --seed_everything 1; --help lists them"
+        return f"{found['word']}: expected an option, such as --NAME VALUE; --help lists them"
     if found := re.search(r"(Group '(?P<group>[^']+)' )?does not accept option '(?P<key>[^']+)'", message):
         key = ".".join(filter(None, (found["group"], found["key"])))
         near = hint(f"--{key}", options).replace("--", "")
         return f"{key}: there is no such option{near}; --help lists them"
+    if found := re.search(r"invalid choice: '(?P<word>.*)' \(choose from (?P<known>.*)\)", message):
+        known = [word.strip(" '") for word in found["known"].split(",")]
+        return f"{found['word']}: expected {_listed(known)}{hint(found['word'], known)}"
+    if found := re.search(r"to be one of {(?P<known>.*)}, but it was not provided", message):
+        return f"no command is given: expected {_listed(found['known'].split(','))}; --help explains them"
+    if found := re.match(r"the following arguments are required: (?P<names>.*)", message):
+        names = " and ".join(name.rpartition(".")[2] for name in found["names"].split(", "))
+        return f"{names}: not given; --help explains them"
+    if found := re.match(r"argument (?P<name>\S+): (expected one|invalid (?P<kind>\w+) value: '(?P<of>.*)')", message):
+        value = "" if found["of"] is None else f" {found['of']}"
+        return f"{found['name']}{value}: expected {KINDS.get(found['kind'], 'a value')}"
     return message
 
 
@@ -64,3 +75,10 @@ def hint(word: str, known: Iterable[str]) -> str:
     if len(near) != 1:
         near = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def near_config(file: Path) -> str:
+    """The configurations that a mistyped one may mean, as a question in brackets; nothing where there is none."""
+    others = sorted({*file.parent.glob("*.yaml"), *Path("configs").rglob("*.yaml")})
+    named = [str(other) for other in others if file.name in (other.name, other.stem)]
+    return f" (did you mean {_listed(named)}?)" if named else hint(str(file), map(str, others))

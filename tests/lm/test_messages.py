@@ -1,0 +1,108 @@
+"""What the terminal says: what to do next, figures to read, and one line for what cannot be done."""
+
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from experiment import renamed
+from lm.__main__ import main
+from lm.convert import main as convert
+from tests.lm.test_completions import PAIRS
+from tests.runs import STORIES, TINY, refused, write_stories
+
+FIT = ["fit", *TINY, "--trainer.max_steps=1", "--data.sequence_length=32", "--run_dir=run"]
+
+
+@pytest.fixture
+def pairs(in_tmp: Path) -> str:
+    Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    return "--data.path=pairs.jsonl"
+
+
+def test_run_says_what_comes_next_and_evaluation_what_figures_mean(
+    pairs: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main([*FIT, pairs, "--ckpt_path=last", f"--data.second_path={write_stories(Path('stories'))}"])
+    said = capsys.readouterr().out
+    assert "note: run has no checkpoint yet, so that training begins at step 0" in said
+    assert "1 of the training stories held out, too few to tell much" in said
+    results = re.findall(r"^  val/\w+ +\d", said, re.MULTILINE)
+    assert any("val/second_bits_per_byte" in line for line in results) and len(set(map(len, results))) == 1
+    (line,) = re.findall("^next: (.*)$", said, re.MULTILINE)
+    *_, flag, prompts = shlex.split(line)
+    assert flag == "--data.prompts" and json.loads(prompts)[0] in [pair["prompt"] for pair in PAIRS]
+
+    main(["validate", "--config=run/config.yaml", "--ckpt_path=best"])
+    said = capsys.readouterr().out
+    assert re.search(r"^  val/perplexity +\d+\.?\d* +exp\(loss\): as unsure as a choice", said, re.MULTILINE)
+    assert not re.search(r"\d\.\d{6}|─", said)
+    main(["validate", "--config=run/config.yaml", "--ckpt_path=best", "--verbose=false"])
+    assert "val/perplexity" not in capsys.readouterr().out
+
+
+def test_prompt_to_try_is_the_beginning_of_a_story_of_ones_own(in_tmp: Path, capsys: pytest.CaptureFixture) -> None:
+    main([*FIT, f"--data.path={write_stories(Path('stories'))}"])
+    (prompts,) = (json.loads(shlex.split(capsys.readouterr().out)[-1]),)
+    assert len(prompts[0].split()) == 4 and STORIES[29].startswith(prompts[0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--config=configs/lm/dmeo.yaml"], "configs/lm/dmeo.yaml does not exist (did you mean configs/lm/demo.yaml?)"),
+        (["--config=demo"], "config demo does not exist (did you mean configs/lm/demo.yaml?): expected a YAML file"),
+        (["--config=configs"], "config configs cannot be read (Is a directory): expected a YAML file"),
+        (["--data.batch_size=0", "--data.sequence_length=1", "--trainer.max_steps=-5"],
+         "data.sequence_length 1: expected at least 2; data.batch_size 0: expected at least 1; trainer: `max_steps`"),
+        (["--data.path=other.jsonl"], "no column 'text', no 'prompt' with its 'completion' and no 'messages'"),
+        (["--data.path=./nowhere"], "a hub name such as roneneldan/TinyStories (stories) or stanfordnlp/imdb"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_in_the_words_of_the_user(
+    flags: list[str], words: str, in_tmp: Path, capsys: pytest.CaptureFixture
+) -> None:
+    Path("configs/lm").mkdir(parents=True)
+    Path("configs/lm/demo.yaml").write_text("seed_everything: 1\n")
+    Path("other.jsonl").write_text('{"x": "y"}\n')
+    assert words in refused(capsys, "fit", *TINY, *flags)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["hugging_fac", "a", "b"], "hugging_fac: expected hugging_face, llama2c, gguf, adapter or import"),
+        ([], "no command is given: expected hugging_face, llama2c, gguf, adapter or import; --help explains them"),
+        (["hugging_face"], "checkpoint and folder: not given; --help explains them"),
+        (["gguf", "a", "b", "--type", "q9"], "type q9: expected f32, f16 or q8_0"),
+        (["gguf", "a", "b", "c", "d"], "c: expected an option, such as --NAME VALUE; --help lists them"),
+        (["hugging_face", "nowhere", "b"], "nowhere does not exist"),
+    ],
+)  # fmt: skip
+def test_mistakes_of_a_conversion_are_told_in_one_line(
+    args: list[str], words: str, in_tmp: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        convert(args)
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_environment_variables_of_old_names_work_with_a_note(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    renamed._note.cache_clear()
+    for name, value in (("BEGINNINGS", "true"), ("PACKING", "true"), ("EVALUATION", "report"), ("BATCH_SIZE", "5")):
+        monkeypatch.setenv(f"TINYLAB_FIT__DATA__{name}", value)
+    monkeypatch.setenv("TINYLAB_FIT__DATA__EXTRA_FIRST_WINDOWS", "true")  # so that it is put back
+    monkeypatch.delenv("TINYLAB_FIT__DATA__EXTRA_FIRST_WINDOWS")
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--data.path=demo", "--print_config"])
+    told = capsys.readouterr()
+    for line in ("extra_first_windows: true", "packing: true", "evaluation: first_window", "batch_size: 5"):
+        assert line in told.out
+    assert "note: data.beginnings is now data.extra_first_windows" in told.err
+    assert "TINYLAB_FIT__DATA__BEGINNINGS" not in os.environ
