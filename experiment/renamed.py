@@ -53,7 +53,7 @@ def current_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def rename_environment(prefixes: Sequence[str]) -> None:
-    """Give the variables that stand for options, such as TINYLAB_FIT__DATA__PATH, whose prefix is TINYLAB_FIT__, today's
+    """Give variables that stand for options, such as TINYLAB_FIT__DATA__PATH with the prefix TINYLAB_FIT__, today's
     names; one that is set under today's name wins."""
     for variable in list(os.environ):
         for prefix in (one for one in prefixes if variable.startswith(one)):
