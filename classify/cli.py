@@ -19,7 +19,6 @@ class ClassifyCLI(ExperimentCLI):
 
     package = "classify"
     parts = (("data", TextClassificationDataModule, {}),)
-    example = """--data.texts '["I loved it."]'"""
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
         super().__init__(ReviewClassifier, TextClassificationDataModule, [Evaluation(), AdapterExport()], args)
@@ -50,6 +49,9 @@ class ClassifyCLI(ExperimentCLI):
             other = ", or name texts with --data.texts" if self.subcommand == "predict" else ""
             raise InputError(f"{error}; this run was trained on {path}: for that take --config {own}{other}") from error
         self._check_data_fits_model()
+
+    def next_command(self, kept: str) -> str:
+        return f"""{super().next_command(kept)} --data.texts '["I loved it."]'"""
 
     def _check_data_fits_model(self) -> None:
         data, model, longest = self.datamodule, self.model.model, longest_input(self.model.model)

@@ -77,8 +77,11 @@ def hint(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def near_config(file: Path) -> str:
-    """The configurations that a mistyped one may mean, as a question in brackets; nothing where there is none."""
+def unreadable_config(file: Path, error: OSError) -> str:
+    """What to say of a configuration that cannot be opened, with those that a mistyped one may mean."""
+    if not isinstance(error, FileNotFoundError):
+        return f"config {file} cannot be read ({error.strerror}): expected a YAML file"
     others = sorted({*file.parent.glob("*.yaml"), *Path("configs").rglob("*.yaml")})
     named = [str(other) for other in others if file.name in (other.name, other.stem)]
-    return f" (did you mean {_listed(named)}?)" if named else hint(str(file), map(str, others))
+    near = f" (did you mean {_listed(named)}?)" if named else hint(str(file), map(str, others))
+    return f"config {file} does not exist{near}: expected a YAML file"

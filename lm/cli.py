@@ -1,6 +1,5 @@
 """The language model's command line: what ``tinylab lm`` runs."""
 
-import json
 import shlex
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -150,14 +149,12 @@ class LanguageCLI(ExperimentCLI):
             self.callbacks = [*self.callbacks, Predictions(self.config[self.subcommand].predictions.stream)]
         return super().instantiate_trainer(**kwargs)
 
-    @property
-    def example(self) -> str:
-        prompts = json.dumps([self.datamodule.example_prompt], ensure_ascii=False)
-        return f"--data.prompts {shlex.quote(prompts)}"
-
     def next_command(self, kept: str) -> str:
-        chat = self.datamodule.tokenizer.chat_template
-        return f"{command('tell')} {shlex.quote(str(self.run_dir))}" if chat else super().next_command(kept)
+        from lm.data.prompts import flags_to_try
+
+        flags = flags_to_try(self.datamodule.corpus("validation"), self.datamodule.tokenizer)
+        chat = f"{command('tell')} {shlex.quote(str(self.run_dir))}"
+        return chat if flags is None else f"{super().next_command(kept)} {flags}"
 
     def _check_state(self) -> None:
         """Raise an InputError where a checkpoint holds the state of another optimizer."""

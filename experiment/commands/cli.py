@@ -4,8 +4,7 @@ import os
 import secrets
 import shlex
 import sys
-from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -53,7 +52,6 @@ class ExperimentCLI(LightningCLI):
     """
 
     package: str  # the experiment's name, and its part of the default run folder
-    example: str  # what ``predict`` can be given, for the hint at the end of fit
     shown_as_written = False  # whether ``predict`` shows its results token by token
 
     # Key, class, and what is only known later, of those parts that can be checked each by itself.
@@ -208,7 +206,10 @@ class ExperimentCLI(LightningCLI):
             with self.weights_device():
                 super().instantiate_classes()
         except ValueError as error:  # a configuration that a dataclass or a constructor refuses
-            raise InputError("; ".join(dict.fromkeys([str(error), *self.mistakes()]))) from error
+            from experiment.commands.mistakes import mistakes
+
+            found = [str(error), *mistakes(self.config[self.subcommand], self.parts)]
+            raise InputError("; ".join(dict.fromkeys(found))) from error
         if self.checkpoint is not None:
             from experiment.runs.reading import check_fits
 
@@ -219,20 +220,6 @@ class ExperimentCLI(LightningCLI):
     def weights_device(self) -> AbstractContextManager:
         """Where the weights of the model are made, which is the CPU."""
         return nullcontext()
-
-    def mistakes(self) -> Iterator[str]:
-        """What the other parts of a configuration refuse, once one was refused."""
-        config = self.config[self.subcommand]
-        for name, part, given in self.parts:
-            try:
-                part(**{**config[name].as_dict(), **given})
-            except ValueError as error:
-                yield str(error)
-        plain = {name: value for name, value in config.trainer.as_dict().items() if isinstance(value, int | float)}
-        try:  # its numbers alone: it may not have been made
-            Trainer(**{**plain, "accelerator": "cpu", "devices": 1, "num_nodes": 1, "logger": False})
-        except (MisconfigurationException, ValueError, TypeError) as error:
-            yield f"trainer: {error}"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand].trainer
@@ -329,13 +316,12 @@ class ExperimentCLI(LightningCLI):
     def test(self, **arguments: Any) -> None:
         self._evaluate(self.trainer.test, **arguments)
 
-    def _evaluate(self, run: Callable[..., list[Mapping[str, float]]], verbose: bool, **arguments: Any) -> None:
-        checkpoint = self.checkpoint and str(self.checkpoint)
-        results = dict(ChainMap(*map(dict, run(**arguments, ckpt_path=checkpoint, verbose=False))))
+    def _evaluate(self, run: Callable[..., Any], verbose: bool, **arguments: Any) -> None:
+        run(**arguments, ckpt_path=self.checkpoint and str(self.checkpoint), verbose=False)
         if verbose:
             from experiment.progress import print_figures
 
-            print_figures(results, explained=True)
+            print_figures(self.trainer.callback_metrics, explained=True)
 
     def predict(self, **arguments: Any) -> None:
         # Predictions are written as they come, and else all kept in memory.
@@ -364,7 +350,7 @@ class ExperimentCLI(LightningCLI):
     def next_command(self, kept: str) -> str:
         """How to use what was trained; `kept` is the name of the checkpoint that there is, best or last."""
         config = shlex.quote(str(self.run_dir / CONFIG))
-        return f"{command(self.package)} predict --config {config} --ckpt_path {kept} {self.example}"
+        return f"{command(self.package)} predict --config {config} --ckpt_path {kept}"
 
 
 def _names_file(argument: str) -> bool:

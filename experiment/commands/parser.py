@@ -55,16 +55,14 @@ def check_configuration(file: Path) -> None:
     """
     try:
         options = load_yaml(user_path(file).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        from experiment.wording import near_config
-
-        raise InputError(f"config {file} does not exist{near_config(file)}: expected a YAML file") from error
     except RepeatedKey as error:
         raise InputError(f"config {file}: {error}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"config {file} is no text in UTF-8 ({error.reason}): expected a YAML file") from error
     except OSError as error:
-        raise InputError(f"config {file} cannot be read ({error.strerror}): expected a YAML file") from error
+        from experiment.wording import unreadable_config
+
+        raise InputError(unreadable_config(file, error)) from error
     except (ValueError, yaml.YAMLError):  # which the parser tells
         return
     if not isinstance(options, dict):

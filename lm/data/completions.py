@@ -31,10 +31,8 @@ def story_columns(names: Collection[str], where: str) -> Sequence[str]:
         (lacking,) = {"prompt", "completion"} - half
         raise InputError(f"{where} has a column {half.pop()!r} without {lacking!r}: it has {', '.join(names)}; add it")
     if names and not found:
-        raise InputError(
-            f"{where} has no column 'text', no 'prompt' with its 'completion' and no 'messages': it has "
-            f"{', '.join(names)}; rename the one that is meant"
-        )
+        kinds = "'text', no 'prompt' with its 'completion' and no 'messages'"
+        raise InputError(f"{where} has no column {kinds}: it has {', '.join(names)}; rename the one that is meant")
     return found[0] if found else LAYOUTS[0]  # what cannot be read, its reader tells
 
 

@@ -5,7 +5,6 @@ training, by a `StoryStream`.
 """
 
 from functools import cached_property, lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -145,16 +144,6 @@ class TextDataModule(ResumableDataModule):
 
         cut = ("num_workers", "batch_size", "sequence_length", "packing")
         return StreamProgress({name: getattr(self, name) for name in cut})
-
-    @property
-    def example_prompt(self) -> str:
-        """A short prompt of the validation split, or the first words of a story: what to try the model with."""
-        corpus = self.corpus("validation")
-        if corpus.learned is None:
-            return " ".join(self.tokenizer.decode(corpus.tokens[: corpus.offsets[1]].tolist()).split()[:4])
-        stories = pairwise(corpus.offsets[:21].tolist())
-        prompts = [corpus.tokens[begin : begin + corpus.learned[begin:end].argmax()] for begin, end in stories]
-        return self.tokenizer.decode(min(prompts, key=len).tolist())
 
     @property
     def num_workers(self) -> int:

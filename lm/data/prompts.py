@@ -1,13 +1,16 @@
 """Prompts of ``predict``: read from a list or a file, and tokenised as batches."""
 
 import json
+import shlex
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch.utils.data import Dataset
 
 from experiment.errors import InputError
 from experiment.sources.paths import existing_file, repaired, shortened
 from experiment.sources.rows import read_given
+from lm.data.corpus import Corpus
 from lm.data.tokenizer import StoryTokenizer
 
 
@@ -23,6 +26,20 @@ class PromptBatches(Dataset):
 
     def __getitem__(self, indices: Sequence[int]) -> dict[str, list]:
         return {"prompts": [self.prompts[i] for i in indices], "input_ids": [self.input_ids[i] for i in indices]}
+
+
+def flags_to_try(corpus: Corpus, tokenizer: StoryTokenizer) -> str | None:
+    """Flags of predict with a short prompt of the corpus, or the first words of a story; None for conversations."""
+    if tokenizer.chat_template:
+        return None
+    prompts = [corpus.tokens[: corpus.offsets[1]]]
+    if corpus.learned is not None:
+        stories = pairwise(corpus.offsets[:21].tolist())
+        prompts = [corpus.tokens[begin : begin + corpus.learned[begin:end].argmax()] for begin, end in stories]
+    prompt = tokenizer.decode(min(prompts, key=len).tolist())
+    if corpus.learned is None:
+        prompt = " ".join(prompt.split()[:4])
+    return f"--data.prompts {shlex.quote(json.dumps([prompt], ensure_ascii=False))}"
 
 
 def read_prompts(prompts: list[str] | str | None) -> list[str]:

@@ -112,8 +112,7 @@ class Samples(Callback):
         samples = Path(trainer.default_root_dir) / "samples.jsonl"
         with samples.open("a", encoding="utf-8") as file:
             for prompt, story in zip(self.prompts, stories, strict=True):
-                text = Text(story)
-                text.highlight_words([prompt], "bold")
+                text = Text.assemble((story[: len(prompt)], "bold"), story[len(prompt) :])
                 console.print(Padding(text, (0, 0, 1, 2)), soft_wrap=False)
                 record = {"step": step, "prompt": prompt, "story": story}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
