@@ -349,8 +349,7 @@ class ExperimentCLI(LightningCLI):
 
     def next_command(self, kept: str) -> str:
         """How to use what was trained; `kept` is the name of the checkpoint that there is, best or last."""
-        config = shlex.quote(str(self.run_dir / CONFIG))
-        return f"{command(self.package)} predict --config {config} --ckpt_path {kept}"
+        return f"{command(self.package)} predict --config {shlex.quote(str(self.run_dir / CONFIG))} --ckpt_path {kept}"
 
 
 def _names_file(argument: str) -> bool:
