@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from experiment.invocation import as_called
+from experiment.wording import hint
 
 OVERVIEW = """
 usage: tinylab COMMAND [ARGUMENTS]
@@ -47,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if args and args[0] in ("-h", "--help"):
         print(as_called(OVERVIEW.strip()))
     elif not args or args[0] not in COMMANDS:
-        found = f"{args[0]!r} is not a command" if args else "no command is given"
+        found = f"{args[0]!r} is not a command{hint(args[0], COMMANDS)}" if args else "no command is given"
         print(f"error: {found}: expected {', '.join(COMMANDS)}; --help explains them", file=sys.stderr)
         sys.exit(2)
     else:

@@ -48,7 +48,7 @@ def load_pretrained(name: str | Path, tokenizer: str | None = None) -> tuple[Dec
     path = Path(name).expanduser()
     if not path.exists():
         if path.suffix or str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:
-            raise InputError(f"{name} cannot be read (it does not exist); expected {_KINDS}")
+            raise InputError(f"{name} does not exist: expected {_KINDS}")
         path = _from_hub(str(name))
     if path.suffix != ".bin" and tokenizer is not None:
         raise InputError(f"tokenizer {tokenizer}: the one in {name} is taken; leave the option out")
@@ -152,7 +152,7 @@ def load_checkpoint(checkpoint: str | Path, tokenizer: str | None = None) -> tup
     from experiment.runs.reading import find_checkpoint
 
     checkpoint = Path(checkpoint).expanduser()
-    checkpoint = find_checkpoint(checkpoint) if checkpoint.is_dir() else checkpoint
+    checkpoint = checkpoint if checkpoint.is_file() else find_checkpoint(checkpoint)
     decoder, lora = load_adapted(checkpoint)
     if lora is not None:
         decoder = merged(decoder, lora)

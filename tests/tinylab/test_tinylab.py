@@ -96,8 +96,8 @@ def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(["trian"])
-    assert "'trian' is not a command: expected lm, classify" in capsys.readouterr().err
+        main(["clasify"])
+    assert "'clasify' is not a command (did you mean classify?): expected lm, classify" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
