@@ -119,7 +119,7 @@ compare table1 ablation recipes lm-ablation lm-scaling sweep: $(READY)
 
 compare: ## configurations side by side: FILE=configs/comparisons/recipes.yaml BUDGET='seconds=1200' ARGS='--seeds 1 2 3'
 table1: ## the two LoRAs, the head alone, full fine-tuning and bag of words, side by side (hours on a CPU)
-ablation: ## the source report's gap taken apart, one switch at a time (hours on a CPU)
+ablation: ## the student report's gap taken apart, one switch at a time (hours on a CPU)
 recipes: ## language models at equal tokens or time (hours): BUDGET='seconds=1200' ARGS='--data.path FOLDER'
 lm-ablation: ## the decoder taken apart, one part at a time (hours on a CPU): ARGS='--data.path FOLDER'
 lm-scaling: ## loss against compute over five sizes of decoder (hours on a CPU): ARGS='--data.path FOLDER'

@@ -100,10 +100,18 @@ class Predictions(BasePredictionWriter):
         with self._partial.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(story, ensure_ascii=False) + "\n" for story in prediction)
         if shown := pl_module.on_token is not None:
-            console.print(self._text.rest() + "\n")
+            console.print(self._text.rest() + _ending(prediction[0]))
         for story in prediction[shown:]:
-            console.print(story["text"] + "\n")
+            console.print(story["text"] + _ending(story))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._partial.replace(self.file)
-        console.print(f"written to {self.file}", style="dim")
+        most = pl_module.generation.max_new_tokens
+        cut = (
+            f"… marks where a story was cut: at {most:,} tokens (--model.generation.max_new_tokens), or a full context"
+        )
+        console.print(f"written to {self.file}; {cut}", style="dim")
+
+
+def _ending(story: dict[str, Any]) -> str:
+    return " …\n" if story["finish_reason"] == "length" else "\n"

@@ -49,6 +49,11 @@ def test_prompt_to_try_is_the_beginning_of_a_story_of_ones_own(in_tmp: Path, cap
     (prompts,) = (json.loads(shlex.split(capsys.readouterr().out)[-1]),)
     assert len(prompts[0].split()) == 4 and STORIES[29].startswith(prompts[0])
 
+    predict = ["predict", "--config=run/config.yaml", "--ckpt_path=best", "--data.prompts=[Tom had]"]
+    main([*predict, "--model.generation.max_new_tokens=2"])
+    told = capsys.readouterr().out
+    assert re.match("Tom had.* …\n", told, re.DOTALL) and "… means cut, after 2 tokens" in told
+
 
 @pytest.mark.parametrize(
     ("flags", "words"),
