@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from experiment.errors import InputError
-from experiment.invocation import as_called
-from experiment.wording import reworded
+from experiment.wording import as_called, reworded
 
 
 class CommandParser(argparse.ArgumentParser):

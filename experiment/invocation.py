@@ -1,7 +1,6 @@
 """How the user calls tinylab, for every message that names a command to run: it can be pasted into the same shell."""
 
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -25,11 +24,6 @@ def command(name: str) -> str:
         started = [sys.executable]
     own = name.partition(" ")[0] in MODULES and module != "tinylab"
     return f"{_nearer(started[0])} -m {name if own else f'tinylab {name}'}"
-
-
-def as_called(text: str) -> str:
-    """A text with its commands, such as ``tinylab lm``, as `command` gives them."""
-    return re.sub(r"(?<!/)(?<!-m )\btinylab (\w+)", lambda found: command(found[1]), text)
 
 
 def _nearer(program: str) -> str:

@@ -40,7 +40,7 @@ def answer(overview: str, args: Sequence[str]) -> None:
         print("error: Windows is not supported: expected Linux or macOS; use WSL (wsl --install)", file=sys.stderr)
         sys.exit(2)
     if args and args[0] in ("-h", "--help"):
-        from experiment.invocation import as_called
+        from experiment.wording import as_called
 
         print(as_called(overview.strip()))
         sys.exit(0)

@@ -1,9 +1,11 @@
-"""Errors of argparse and jsonargparse in the words of one who typed an option."""
+"""Texts for people: errors of argparse and jsonargparse in the words of one who typed an option, and help."""
 
 import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
+
+from experiment.invocation import command
 
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
 KIND = re.compile(rf"(typing\.)?Literal\[(?P<values>[^\]]*)\]|<class '(?P<name>{'|'.join(KINDS)})'>")
@@ -75,6 +77,11 @@ def hint(word: str, known: Iterable[str]) -> str:
     if len(near) != 1:
         near = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def as_called(text: str) -> str:
+    """A text with its commands, such as ``tinylab lm``, as `command` gives them."""
+    return re.sub(r"(?<!/)(?<!-m )\btinylab (\w+)", lambda found: command(found[1]), text)
 
 
 def unreadable_config(file: Path, error: OSError) -> str:

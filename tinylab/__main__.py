@@ -4,8 +4,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from experiment.invocation import as_called
-from experiment.wording import hint
+from experiment.wording import as_called, hint
 
 OVERVIEW = """
 usage: tinylab COMMAND [ARGUMENTS]

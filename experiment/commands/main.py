@@ -19,7 +19,6 @@ from experiment.quiet import quiet_libraries
 from experiment.runs.stopping import Interrupted
 from experiment.startup import leave_slurm_alone
 
-RESUME = "--ckpt_path last"
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -67,9 +66,8 @@ def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> Experime
         sys.exit(1)
     except Interrupted as interruption:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        again = shlex.join(given)
-        resumed = again if RESUME in again.replace("=", " ") else f"{again} {RESUME}"
-        console.print(f"stopped; go on with\n  {command(cli.package)} {resumed}")
+        again = shlex.join(given).replace(" --ckpt_path=last", "").replace(" --ckpt_path last", "")
+        console.print(f"stopped; go on with\n  {command(cli.package)} {again} --ckpt_path last")
         sys.exit(interruption.exit_code)
     except (KeyboardInterrupt, SystemExit) as ending:  # Lightning turns the first into the second
         terminated = isinstance(ending, SIGTERMException)

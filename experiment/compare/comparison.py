@@ -26,8 +26,8 @@ from jsonargparse import Namespace, dict_to_namespace, get_loader
 
 from experiment.command_parser import CommandParser
 from experiment.errors import InputError
-from experiment.invocation import as_called
 from experiment.renamed import current_file
+from experiment.wording import as_called
 
 Values = Mapping[str, Any]
 OWN_FLAGS = {"run_dir", "ckpt_path", "seed_everything"}  # each run has its own

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiment.invocation import as_called, command
+from experiment.invocation import command
+from experiment.wording import as_called
 
 
 @pytest.fixture
