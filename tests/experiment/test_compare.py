@@ -277,7 +277,7 @@ def test_flags_of_a_row_win_over_the_command_line_and_these_over_files(stand_in:
         ({}, ["--only", "three"], "--only three: there is no such row; expected some of one, two"),
         ({"baseline": None}, ["--only", "three"], "--only three: there is no such row; expected some of one, two"),
         ({}, ["--run_dir", "x"], "--run_dir is set for each run"),
-        ({}, ["--seeds", "x"], "invalid int value: 'x'"),
+        ({}, ["--seeds", "x"], "--seeds x: expected a whole number"),
         ({}, ["--budget", "tokens=many"], "budget {'points': 8, 'tokens': 'many'}"),
         ({}, ["x"], "x: expected a flag of fit"),
         ({}, ["--budget", "tokens=10"], "10 tokens are not counted beforehand by one"),
