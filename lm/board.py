@@ -20,8 +20,9 @@ import yaml
 from experiment.command_parser import CommandParser, one_line_errors
 from experiment.console import console
 from experiment.errors import InputError
-from experiment.invocation import as_called, command
+from experiment.invocation import command
 from experiment.pages.summary import read_lines
+from experiment.wording import as_called
 
 RESULTS, BOARD = Path("results"), Path("BOARD.md")
 COLUMNS = "| bits per byte | entry | seeds | tokens | what | machine | commit | date |\n|" + "---|" * 8 + "\n"
