@@ -76,13 +76,13 @@ class StorySource:
                 raise InputError(f"data.path {self.path!r} has one short story and no validation split: expected more")
             part = [kept] if split == "train" else [held]
             texts = datasets_library().Dataset.from_dict({"text": part})
-            return texts, "no validation split: the last tenth of the one text is held out"
+            return texts, f"{self.path} has no validation split: the last tenth of its one text is held out"
         order = np.random.default_rng(0).permutation(len(whole))
         held, kept = np.split(order, [max(1, len(whole) // HELD_OUT)])
         if split == "train":
             return whole.select(np.sort(kept)), ""
         few = "" if len(held) > 5 else ", too few to tell much; give validation.* or more stories"
-        return whole.select(np.sort(held)), f"no validation split: {len(held):,} of the training stories held out{few}"
+        return whole.select(np.sort(held)), f"{self.path} has no validation split: {len(held):,} of its {len(whole):,} texts held out{few}"
 
     def _loaded(self, split: str) -> "Texts | None":
         return load_texts(self.path, split, story_columns, demo_stories, self.revision)
