@@ -82,7 +82,8 @@ class StorySource:
         if split == "train":
             return whole.select(np.sort(kept)), ""
         few = "" if len(held) > 5 else ", too few to tell much; give validation.* or more stories"
-        return whole.select(np.sort(held)), f"{self.path} has no validation split: {len(held):,} of its {len(whole):,} texts held out{few}"
+        note = f"{self.path} has no validation split: {len(held):,} of its {len(whole):,} texts held out{few}"
+        return whole.select(np.sort(held)), note
 
     def _loaded(self, split: str) -> "Texts | None":
         return load_texts(self.path, split, story_columns, demo_stories, self.revision)
