@@ -62,7 +62,7 @@ def test_row_of_a_comparison_becomes_an_entry_and_a_line_of_the_board(in_tmp: Pa
 def test_words_that_a_command_does_not_know_are_refused(in_tmp: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match=r"^2$"):
         main(["write", "--nonsense"])
-    assert "unrecognized arguments: --nonsense" in capsys.readouterr().err and not Path("BOARD.md").exists()
+    assert "--nonsense: there is no such option" in capsys.readouterr().err and not Path("BOARD.md").exists()
 
 
 def test_fewest_bits_stand_first_among_those_judged_by_the_same_text() -> None:

@@ -353,8 +353,8 @@ def test_an_imported_model_validates_predicts_trains_and_is_exported_again(token
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["import", "missing.bin", "run", "--tokenizer", "missing"], "missing.bin cannot be read"),
-        (["import", "missing.bin", "run"], "missing.bin cannot be read"),
+        (["import", "missing.bin", "run", "--tokenizer", "missing"], "missing.bin does not exist"),
+        (["import", "missing.bin", "run"], "missing.bin does not exist"),
         (["import", "empty", "run"], "config.json cannot be read"),
         (["hugging_face", "missing.ckpt", "out"], "missing.ckpt"),
         (["llama2c", "broken.ckpt", "out"], "broken.ckpt"),

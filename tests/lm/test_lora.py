@@ -358,7 +358,7 @@ def test_both_adapters_train_alike_and_a_resumed_run_to_the_bit(source, in_tmp):
     ("flags", "message"),
     [
         (["--model.adapter=lora"], "give --model.init_from"),
-        (["--model.init_from=nowhere.gguf"], "nowhere.gguf cannot be read"),
+        (["--model.init_from=nowhere.gguf"], "nowhere.gguf does not exist"),
         (
             ["--model.init_from=source", "--model.adapter=lora", '--model.lora.target_modules=["query"]'],
             "there are q_p",
