@@ -51,7 +51,7 @@ class ClassifyCLI(ExperimentCLI):
         self._check_data_fits_model()
 
     def next_command(self, kept: str) -> str:
-        return f"""{super().next_command(kept)} --data.texts '["I loved it."]'"""
+        return f"""{super().next_command(kept)} --data.texts '["The acting was far from convincing."]'"""
 
     def _check_data_fits_model(self) -> None:
         data, model, longest = self.datamodule, self.model.model, longest_input(self.model.model)

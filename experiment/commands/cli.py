@@ -344,7 +344,11 @@ class ExperimentCLI(LightningCLI):
                 page = write_report([self.run_dir])
             console.print(f"report: {page}")
         checkpoints = self.run_dir / "checkpoints"
-        if kept := next((name for name in ("best", "last") if (checkpoints / f"{name}.ckpt").exists()), None):
+        names = ["best", "last"]
+        if any(isinstance(one, BestCheckpoint) and one.best_step == 0 for one in self.trainer.callbacks):
+            console.print("note: the best validation was before the first step: best.ckpt has what the run began with")
+            names.reverse()
+        if kept := next((name for name in names if (checkpoints / f"{name}.ckpt").exists()), None):
             console.print(f"next: {self.next_command(kept)}")
 
     def next_command(self, kept: str) -> str:

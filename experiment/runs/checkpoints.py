@@ -148,6 +148,7 @@ class BestCheckpoint(Checkpoint):
         """
         self.monitor, self.mode = monitor, mode
         self.best_score: float | None = None
+        self.best_step: int | None = None  # of this call's validations
 
     def state_dict(self) -> dict[str, Any]:
         return {"monitor": self.monitor, "best_score": self.best_score}
@@ -178,6 +179,7 @@ class BestCheckpoint(Checkpoint):
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run
         if fitting and self.is_better(trainer):
             self.best_score = float(trainer.callback_metrics[self.monitor])
+            self.best_step = trainer.global_step
             save_atomically(trainer, self._file(trainer))
 
     def _file(self, trainer: Trainer) -> Path:

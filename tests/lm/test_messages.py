@@ -114,3 +114,15 @@ def test_environment_variables_of_old_names_work_with_a_note(
         assert line in told.out
     assert "note: data.beginnings is now data.extra_first_windows" in told.err
     assert "TINYLAB_FIT__DATA__BEGINNINGS" not in os.environ
+
+
+def test_run_whose_best_is_what_it_began_with_says_so_and_names_the_last(
+    pairs: str, capsys: pytest.CaptureFixture
+) -> None:
+    main([*FIT, pairs])
+    capsys.readouterr()
+    worse = ["--model.init_from=run", "--run_dir=worse", "--model.optimizer.learning_rate=1000"]
+    main(["fit", *TINY, pairs, "--trainer.max_steps=5", "--data.sequence_length=32", *worse])
+    said = capsys.readouterr().out
+    assert "best.ckpt has what the run began with" in " ".join(said.split())
+    assert "--ckpt_path last" in said

@@ -54,13 +54,13 @@ def test_run_json_knows_steps_and_time_of_calls_that_were_stopped_or_killed(
             main(arguments)
     assert capsys.readouterr().out.endswith(f"{command('lm')} {shlex.join(arguments)} --ckpt_path last\n")
     (call,) = read_record(Path("run"))["calls"]
-    assert (call["from_step"], call["to_step"]) == (0, 3) and call["seconds"] > 0
+    assert (call["from_step"], call["to_step"]) == (0, 3) and call["seconds"] >= 0
     del call["to_step"], call["seconds"]  # as a kill leaves it
     Path("run/run.json").write_text(json.dumps({"calls": [call]}))
     main([*arguments, "--ckpt_path=last"])
     calls = read_record(Path("run"))["calls"]
     assert [(call["from_step"], call["to_step"]) for call in calls] == [(0, 3), (3, 7)]
-    assert all(call["seconds"] > 0 for call in calls)
+    assert all(call["seconds"] >= 0 for call in calls)  # 0.0 where so few steps take less than a tenth
 
 
 def test_damaged_newest_checkpoint_is_passed_over_for_the_one_before(
