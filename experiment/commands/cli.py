@@ -333,22 +333,9 @@ class ExperimentCLI(LightningCLI):
         for logger in self.trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.end(self.run_dir)
-        console.print(f"\nfinished after {self.trainer.global_step:,} steps; everything is in {self.run_dir}")
-        from experiment.progress import print_figures, validation_results
+        from experiment.commands.ending import tell_ending
 
-        print_figures(validation_results(self.trainer))
-        if self.config["fit"].report and (self.run_dir / "metrics.csv").exists():
-            from experiment.pages.report import write_report  # brings Plotly's curves, which training does not need
-
-            with console.status("drawing the report"):
-                page = write_report([self.run_dir])
-            console.print(f"report: {page}")
-        checkpoints = self.run_dir / "checkpoints"
-        names = ["best", "last"]
-        if any(isinstance(one, BestCheckpoint) and one.best_step == 0 for one in self.trainer.callbacks):
-            console.print("note: the best validation was before the first step: best.ckpt has what the run began with")
-            names.reverse()
-        if kept := next((name for name in names if (checkpoints / f"{name}.ckpt").exists()), None):
+        if kept := tell_ending(self.trainer, self.run_dir, self.config["fit"].report):
             console.print(f"next: {self.next_command(kept)}")
 
     def next_command(self, kept: str) -> str:

@@ -1,0 +1,30 @@
+"""What the terminal says when fit has ended."""
+
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+from experiment.console import console
+from experiment.progress import print_figures, validation_results
+from experiment.runs.checkpoints import BestCheckpoint
+
+
+def tell_ending(trainer: Trainer, run_dir: Path, report: bool) -> str | None:
+    """Print what was reached, and write and name the report where one is wanted.
+
+    Returns:
+        Which checkpoint to use, best or last; None where the run has none.
+    """
+    console.print(f"\nfinished after {trainer.global_step:,} steps; everything is in {run_dir}")
+    print_figures(validation_results(trainer))
+    if report and (run_dir / "metrics.csv").exists():
+        from experiment.pages.report import write_report  # brings plotting, which takes a second to import
+
+        with console.status("drawing the report"):
+            page = write_report([run_dir])
+        console.print(f"report: {page}")
+    names = ["best", "last"]
+    if any(isinstance(one, BestCheckpoint) and one.best_step == 0 for one in trainer.callbacks):
+        console.print("note: the best validation was before the first step: best.ckpt has what the run began with")
+        names.reverse()
+    return next((name for name in names if (run_dir / "checkpoints" / f"{name}.ckpt").exists()), None)
