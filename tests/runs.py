@@ -1,5 +1,6 @@
 """A very small run of the language model, and what must not differ between two runs."""
 
+import contextlib
 import csv
 import json
 import random
@@ -102,9 +103,12 @@ def kill_and_resume(
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below the ports that the system hands out for connections, of which another may take one before it is used."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def torchrun(processes: int = 2) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed
 from lightning.fabric.plugins.environments import LSFEnvironment, MPIEnvironment, SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
-from torch.distributed import DistStoreError, TCPStore
+from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 
 from experiment.errors import InputError
 
@@ -35,7 +35,10 @@ def agreed(what: str, decide: Callable[[], str]) -> str:
     try:
         if _store is None:
             host_it = hosts_store and rank == 0
-            _store = TCPStore(host, port, is_master=host_it, wait_for_workers=False, timeout=_PATIENCE)
+            # The port is the one at which torch meets later on: in this process it will go on with the store it finds.
+            _store = TCPStore(
+                host, port, is_master=host_it, wait_for_workers=False, timeout=_PATIENCE, multi_tenant=True
+            )
         key = f"{key}/{what}"
         if rank == 0:
             choice = ""
@@ -45,6 +48,13 @@ def agreed(what: str, decide: Callable[[], str]) -> str:
                 _store.set(key, choice)  # nothing, where rank 0 has found an error and reports it
         else:
             choice = _store.get(key).decode()
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise InputError(
+            f"port {port} of {host} is taken: expected a free one, for the processes to meet at; set another MASTER_PORT "
+            "(torchrun: --master-port)"
+        ) from error
     except DistStoreError as error:
         raise InputError(f"process {rank} has not heard of the first one at {host}:{port}: name --run_dir") from error
     if not choice:
@@ -80,15 +90,13 @@ def _place() -> tuple[int, str, int, bool, str] | None:
     if "TORCHELASTIC_RUN_ID" in env:
         restart = env.get("TORCHELASTIC_RESTART_COUNT", "0")
         open_already = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        port = int(env["MASTER_PORT"]) + (0 if open_already else 1)
-        return int(env["RANK"]), env["MASTER_ADDR"], port, not open_already, f"tinylab/{restart}"
+        return int(env["RANK"]), env["MASTER_ADDR"], int(env["MASTER_PORT"]), not open_already, f"tinylab/{restart}"
     for environment in (SLURMEnvironment, LSFEnvironment, MPIEnvironment):
         if environment.detect() and (cluster := environment()).world_size() > 1:
-            # Lightning's own store will take the port itself.
-            return cluster.global_rank(), cluster.main_address, cluster.main_port + 1, True, "tinylab"
+            return cluster.global_rank(), cluster.main_address, cluster.main_port, True, "tinylab"
     # Kubeflow numbers the processes; who starts one by hand on each machine, from which Lightning starts the others,
     # numbers the machines.
     number = env.get("RANK") or (env.get("NODE_RANK") if "LOCAL_RANK" not in env else None)
     if number is not None and "MASTER_ADDR" in env and "MASTER_PORT" in env:
-        return int(number), env["MASTER_ADDR"], int(env["MASTER_PORT"]) + 1, True, "tinylab"
+        return int(number), env["MASTER_ADDR"], int(env["MASTER_PORT"]), True, "tinylab"
     return None

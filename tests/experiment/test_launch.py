@@ -43,3 +43,16 @@ def test_processes_agree_on_what_the_first_one_decides(
 def test_processes_that_were_started_alone_decide_for_themselves(in_tmp: Path, commands: Commands) -> None:
     processes = commands.together([{}, {}], package="tests.experiment.agreeing")
     assert len({process.output.splitlines()[-1] for process in processes}) == 2
+
+
+def test_a_port_that_is_taken_is_named(in_tmp: Path, commands: Commands) -> None:
+    first, _ = torchrun()
+    with socket.socket() as other:
+        other.bind(("", int(first["MASTER_PORT"])))
+        other.listen()
+        refused = commands.start("fit", env=first)
+        assert refused.wait() == 2, refused.output
+    assert refused.output.splitlines()[-1] == (
+        f"error: port {first['MASTER_PORT']} of 127.0.0.1 is taken: expected a free one, for the processes to meet at; "
+        "set another MASTER_PORT (torchrun: --master-port)"
+    )
