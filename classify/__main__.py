@@ -20,8 +20,9 @@ commands:
   test       the same on the test split
   predict    let a checkpoint judge texts
 
-`tinylab classify COMMAND --help` lists all options of a command. Each may stand in a YAML file, of which several may
-be given, or be an environment variable; a flag wins. --print_config shows what would be used.
+`tinylab classify COMMAND --help` lists all options of a command. Each may stand in a YAML file, of which several may be
+given, or be an environment variable (TINYLAB_FIT__DATA__PATH is fit's --data.path); a flag wins. --print_config shows
+what would be used.
 
 examples:
   tinylab classify fit      --config configs/classify/custom.yaml

@@ -45,7 +45,9 @@ def answer(overview: str, args: Sequence[str]) -> None:
         print(as_called(overview.strip()))
         sys.exit(0)
     if not args or (not args[0].startswith("-") and args[0] not in COMMANDS):
-        found = f"there is no command {args[0]!r}" if args else "no command is given"
+        from experiment.wording import hint
+
+        found = f"{args[0]!r} is not a command{hint(args[0], COMMANDS)}" if args else "no command is given"
         print(f"error: {found}: expected {', '.join(COMMANDS)}; --help explains them", file=sys.stderr)
         sys.exit(2)
 

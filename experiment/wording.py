@@ -79,6 +79,14 @@ def hint(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
+def plain_help(text: str) -> str:
+    """The help of jsonargparse without the markup of docstrings, defaults that are told twice, and an option for each
+    group's own file, which --config is for."""
+    text = re.sub(r"^  --[\w.]+ CONFIG\s+Path to a configuration file\.\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"\s+Default:\s+\S+\.(?=\s+\(type:)", "", text)
+    return re.sub(r"(:\w+:)?`+~?", "", text)
+
+
 def as_called(text: str) -> str:
     """A text with its commands, such as ``tinylab lm``, as `command` gives them."""
     return re.sub(r"(?<!/)(?<!-m )\btinylab (\w+)", lambda found: command(found[1]), text)
@@ -87,8 +95,11 @@ def as_called(text: str) -> str:
 def unreadable_config(file: Path, error: OSError) -> str:
     """What to say of a configuration that cannot be opened, with those that a mistyped one may mean."""
     if not isinstance(error, FileNotFoundError):
-        return f"config {file} cannot be read ({error.strerror}): expected a YAML file"
+        near = f" (did you mean {own}?)" if (own := file / "config.yaml").is_file() else ""
+        return f"config {file} cannot be read ({error.strerror}){near}: expected a YAML file"
     others = sorted({*file.parent.glob("*.yaml"), *Path("configs").rglob("*.yaml")})
     named = [str(other) for other in others if file.name in (other.name, other.stem)]
+    if file.name == "config.yaml":
+        others, named = Path("runs").glob("*/*/config.yaml"), []
     near = f" (did you mean {_listed(named)}?)" if named else hint(str(file), map(str, others))
     return f"config {file} does not exist{near}: expected a YAML file"

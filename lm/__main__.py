@@ -21,7 +21,8 @@ commands:
   predict    let a checkpoint continue prompts
 
 `tinylab lm COMMAND --help` lists all options of a command. Each may stand in a YAML file, of which several may be
-given, or be an environment variable; a flag wins. --print_config shows what would be used.
+given, or be an environment variable (TINYLAB_FIT__DATA__PATH is fit's --data.path); a flag wins. --print_config shows
+what would be used.
 
 examples:
   tinylab lm fit      --config configs/lm/demo.yaml

@@ -19,6 +19,7 @@ from experiment.console import console
 from experiment.quiet import quiet_libraries
 from experiment.runs.reading import find_checkpoint
 from experiment.sources.paths import repaired, user_path
+from experiment.wording import hint
 from lm.decoding.generation import TextStream, stream
 from lm.demo import LanguageModelDemo
 from lm.model.config import GenerationConfig
@@ -82,7 +83,8 @@ class Terminal:
         elif name == "help":
             console.print(HELP)
         else:
-            raise ValueError(f"/{name}: there is no such command or setting; expected {', '.join(SETTINGS)}, or /help")
+            near = hint(f"/{name}", [f"/{known}" for known in (*SETTINGS, "settings", "new", "help", "quit")])
+            raise ValueError(f"/{name}: there is no such command or setting{near}; /help and /settings list them")
         return True
 
     def _tell(self) -> None:
@@ -117,7 +119,7 @@ def _value(name: str, value: str) -> object:
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
     parser = CommandParser("tinylab tell", __doc__)
-    parser.add_argument("run", nargs="?", type=str, default="runs/lm/demo", help="folder of a run, or a checkpoint")
+    parser.add_argument("run", nargs="?", type=str, default="runs/demo/lm", help="folder of a run, or a checkpoint")
     with one_line_errors():
         run = parser.parse_args(args).run
     quiet_libraries()

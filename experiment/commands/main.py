@@ -44,9 +44,10 @@ def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> Experime
     except (InputError, ArgumentError, MisconfigurationException) as error:  # the last is Lightning's own
         if debug:
             raise
+        from experiment.commands.mistakes import run_of_another_package
         from experiment.wording import reworded
 
-        print(f"error: {reworded(str(error))}", file=sys.stderr)
+        print(f"error: {run_of_another_package(cli.package, given) or reworded(str(error))}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if debug or error.errno not in UNWRITABLE:

@@ -1,11 +1,18 @@
-"""What the parts of a configuration refuse, once one was refused: it is told all at once."""
+"""What is wrong with a command, looked for once something was refused, so that it is told all at once."""
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from experiment.commands.parser import configs_first
+from experiment.invocation import command
+from experiment.runs.run import is_run, recorded, run_of
+
+PACKAGES = {"decoder": "lm", "name": "classify"}  # by an option of the model that only this package has
 
 
 def mistakes(config: Namespace, parts: Sequence[tuple[str, type, dict[str, Any]]]) -> Iterator[str]:
@@ -20,3 +27,19 @@ def mistakes(config: Namespace, parts: Sequence[tuple[str, type, dict[str, Any]]
         Trainer(**{**numbers, "accelerator": "cpu", "devices": 1, "num_nodes": 1, "logger": False})
     except (MisconfigurationException, ValueError, TypeError) as error:
         yield f"trainer: {error}"
+
+
+def run_of_another_package(package: str, args: Sequence[str]) -> str | None:
+    """What to say where a command line, with its command first, names a run of another package; None where it does not.
+
+    Only a run's own config.yaml tells, for it holds every option.
+    """
+    words, configs = configs_first(args)
+    words = [part for word in words for part in word.split("=", 1)]
+    checkpoints = [run_of(value) for flag, value in pairwise(words) if flag == "--ckpt_path"]
+    for run in (*(config.parent for config in configs), *checkpoints):
+        model = recorded(run, "model") if is_run(run) else None
+        other = next((package for option, package in PACKAGES.items() if option in (model or {})), package)
+        if other != package:
+            return f"{run} is a run of {other}: use {command(other)} {args[0]} …"
+    return None

@@ -89,15 +89,17 @@ def configs_first(args: Sequence[str]) -> tuple[list[str], list[Path]]:
 
 
 class ExperimentParser(LightningArgumentParser):
-    """Lightning's parser, whose help shows the Trainer's many options after those of the experiment."""
+    """Lightning's parser, whose help shows the Trainer's many options after those of the experiment, as plain text."""
 
     def format_help(self) -> str:
         from experiment.compat.jsonargparse import move_group_last
+        from experiment.wording import plain_help
 
         if trainer := self.groups.get("trainer"):
             trainer.title = "Lightning's Trainer"
             move_group_last(self, trainer)
-        return super().format_help()
+        self.default_env = False  # else each option would name its variable
+        return plain_help(super().format_help())
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         from experiment.compat.jsonargparse import option_strings

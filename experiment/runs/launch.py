@@ -52,8 +52,8 @@ def agreed(what: str, decide: Callable[[], str]) -> str:
         if "EADDRINUSE" not in str(error):
             raise
         raise InputError(
-            f"port {port} of {host} is taken: expected a free one, for the processes to meet at; set another MASTER_PORT "
-            "(torchrun: --master-port)"
+            f"port {port} of {host} is taken: expected a free one, for the processes to meet at; set another "
+            "MASTER_PORT (torchrun: --master-port)"
         ) from error
     except DistStoreError as error:
         raise InputError(f"process {rank} has not heard of the first one at {host}:{port}: name --run_dir") from error

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiment.errors import InputError
+from experiment.runs.run import is_run
 from experiment.sources.paths import repaired, write_text
 from experiment.wording import hint
 
@@ -78,10 +79,10 @@ def environment(trainer: "Trainer") -> dict[str, Any]:
 
 def missing_run(run: Path, lacks: str) -> InputError:
     """What to say of a folder that is no run, for it is not there or `lacks` something."""
-    if run.exists():
-        return InputError(f"run {run} holds no {lacks}: expected the folder of a run that fit has written")
-    near = hint(str(run), map(str, run.parent.glob("*")))
-    return InputError(f"run {run} does not exist{near}: expected the folder of a run that fit has written")
+    state = f"holds no {lacks}" if run.exists() else "does not exist"
+    runs = sorted({str(folder) for folder in (*run.parent.glob("*"), *Path("runs").glob("*/*")) if is_run(folder)})
+    near = hint(str(run), runs) or (f" (there are {', '.join(runs[:5])})" if runs else "")
+    return InputError(f"run {run} {state}{near}: expected the folder of a run that fit has written")
 
 
 def read_record(run: Path) -> dict[str, Any]:

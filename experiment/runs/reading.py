@@ -17,6 +17,7 @@ from experiment.runs.launch import agreed, is_child
 from experiment.runs.provenance import missing_run
 from experiment.runs.run import is_run
 from experiment.sources.paths import user_path
+from experiment.wording import hint
 
 PACKAGES = {"decoder": "lm", "adapter": "classify"}  # by a hyperparameter that only this package's checkpoints have
 _verified: set[tuple[Path, int]] = set()  # checkpoints, as they were written at that time
@@ -46,8 +47,8 @@ def resolve_checkpoint(subcommand: str, run_dir: Path, ckpt_path: str) -> Path |
     if named and not is_run(run_dir):
         raise missing_run(run_dir, "checkpoint")
     raise InputError(
-        f"ckpt_path {ckpt_path}: there is no file {file}; expected last, best or a path"
-        + (f" (that folder holds {', '.join(there)})" if there else "")
+        f"ckpt_path {ckpt_path}: there is no file {file}{hint(file.name, ['last', 'best', *there])}; expected last, "
+        "best or a path" + (f" (that folder holds {', '.join(there)})" if there else "")
     )
 
 

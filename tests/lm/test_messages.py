@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiment import renamed
+from experiment.invocation import command
 from lm.__main__ import main
 from lm.convert import main as convert
 from tests.lm.test_completions import PAIRS
@@ -126,3 +127,47 @@ def test_run_whose_best_is_what_it_began_with_says_so_and_names_the_last(
     said = capsys.readouterr().out
     assert "best.ckpt has what the run began with" in " ".join(said.split())
     assert "--ckpt_path last" in said
+
+
+@pytest.fixture(scope="module")
+def folder_of_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the run runs/demo/lm."""
+    folder = tmp_path_factory.mktemp("messages")
+    data = f"--data.path={write_stories(folder / 'stories')}"
+    main(["fit", *TINY, data, "--trainer.max_steps=1", f"--run_dir={folder / 'runs/demo/lm'}"])
+    return folder
+
+
+USE = ["predict", "--config=runs/demo/lm/config.yaml", "--data.prompts=[a]"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["fitt"], "'fitt' is not a command (did you mean fit?)"),
+        ([*USE, "--ckpt_path=bst"], "ckpt_path bst: there is no file bst (did you mean best?)"),
+        ([*USE, "--ckpt_path=runs/demo/lm/checkpoints/lst.ckpt"], "lst.ckpt (did you mean last.ckpt?)"),
+        (["predict", "--config=runs/demo/lm"], "(did you mean runs/demo/lm/config.yaml?)"),
+        (["predict", "--config=runs/lm/demo/config.yaml"], "does not exist (did you mean runs/demo/lm/config.yaml?)"),
+        (["predict", "--run_dir=runs/lm/demo", "--ckpt_path=best"], "does not exist (did you mean runs/demo/lm?)"),
+        (["predict", "--run_dir=nowhere", "--ckpt_path=best"], "does not exist (there are runs/demo/lm)"),
+    ],
+)
+def test_names_that_are_near_or_there_are_told(
+    args: list[str], words: str, folder_of_runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(folder_of_runs)
+    assert words in refused(capsys, *args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", [["--config", "runs/demo/lm/config.yaml"], ["--ckpt_path=runs/demo/lm/checkpoints/best.ckpt"]]
+)
+def test_a_run_of_the_other_package_is_told_as_such(
+    flags: list[str], folder_of_runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(folder_of_runs)
+    said = refused(capsys, "predict", *flags, "--data.texts=[a]", package="classify")
+    assert said == f"error: runs/demo/lm is a run of lm: use {command('lm')} predict …"

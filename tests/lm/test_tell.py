@@ -81,7 +81,7 @@ def test_settings_change_are_shown_and_refused(talk: Callable[..., str]) -> None
         "/temperature -1",
         "/max_new_tokens many",
         "/seed x",
-        "/colour red",
+        "/tempreture red",
         "/help",
         "/new",
         "/quit",
@@ -93,7 +93,7 @@ def test_settings_change_are_shown_and_refused(talk: Callable[..., str]) -> None
         "/temperature -1: expected 0",
         "/max_new_tokens many: expected a whole number",
         "/seed x: expected a whole number",
-        "/colour: there is no such command or setting",
+        "/tempreture: there is no such command or setting (did you mean /temperature?)",
         "/settings shows all",
     ):
         assert expected in printed
