@@ -40,6 +40,7 @@ BEGUN := $(filter-out runs/$(shell readlink runs/demo),$(lastword $(sort $(wildc
 DEMO := $(or $(BEGUN),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 RESUME := $(if $(BEGUN),--ckpt_path last)
 
+demo: export TINYLAB_RESUME := make demo
 demo: $(READY) ## train both experiments on embedded data, without a network, and show what they learned
 	@mkdir -p runs
 	@echo "$(if $(BEGUN),going on with,begins in) $(DEMO); Ctrl-C stops it, and make demo goes on from there"

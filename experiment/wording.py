@@ -53,6 +53,11 @@ def reworded(message: str, options: Iterable[str] = ()) -> str:
     if found := re.match(r"argument (?P<name>\S+): (expected one|invalid (?P<kind>\w+) value: '(?P<of>.*)')", message):
         value = "" if found["of"] is None else f" {found['of']}"
         return f"{found['name']}{value}: expected {KINDS.get(found['kind'], 'a value')}"
+    if found := re.search(r"No supported (?P<kind>\w+) backend found", message):
+        return (
+            f"this machine has no {found['kind'].upper()} that PyTorch can use: leave configs/gpu.yaml out, "
+            "or give --trainer.accelerator cpu"
+        )
     return message
 
 

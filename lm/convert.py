@@ -4,6 +4,7 @@ The first four turn a checkpoint of `tinylab lm fit` into the files that others 
 the folder of a run, from which validate, predict and further training go on.
 """
 
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -120,7 +121,7 @@ def import_weights(
         path: The stories that config.yaml names for validation and further training.
         adapter: Folder of a LoRA adapter, PEFT's or ours, to merge into the weights.
     """
-    from experiment.runs.run import CONFIG, holds_run
+    from experiment.runs.run import holds_run
 
     run = Path(run_dir)
     if holds_run(run):
@@ -130,10 +131,7 @@ def import_weights(
         if adapter is not None:
             decoder = merged_with(decoder, adapter)
         write_run(decoder, story_tokenizer, run, path)
-    print(
-        f"written to {run}; next: {command('lm')} predict --config {run / CONFIG} --ckpt_path last "
-        """--data.prompts '["Once upon a time"]'"""
-    )
+    print(f"written to {run}; next: {command('tell')} {shlex.quote(str(run))}")
 
 
 def write_run(decoder: Decoder, tokenizer: StoryTokenizer, run: Path, path: str) -> None:

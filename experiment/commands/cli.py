@@ -250,6 +250,9 @@ class ExperimentCLI(LightningCLI):
 
     def check_fit(self) -> None:
         """Refuse what cannot be trained, before anything is written."""
+        for name in ("max_steps", "max_epochs"):
+            if self.checkpoint is None and getattr(self.trainer, name) == 0:
+                raise InputError(f"trainer.{name} 0: nothing would be trained; expected at least 1, or -1 for no limit")
         self.model.check_trainer(self.trainer)
         self.datamodule.trainer = self.trainer
         self.datamodule.prepare_data()
@@ -271,7 +274,9 @@ class ExperimentCLI(LightningCLI):
             from experiment.runs.provenance import RunRecord, command_line
 
             step = stored.get("global_step", 0)
-            self.record = RunRecord(self.run_dir, command_line(self.package, self.arguments))
+            self.record = RunRecord(
+                self.run_dir, command_line(self.package, self.arguments, self.checkpoint is not None)
+            )
             self.record.begin(self.trainer, self.model, step)
             for logger in loggers:
                 logger.begin(self.trainer, self.run_dir, self.package, self.record.record, step)

@@ -1,12 +1,21 @@
 """What the terminal says when fit has ended."""
 
 from pathlib import Path
+from statistics import fmean
 
 from lightning.pytorch import Trainer
 
 from experiment.console import console
+from experiment.pages.summary import read_metrics
 from experiment.progress import print_figures, validation_results
 from experiment.runs.checkpoints import BestCheckpoint
+
+
+def training_loss(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The mean training loss of the logged steps between the last two validations; of all before the only one."""
+    validated = [0, 0, *(row["step"] for row in rows if "val/loss" in row)]
+    losses = [row["train/loss"] for row in rows if "train/loss" in row and row["step"] > validated[-2]]
+    return {"train/loss": fmean(losses)} if losses else {}
 
 
 def tell_ending(trainer: Trainer, run_dir: Path, report: bool) -> str | None:
@@ -16,8 +25,9 @@ def tell_ending(trainer: Trainer, run_dir: Path, report: bool) -> str | None:
         Which checkpoint to use, best or last; None where the run has none.
     """
     console.print(f"\nfinished after {trainer.global_step:,} steps; everything is in {run_dir}")
-    print_figures(validation_results(trainer))
-    if report and (run_dir / "metrics.csv").exists():
+    logged = (run_dir / "metrics.csv").exists()
+    print_figures((training_loss(read_metrics(run_dir)) if logged else {}) | validation_results(trainer))
+    if report and logged:
         from experiment.pages.report import write_report  # brings plotting, which takes a second to import
 
         with console.status("drawing the report"):

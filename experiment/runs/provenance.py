@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import resource
 import shlex
 import subprocess
@@ -27,9 +28,10 @@ STARTED = "%Y-%m-%d %H:%M:%S %z"
 PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "tokenizers", "torchmetrics", "wandb")
 
 
-def command_line(package: str, args: Sequence[str]) -> str:
-    """The command as it can be pasted into a shell, on whatever machine."""
-    return repaired(f"tinylab {package} {shlex.join(args)}")
+def command_line(package: str, args: Sequence[str], resumed: bool = True) -> str:
+    """The command as it can be pasted into a shell, on whatever machine, without asking to resume what was not."""
+    line = repaired(f"tinylab {package} {shlex.join(args)}")
+    return line if resumed else re.sub(" --ckpt_path[= ]last(?= |$)", "", line)
 
 
 def cpu_name() -> str:

@@ -88,9 +88,12 @@ def test_brackets_and_colons_in_paths_are_printed_as_they_are(
     assert f"  {run}/  checkpoints, config.yaml" in capsys.readouterr().out
 
 
-def test_training_of_no_steps_names_no_checkpoint(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
-    main(["fit", *arguments, "--trainer.max_steps=0"])
-    assert "finished after 0 steps" in (said := capsys.readouterr().out) and "next:" not in said
+@pytest.mark.parametrize("limit", ["max_steps", "max_epochs"])
+def test_training_of_no_steps_is_refused(limit: str, arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert f"trainer.{limit} 0: nothing would be trained" in refused(
+        capsys, "fit", *arguments, f"--trainer.{limit}=0", "--run_dir=run"
+    )
+    assert not Path("run").exists()
 
 
 def test_logger_that_cannot_be_made_is_told_by_its_own_reason(

@@ -7,9 +7,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiment import renamed
+from experiment.commands.ending import training_loss
 from experiment.invocation import command
+from experiment.runs.provenance import read_record
 from lm.__main__ import main
 from lm.convert import main as convert
 from tests.lm.test_completions import PAIRS
@@ -34,7 +37,9 @@ def test_run_says_what_comes_next_and_evaluation_what_figures_mean(
         r"pairs.jsonl has no validation split: 1 of its \d+ texts held out, too few to tell much",
         " ".join(said.split()),
     )
-    results = re.findall(r"^  val/\w+ +\d", said, re.MULTILINE)
+    assert "--ckpt_path" not in read_record(Path("run"))["calls"][0]["command"]  # nothing was resumed
+    results = re.findall(r"^  \w+/\w+ +\d", said, re.MULTILINE)
+    assert results[0].startswith("  train/loss")
     assert any("val/second_bits_per_byte" in line for line in results) and len(set(map(len, results))) == 1
     (line,) = re.findall("^next: (.*)$", said, re.MULTILINE)
     *_, flag, prompts = shlex.split(line)
@@ -78,6 +83,21 @@ def test_mistakes_are_told_in_the_words_of_the_user(
     Path("configs/lm/demo.yaml").write_text("seed_everything: 1\n")
     Path("other.jsonl").write_text('{"x": "y"}\n')
     assert words in refused(capsys, "fit", *TINY, *flags)
+
+
+def test_training_loss_at_the_end_is_the_mean_since_the_validation_before() -> None:
+    rows = [{"step": step, "train/loss": loss} for step, loss in ((1, 9.0), (2, 5.0), (3, 3.0), (4, 1.0))]
+    assert training_loss([]) == {} and training_loss(rows) == {"train/loss": 4.5}
+    rows[3]["val/loss"] = 1.0
+    assert training_loss(rows) == {"train/loss": 4.5}
+    rows[1]["val/loss"] = 2.0
+    assert training_loss(rows) == {"train/loss": 2.0}
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_told_with_a_cure(pairs: str, capsys: pytest.CaptureFixture) -> None:
+    said = refused(capsys, *FIT, pairs, "--trainer.accelerator=gpu")
+    assert said.endswith("leave configs/gpu.yaml out, or give --trainer.accelerator cpu")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """A run's folder: what is written into it, by whom, and that it is enough when copied or when its sources are gone."""
 
 import json
+import os
 import shlex
 import shutil
 import signal
+import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from filelock import FileLock
 
 from experiment.invocation import command
 from experiment.runs import run as run_folder
-from experiment.runs.provenance import read_record
+from experiment.runs.provenance import STARTED, read_record
 from experiment.runs.stopping import StopRequest
 from lm.__main__ import main
 from lm.data.bpe import train_tokenizer
@@ -48,19 +51,32 @@ def test_run_json_knows_steps_and_time_of_calls_that_were_stopped_or_killed(
     arguments: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["fit", *arguments, "--run_dir=run", "--trainer.max_steps=7"]
+    begun = time.time()
     with monkeypatch.context() as patch:
         patch.setattr(StopRequest, "agreed", lambda self, trainer: signal.SIGINT * (trainer.global_step == 3))
         with pytest.raises(SystemExit, match="130"):
             main(arguments)
     assert capsys.readouterr().out.endswith(f"{command('lm')} {shlex.join(arguments)} --ckpt_path last\n")
     (call,) = read_record(Path("run"))["calls"]
-    assert (call["from_step"], call["to_step"]) == (0, 3) and call["seconds"] >= 0
+    assert (call["from_step"], call["to_step"]) == (0, 3) and 0 <= call["seconds"] <= time.time() - begun + 0.1
     del call["to_step"], call["seconds"]  # as a kill leaves it
     Path("run/run.json").write_text(json.dumps({"calls": [call]}))
+    last_written = datetime.strptime(call["started"], STARTED).timestamp() + 90
+    os.utime("run/metrics.csv", (last_written, last_written))
     main([*arguments, "--ckpt_path=last"])
     calls = read_record(Path("run"))["calls"]
     assert [(call["from_step"], call["to_step"]) for call in calls] == [(0, 3), (3, 7)]
-    assert all(call["seconds"] >= 0 for call in calls)  # 0.0 where so few steps take less than a tenth
+    assert calls[0]["seconds"] == 90 and 0 <= calls[1]["seconds"] <= time.time() - begun + 0.1
+
+
+def test_a_caller_may_have_a_command_of_its_own_that_resumes(
+    arguments: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINYLAB_RESUME", "make demo")
+    monkeypatch.setattr(StopRequest, "agreed", lambda self, trainer: signal.SIGINT)
+    with pytest.raises(SystemExit, match="130"):
+        main(["fit", *arguments, "--run_dir=run"])
+    assert capsys.readouterr().out.endswith("stopped; go on with\n  make demo\n")
 
 
 def test_damaged_newest_checkpoint_is_passed_over_for_the_one_before(
