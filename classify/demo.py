@@ -1,6 +1,6 @@
 """A trained classifier to use: it judges a text and says which words spoke for the label."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
@@ -71,9 +71,9 @@ class ClassifierDemo:
     def classify(self, text: str) -> dict[str, float]: ...
 
     @overload
-    def classify(self, text: Sequence[str]) -> list[dict[str, float]]: ...
+    def classify(self, text: Iterable[str]) -> list[dict[str, float]]: ...
 
-    def classify(self, text: str | Sequence[str]) -> dict[str, float] | list[dict[str, float]]:
+    def classify(self, text: str | Iterable[str]) -> dict[str, float] | list[dict[str, float]]:
         """The probability of each class, by its name, the likeliest first; of several texts a list of them.
 
         Raises:

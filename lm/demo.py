@@ -1,7 +1,7 @@
 """A trained language model for use: it continues a text token by token and shows the alternatives of each."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -62,9 +62,9 @@ class LanguageModelDemo:
     def tell(self, beginning: str, **generation: Any) -> str: ...
 
     @overload
-    def tell(self, beginning: Sequence[str], **generation: Any) -> list[str]: ...
+    def tell(self, beginning: Iterable[str], **generation: Any) -> list[str]: ...
 
-    def tell(self, beginning: str | Sequence[str], **generation: Any) -> str | list[str]:
+    def tell(self, beginning: str | Iterable[str], **generation: Any) -> str | list[str]:
         """A beginning with its continuation, or a list of them, told in one batch.
 
         Args:

@@ -29,8 +29,9 @@ def load(run: str | Path) -> "LanguageModelDemo | ClassifierDemo":
         InputError: There is no such run, or it cannot be read.
     """
     from experiment.runs.reading import find_checkpoint, package_of
+    from experiment.sources.paths import user_path
 
-    checkpoint = find_checkpoint(Path(run))
+    checkpoint = find_checkpoint(user_path(run))
     if package_of(checkpoint) == "lm":
         from lm.demo import LanguageModelDemo
 
@@ -44,18 +45,30 @@ def evaluate(run: str | Path, *flags: str) -> dict[str, float]:
     """The metrics of a run's best checkpoint on its validation split, such as ``val/loss`` and ``val/perplexity``.
 
     Args:
-        run: Folder that `fit` has written.
+        run: Folder that `fit` has written, or a checkpoint in it.
         flags: As on the command line, such as ``"--data.path", "FOLDER"``.
 
     Raises:
-        SystemExit: Bad input; one line on stderr says what.
+        InputError: There is no such run, or a flag cannot be used.
     """
     from importlib import import_module
 
-    from experiment.runs.reading import find_checkpoint, package_of
-    from experiment.runs.run import CONFIG
+    from jsonargparse import ArgumentError
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    checkpoint = find_checkpoint(Path(run))
-    main = import_module(f"{package_of(checkpoint)}.__main__").main
-    cli = main(["validate", "--config", str(Path(run) / CONFIG), "--ckpt_path", str(checkpoint), *flags])
+    from experiment.errors import InputError
+    from experiment.quiet import quiet_libraries
+    from experiment.runs.reading import find_checkpoint, package_of
+    from experiment.runs.run import CONFIG, run_of
+    from experiment.sources.paths import user_path
+    from experiment.wording import reworded
+
+    checkpoint = find_checkpoint(user_path(run))
+    quiet_libraries()
+    config = str(run_of(checkpoint) / CONFIG)
+    arguments = ["validate", "--config", config, "--ckpt_path", str(checkpoint), "--verbose=false", *flags]
+    try:
+        cli = import_module(f"{package_of(checkpoint)}.cli").CLI(arguments)
+    except (InputError, ArgumentError, MisconfigurationException) as error:
+        raise InputError(reworded(str(error))) from None
     return {name: float(value) for name, value in cli.trainer.callback_metrics.items()}

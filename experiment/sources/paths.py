@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,15 @@ def existing_file(name: str) -> Path | None:
         return None
 
 
-def texts_of(given: str | Sequence[str]) -> Sequence[str]:
+def texts_of(given: str | Iterable[str]) -> list[str]:
     """The texts of one that is alone, or of several.
 
     Raises:
         TypeError: It is, or holds, something else.
     """
-    texts = [given] if isinstance(given, str) else given
-    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+    several = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
+    texts = list(given) if several else [given]
+    if not all(isinstance(text, str) for text in texts):
         raise TypeError(f"{shortened(repr(given))}: expected a text or a list of texts")
     return texts
 

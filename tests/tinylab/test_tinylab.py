@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 import tinylab
@@ -81,6 +83,30 @@ def test_what_tell_cannot_use_is_told_in_the_words_of_the_caller(
 ) -> None:
     with pytest.raises(error, match=re.escape(said)):
         tinylab.load(runs / "runs/demo/lm").tell(**{"beginning": "Tom", **given})
+
+
+@pytest.mark.slow
+def test_texts_may_come_as_a_column_or_a_generator(runs: Path) -> None:
+    judge, texts = tinylab.load(runs / "runs/demo/custom"), ["A good film.", "Dull."]
+    expected = judge.classify(texts)
+    assert (
+        judge.classify(pd.Series(texts)) == judge.classify(np.array(texts)) == judge.classify(iter(texts)) == expected
+    )
+    for wrong in ([1, 2], None, {"text": "A good film."}):
+        with pytest.raises(TypeError, match="expected a text or a list of texts"):
+            judge.classify(wrong)
+
+
+@pytest.mark.slow
+def test_evaluate_raises_for_what_it_cannot_use_and_prints_nothing(runs: Path, capsys: pytest.CaptureFixture) -> None:
+    run = runs / "runs/demo/lm"
+    expected = tinylab.evaluate(run)
+    assert tinylab.evaluate(run / "checkpoints/best.ckpt") == expected
+    assert not capsys.readouterr().out
+    with pytest.raises(InputError, match=re.escape("--data.pth: there is no such option (did you mean --data.path?)")):
+        tinylab.evaluate(run, "--data.pth", "x")
+    with pytest.raises(InputError, match=r"data\.path './x' does not exist"):
+        tinylab.evaluate(run, "--data.path", "./x")
 
 
 @pytest.mark.slow
