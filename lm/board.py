@@ -7,7 +7,6 @@
 An entry is a line of JSON that holds all that its runs need but the stories: these are named by the hash of their text.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from experiment.console import console
 from experiment.errors import InputError
 from experiment.invocation import command
 from experiment.pages.summary import read_lines
-from experiment.wording import as_called
 
 RESULTS, BOARD = Path("results"), Path("BOARD.md")
 COLUMNS = "| bits per byte | entry | seeds | tokens | what | machine | commit | date |\n|" + "---|" * 8 + "\n"
@@ -163,8 +161,7 @@ def repeat(entry: Entry, words: Sequence[str], folder: Path = Path("runs/board")
 @one_line_errors()
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
-    parser = CommandParser("tinylab board", formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.description = as_called(__doc__ or "")
+    parser = CommandParser("tinylab board", __doc__, whole=True)
     commands = parser.add_subparsers(dest="command", required=True)
     adding = commands.add_parser("add", help="make an entry of a comparison's row")
     adding.add_argument("name", help="of the entry")

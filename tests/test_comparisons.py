@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from experiment.command_parser import read_yaml
 from experiment.compare import runner as compare
-from experiment.compare.comparison import read_comparison, read_yaml
+from experiment.compare.comparison import read_comparison
 from experiment.pages.summary import read_metrics
 from lm.data.module import TextDataModule
 from tests.classify.conftest import save_tiny_bert
@@ -97,7 +98,7 @@ def test_every_comparison_is_rows_of_configurations_none_of_which_is_another(
 ) -> None:
     monkeypatch.chdir(ROOT)
     comparison, _ = read_comparison([str(file)])
-    keys = [compare.Run(row, 1).key for row in comparison.rows]  # reads their configurations
+    keys = [row.key for row in comparison.rows]  # reads their configurations
     assert len(set(keys)) == len(keys) > 1 and comparison.metric["name"] in comparison.report
 
 
@@ -136,6 +137,6 @@ def test_every_comparison_runs(file: Path, in_tmp: Path, forked: None) -> None:
         rows = list(csv.DictReader(stream))
     assert [row["seeds"] for row in rows] == ["1"] * len(chosen) + [""] * len(comparison.quoted)
     others, _ = compare.read_comparison([str(file), "--seeds", "1", *SHRUNK[package]])
-    for run in (compare.Run(row, 1) for row in others.rows if row.name not in chosen):  # the other rows' flags exist
+    for row in (row for row in others.rows if row.name not in chosen):  # the other rows' flags exist
         with pytest.raises(SystemExit, match=r"^0$"):
-            import_module(f"{run.row.package}.__main__").main(["fit", *run.arguments, "--print_config"])
+            import_module(f"{row.package}.__main__").main(["fit", *row.arguments, "--print_config"])

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import pytest
 
-from experiment.compare.runner import Run, read_comparison
+from experiment.compare.comparison import read_comparison
 from tests.classify.conftest import save_tiny_bert
 from tests.runs import TINY, write_stories
 from tinylab.__main__ import COMMANDS
@@ -103,7 +103,7 @@ def perform(words: list[str]) -> None:
             call(module, *args)
         case [_, "-m", "experiment.compare", file, *args]:  # tests/test_comparisons.py makes the runs
             row = read_comparison([file, *args])[0].rows[0]
-            perform(["python", "-m", row.package, "fit", *Run(row, 1).arguments, "--print_config"])
+            perform(["python", "-m", row.package, "fit", *row.arguments, "--print_config"])
         case ["torchrun", *args]:  # of each machine; the test of two is with those of several processes
             perform(["python", *args[args.index("-m") :]])
         case ["wandb", command, *args]:  # needs its server: its own parser must know the options

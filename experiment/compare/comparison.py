@@ -2,34 +2,25 @@
 
     tinylab compare FILE [--only ROW ...] [--seeds 1 2 3] [--budget seconds=1200] [flags of fit]
 
-What is done is not run again, nor what another comparison has run already; a run that was cut short goes on from its
-last checkpoint, and one that failed is tried again. The same command in several processes shares the runs among them.
-Every run that ends well leaves a line in results.jsonl of --out; the lines of other machines count once their file lies
-there as results-NAME.jsonl.
-docs/configuration.md explains every name in a comparison's file.
+What is done is not run again, a run that was cut short goes on, and several processes share the runs. Those of another
+machine count once its results.jsonl lies in --out as results-NAME.jsonl. docs/configuration.md explains the file.
 """
 
-import argparse
 import hashlib
 import itertools
 import json
 import random
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonargparse import Namespace, dict_to_namespace, get_loader
-
-from experiment.command_parser import CommandParser
+from experiment.command_parser import CommandParser, as_value, merged, read_words, read_yaml
 from experiment.errors import InputError
-from experiment.renamed import current_file
-from experiment.wording import as_called
 
 Values = Mapping[str, Any]
+Line = dict[str, Any]  # what a run left: its key, configuration, machine and figures
 OWN_FLAGS = {"run_dir", "ckpt_path", "seed_everything"}  # each run has its own
 BUDGET_FLAGS = {"checkpoint.every_n_steps", "trainer.max_steps", "trainer.max_epochs", "trainer.max_time"}
 BUDGET_FLAGS |= {"trainer.val_check_interval", "trainer.check_val_every_n_epoch", "trainer.log_every_n_steps"}
@@ -37,10 +28,11 @@ BUDGETS = ("steps", "tokens", "seconds", "epochs", "tokens_per_parameter")
 
 
 @dataclass(frozen=True)
-class Row:
-    """Configurations over each other and flags over these; `shows` says in a sentence what for."""
+class Run:
+    """A row with one of the seeds: configurations over each other and flags over these; `shows` says what for."""
 
     name: str
+    seed: int
     package: str
     configs: Sequence[str] = ()
     flags: Values = field(default_factory=dict)
@@ -64,13 +56,27 @@ class Row:
         """All configurations and flags as one."""
         return merged(self.configs, self.flags)
 
+    @cached_property
+    def key(self) -> str:
+        """Equal for the runs of all comparisons that are equal in configuration, budget and seed."""
+        content = json.dumps([self.package, self.config, self.budget, self.seed], sort_keys=True, default=str)
+        stem = Path(self.configs[0] if self.configs else self.package).stem
+        return f"{stem}-seed{self.seed}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
+
+    @property
+    def arguments(self) -> list[str]:
+        """What follows `fit` on its command line, but for the budget's flags."""
+        given = [("config", config) for config in self.configs] + [*self.flags.items()]
+        words = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given]
+        return [*words, f"--seed_everything={self.seed}"]
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a file asks for; `quoted` has figures of others by their title."""
+    """What a file asks for: rows, each to be run with every seed; `quoted` has figures of others by their title."""
 
     name: str
-    rows: Sequence[Row]
+    rows: Sequence[Run]
     metric: Mapping[str, str]
     report: Sequence[str]
     seeds: Sequence[int] = (1,)
@@ -81,76 +87,14 @@ class Comparison:
 
     def __post_init__(self) -> None:
         known = {"at": ("last", "best"), "plot": ("rows", "compute"), "goal": ("minimize", "maximize")}
-        for name, value in (("at", self.at), ("plot", self.plot), ("goal", self.metric["goal"])):
+        for name, value in {"at": self.at, "plot": self.plot, "goal": self.metric.get("goal")}.items():
             if value not in known[name]:
                 raise InputError(f"{name} {value}: expected {' or '.join(known[name])}")
 
 
-@dataclass(frozen=True)
-class Run:
-    """A row with a seed."""
-
-    row: Row
-    seed: int
-
-    @cached_property
-    def key(self) -> str:
-        """Equal for the runs of all comparisons that are equal in configuration, budget and seed."""
-        row = self.row
-        content = json.dumps([row.package, row.config, row.budget, self.seed], sort_keys=True, default=str)
-        stem = Path(row.configs[0] if row.configs else row.package).stem
-        return f"{stem}-seed{self.seed}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
-
-    @property
-    def arguments(self) -> list[str]:
-        """What follows `fit` on its command line, but for the budget's flags."""
-        given = [("config", config) for config in self.row.configs] + [*self.row.flags.items()]
-        words = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given]
-        return [*words, f"--seed_everything={self.seed}"]
-
-
-def as_value(word: Any) -> Any:
-    """The value that a word of the command line stands for, as `fit` reads it; 1.0 is 1."""
-    with suppress(yaml.YAMLError):
-        word = get_loader("yaml")(word) if isinstance(word, str) else word
-    return int(word) if isinstance(word, float) and word.is_integer() else word
-
-
-def merged(configs: Sequence[str], flags: Values) -> dict[str, Any]:
-    """Configuration files over each other, and flags, named with dots, over these."""
-    whole = Namespace()
-    for values in (*(dict_to_namespace(read_yaml(config)) for config in configs), flags):
-        for name, value in values.items():  # of a namespace, with dots
-            whole[name] = as_value(value)
-    return whole.as_dict()
-
-
-def read_yaml(file: str | Path) -> dict[str, Any]:
-    """The content of a YAML file; an InputError where there is none, or no names with values in it."""
-    try:
-        return {**yaml.safe_load(Path(current_file(str(file))).read_text(encoding="utf-8"))}
-    except (OSError, yaml.YAMLError, TypeError) as error:
-        raise InputError(f"{file} cannot be read ({error}): expected names with values, as in configs/") from error
-
-
-def read_words(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Configurations and flags among the words that follow a `fit`; an InputError for a word that is neither."""
-    flags: list[list[str]] = []
-    for word in words:
-        if word.startswith("--"):
-            flags.append(word[2:].split("=", 1))
-        elif flags and len(flags[-1]) == 1:
-            flags[-1].append(word)
-        else:
-            raise InputError(f"{word}: expected a flag of fit, such as --data.batch_size=8")
-    named = [(name, *value, "true")[:2] for name, *value in flags]
-    return [value for name, value in named if name == "config"], {n: v for n, v in named if n != "config"}
-
-
 def read_comparison(args: Sequence[str] | None) -> tuple[Comparison, Path]:
     """What a command line asks for, and the folder of all comparisons; an InputError names what cannot be run."""
-    parser = CommandParser("tinylab compare", formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.description = as_called(__doc__ or "")
+    parser = CommandParser("tinylab compare", __doc__, whole=True)
     parser.add_argument("file", type=Path, help="such as configs/comparisons/recipes.yaml; or one of `wandb sweep`")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="rows to make, by default all")
     parser.add_argument("--rows", nargs="+", metavar="CONFIG", help="instead of the file's: A.yaml B.yaml,OVER_B.yaml")
@@ -162,38 +106,39 @@ def read_comparison(args: Sequence[str] | None) -> tuple[Comparison, Path]:
     content = {"name": file.stem} | read_yaml(file)
     try:
         (added, typed), budget = read_words(words), dict(word.split("=", 1) for word in options.budget or ())
-        content = from_sweep(content) if "command" in content else content
-        shared = {name: content.pop(name, {}) for name in ("package", "budget")}
-        drawn = expand(*(content.pop(name, None) for name in ("parameters", "method", "run_cap")))
-        configs, common, rows = content.pop("configs", []), content.pop("flags", {}), content.pop("rows", {"": {}})
+        content = {"seeds": [1], "baseline": None} | (from_sweep(content) if "command" in content else content)
+        for name in ("seeds", "report"):
+            if not isinstance(content.get(name), list) or not content[name]:
+                raise InputError(f"{name} {content.get(name)}: expected a list of at least one")
+        empty = {"package": None, "configs": [], "flags": {}, "budget": {}}
+        shared = {name: content.pop(name, nothing) for name, nothing in empty.items()}
+        drawn = expand(content.pop("parameters", {}), content.pop("method", "grid"), content.pop("run_cap", 10))
+        rows = [*content.pop("rows", {"": {}}).items()]
         if options.rows:
-            sets = [row.split(",") for row in options.rows]
-            rows = {"+".join(Path(config).stem for config in row): {"configs": row} for row in sets}
-            if len(rows) < len(sets):
-                raise InputError(f"--rows {' '.join(options.rows)}: two would have one name: rename a configuration")
-            content["baseline"] = None
-        for name, (chosen, values) in itertools.product(rows, drawn):
-            row = shared | (rows[name] or {})
+            sets, content["baseline"] = [row.split(",") for row in options.rows], None
+            rows = [("+".join(Path(config).stem for config in row), {"configs": row}) for row in sets]
+        for (name, own), (chosen, values) in itertools.product(rows, drawn.items()):
+            label, own = ",".join(filter(None, (name, chosen))) or "only", own or {}
+            row = {"title": label, **shared, **own}
+            row["configs"] = [*shared["configs"], *own.get("configs", []), *added]
+            row["flags"] = {**shared["flags"], **typed, **own.get("flags", {}), **values}
             if budget:
                 row["budget"] = {"points": row["budget"].get("points", 8), **budget}
             row["budget"] = {unit: as_value(value) for unit, value in row["budget"].items()}
             for flag in typed.keys() & (OWN_FLAGS | BUDGET_FLAGS if row["budget"] else OWN_FLAGS):
                 raise InputError(f"--{flag} is set for each run: use the comparison's own options, --help")
-            row["flags"] = {**common, **typed, **row.get("flags", {}), **values}
-            row["configs"] = [*configs, *row.get("configs", []), *added]
-            label = ",".join(filter(None, (name, chosen))) or "only"
-            found[label] = Row(label, **{"title": label, **row})
-        base, names = content.get("baseline"), options.only or [*found]
+            if label in found:
+                raise InputError(f"row {label}: two would have this name: rename a configuration or a row")
+            found[label] = Run(label, content["seeds"][0], **row)
+        base, names = content["baseline"], options.only or [*found]
         for option, name in [("baseline", base), *(("--only", name) for name in names)]:
-            if name is not None and name not in found:
+            if name not in (None, *found):
                 raise InputError(f"{option} {name}: there is no such row; expected some of {', '.join(found)}")
-        content |= {"baseline": base if base in names else None, "seeds": options.seeds or content.get("seeds", [1])}
+        content |= {"baseline": base if base in names else None, "seeds": options.seeds or content["seeds"]}
         return Comparison(**content | {"rows": [found[name] for name in names]}), options.out
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from error
-    except (TypeError, AttributeError, KeyError, ValueError) as error:
+    except (TypeError, AttributeError, KeyError, ValueError) as error:  # and InputError, which is the last
         why = str(error).rpartition("__init__() ")[2]
-        raise InputError(f"{file} is no comparison ({why}): expected a file as in configs/comparisons") from error
+        raise InputError(f"comparison {file}: {why}; docs/configuration.md explains the file") from error
 
 
 def from_sweep(content: Values) -> dict[str, Any]:
@@ -202,21 +147,21 @@ def from_sweep(content: Values) -> dict[str, Any]:
     if not {"-m", "fit", "${args}"} <= set(words):
         raise InputError(f"command {' '.join(words)}: expected -m, a package, fit and ${{args}} in it")
     configs, flags = read_words([word for word in words[words.index("fit") + 1 :] if word != "${args}"])
-    ours = {name: content[name] for name in ("name", "parameters", "method", "run_cap", "metric") if name in content}
-    ours |= {"package": words[words.index("-m") + 1], "configs": configs, "flags": flags}
-    return ours | {"at": "best", "report": [content["metric"]["name"]]}
+    ours = {"package": words[words.index("-m") + 1], "configs": configs, "flags": flags, "at": "best"}
+    taken = ("name", "parameters", "method", "run_cap", "metric")
+    return ours | {"report": [content["metric"]["name"]]} | {name: content[name] for name in taken if name in content}
 
 
-def expand(parameters: Values | None, method: str | None, run_cap: int | None) -> list[tuple[str, Values]]:
-    """Every combination, or draw, of `wandb sweep`'s parameters: a name and flags; of no parameters the empty one."""
-    if method not in (None, "grid", "random"):
+def expand(parameters: Values, method: str, run_cap: int) -> dict[str, Values]:
+    """Every combination, or draw, of `wandb sweep`'s parameters: flags by a name; of no parameters the empty one."""
+    if method not in ("grid", "random"):
         raise InputError(f"method {method}: expected grid or random; others need wandb's server")
-    parameters, dice = parameters or {}, random.Random(0) if method == "random" else None  # the same draws every time
-    rounds = [[choices(*one, dice) for one in parameters.items()] for _ in range((run_cap or 10) if dice else 1)]
+    dice = random.Random(0) if method == "random" else None  # the same draws every time
+    rounds = [[choices(*one, dice) for one in parameters.items()] for _ in range(run_cap if dice else 1)]
     drawn = [dict(zip(parameters, values, strict=True)) for one in rounds for values in itertools.product(*one)]
-    varied = [name for name in parameters if "value" not in parameters[name]]
-    shown = [[f"{name.rpartition('.')[2]}={json.dumps(flags[name])}" for name in varied] for flags in drawn]
-    return [(",".join(words).replace('"', ""), flags) for words, flags in zip(shown, drawn, strict=True)]
+    varied = {name: name.rpartition(".")[2] for name in parameters if "value" not in parameters[name]}
+    names = [",".join(f"{short}={json.dumps(flags[name])}" for name, short in varied.items()) for flags in drawn]
+    return {name.replace('"', ""): flags for name, flags in zip(names, drawn, strict=True)}
 
 
 def choices(name: str, choice: Values, dice: random.Random | None) -> Sequence[Any]:

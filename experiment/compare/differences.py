@@ -4,7 +4,6 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,19 +11,10 @@ from rich import box
 from rich.table import Table
 from scipy.stats import t
 
-from experiment.compare.comparison import Comparison
+from experiment.compare.comparison import Comparison, Line
 from experiment.console import console
 from experiment.pages.curves import COLORS, axes_on_white
 from experiment.pages.report import write_report
-
-Line = dict[str, Any]  # what a run left, with the name of its row
-TITLES = {  # of a figure, and its format
-    "train/loss": ("training loss", ".4f"), "val/loss": ("validation loss", ".4f"), "val/accuracy": ("accuracy", ".4f"),
-    "val/perplexity": ("perplexity", ".2f"), "val/bits_per_byte": ("bits per byte", ".4f"),
-    "test/accuracy": ("test accuracy", ".4f"), "tokens": ("tokens", ",.0f"), "seconds": ("seconds", ",.0f"),
-    "training_seconds": ("training seconds", ",.0f"), "memory_mib": ("peak memory, MiB", ",.0f"),
-    "trainable": ("trainable parameters", ",.0f"), "parameters": ("parameters", ",.0f"), "compute": ("FLOP", ".3g"),
-}  # fmt: skip
 
 
 def collect(comparison: Comparison, lines: Sequence[Line]) -> pd.DataFrame:
@@ -44,7 +34,14 @@ def collect(comparison: Comparison, lines: Sequence[Line]) -> pd.DataFrame:
     return frame.assign(compute=6 * frame["parameters"] * frame["tokens"])
 
 
-def differences(frame: pd.DataFrame, metric: str, baseline: str, form: str = ".4f") -> dict[str, str]:
+def spread(values: pd.Series) -> str:
+    """Mean ± standard deviation, which is left out where all seeds agree; nothing of no values."""
+    form = ".3g" if values.name == "compute" else ".4f" if "/" in values.name else ",.0f"
+    mean, deviation = values.mean(), values.std()
+    return "" if np.isnan(mean) else f"{mean:{form}}" + (f" ± {deviation:{form}}" if deviation > 0 else "")
+
+
+def differences(frame: pd.DataFrame, metric: str, baseline: str) -> dict[str, str]:
     """Of each row, its metric less the baseline's: the mean of the pairs of equal seed and its standard error, and
     whether it may be chance, as where the interval that holds the true difference in 95 of 100 cases (Student's t)
     holds 0."""
@@ -52,25 +49,19 @@ def differences(frame: pd.DataFrame, metric: str, baseline: str, form: str = ".4
     for row, pairs in of_seeds.drop(columns=baseline).sub(of_seeds[baseline], axis=0).items():
         pairs, middle, error = pairs.dropna(), pairs.mean(), pairs.sem()
         noise = ", within the noise" if abs(middle) <= t.ppf(0.975, len(pairs) - 1) * error else ""
-        spread = f" ± {error:{form}}{noise}" if len(pairs) > 1 else ", one seed"
-        texts[row] = f"{middle:+{form}}{spread}" if len(pairs) else ""
+        doubt = f" ± {error:.4f}{noise}" if len(pairs) > 1 else ", one seed"
+        texts[row] = f"{middle:+.4f}{doubt}" if len(pairs) else ""
     return texts
 
 
 def table(comparison: Comparison, frame: pd.DataFrame) -> pd.DataFrame:
     """Figures with their spread, the difference from the baseline, and what each row shows, all as text."""
-    metric, of_rows = comparison.metric["name"], frame.groupby("row", sort=False)
-    shown = of_rows[["group", "title"]].first().rename(columns={"title": "row"})
-    for figure in comparison.report:
-        title, form = TITLES.get(figure, (figure, ".4g"))
-        mean, spread = of_rows[figure].mean(), of_rows[figure].std()  # the second is left out where all seeds agree
-        shown[title] = mean.map(f"{{:{form}}}".format) + spread.map(f" ± {{:{form}}}".format).where(spread > 0, "")
-        shown[title] = shown[title].where(mean.notna(), "")
+    columns = {"group": "first", "title": "first", **dict.fromkeys(comparison.report, spread)}
+    shown = frame.groupby("row", sort=False).agg({**columns, "seeds": ", ".join, "shows": "first"})
     if base := comparison.baseline:
-        title, form = TITLES.get(metric, (metric, ".4g"))
-        shown[f"{title} less that of {base}"] = pd.Series(differences(frame, metric, base, form))
-    shown["seeds"], shown["what it shows"] = of_rows["seeds"].agg(", ".join), of_rows["shows"].first()
-    shown = shown.fillna("")
+        metric = comparison.metric["name"]
+        shown.insert(len(columns), f"{metric} less that of {base}", pd.Series(differences(frame, metric, base)))
+    shown = shown.fillna("").rename(columns={"title": "row", "shows": "what it shows"})
     return shown.loc[:, (shown != "").any()]
 
 
@@ -109,23 +100,22 @@ def show(comparison: Comparison, lines: Sequence[Line], out: Path) -> None:
 def draw(comparison: Comparison, frame: pd.DataFrame, file: Path) -> None:
     """The metric: of each row with every seed, or against compute with the line of a power law."""
     metric, by_row = comparison.metric["name"], comparison.plot == "rows"
-    title = TITLES.get(metric, (metric,))[0]
     x, y = (metric, "title") if by_row else ("compute", metric)
     axes = axes_on_white(9, 0.3 * frame["row"].nunique() + 1.2 if by_row else 4.2)
     if by_row:
         axes.yaxis.update_units(frame["title"])  # in their order, also those that failed
         axes.invert_yaxis()
         axes.axvline(frame[frame["row"] == comparison.baseline][metric].mean(), color="gray", linewidth=0.8)
-        axes.set_xlabel(title)
+        axes.set_xlabel(metric)
     else:
-        axes.set(xscale="log", yscale="log", xlabel="C = 6 x parameters x tokens, FLOP", ylabel=title)
+        axes.set(xscale="log", yscale="log", xlabel="C = 6 x parameters x tokens, FLOP", ylabel=metric)
         axes.yaxis.set_minor_formatter("{x:g}")
     for color, (group, part) in zip(itertools.cycle(COLORS), frame.dropna(subset=[x, y]).groupby("group", sort=False)):
         axes.plot(part[x], part[y], "o", color=color, markersize=3.5, alpha=0.6)
         if by_row:
-            spread = part.groupby("title")[metric].agg(["mean", "std"])
+            seeds = part.groupby("title")[metric].agg(["mean", "std"])
             look = {"fmt": "|", "color": color, "markersize": 12, "capsize": 3}
-            axes.errorbar(spread["mean"], spread.index, xerr=spread["std"], **look)
+            axes.errorbar(seeds["mean"], seeds.index, xerr=seeds["std"], **look)
         elif part[x].nunique() > 1:
             slope, level = np.polyfit(np.log(part[x]), np.log(part[y]), 1)
             axes.plot(part[x], np.exp(level) * part[x] ** slope, color=color, label=f"{group}: C^{slope:.3f}")

@@ -1,7 +1,6 @@
 """Makes the runs of a comparison: `tinylab compare --help`."""
 
 import importlib
-import io
 import json
 import math
 import os
@@ -10,40 +9,31 @@ import subprocess
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from filelock import FileLock, Timeout
 
 from experiment.command_parser import one_line_errors
-from experiment.compare.comparison import Row, Run, read_comparison
+from experiment.compare.comparison import Line, Run, read_comparison
 from experiment.compare.differences import show
 from experiment.console import console
 from experiment.errors import InputError
-from experiment.pages.summary import read_metrics
+from experiment.pages.summary import read_lines, read_metrics
 from experiment.quiet import quiet_libraries
 from experiment.runs.provenance import read_record
 
-Line = dict[str, Any]  # what a run left: its key, configuration, machine and figures
-FEW_STEPS = {"trainer.max_steps": 20, "trainer.max_epochs": -1, "trainer.limit_val_batches": 0}
-FEW_STEPS |= {"trainer.log_every_n_steps": 1}
+FEW_STEPS = {"max_steps": 20, "max_epochs": -1, "limit_val_batches": 0, "log_every_n_steps": 1}
 SKIPPED = 5  # of these, since the first are slower than those that follow
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes after Ctrl-C and kill
 
 
 def read_results(out: Path, tested: bool = False) -> dict[str, Line]:
     """The lines of the runs that ended well, by key; with `tested`, of those that the test split has judged."""
-    found: dict[str, Line] = {}
-    for file in sorted(out.glob("results*.jsonl")):
-        for text in file.read_text(encoding="utf-8").split("\n"):
-            with suppress(ValueError):  # empty, or cut by a kill
-                line = json.loads(text)
-                if "failed" not in line and ("test" in line or not tested):
-                    found[line["key"]] = line
-    return found
+    lines = [line for file in sorted(out.glob("results*.jsonl")) for line in read_lines(file)]
+    return {line["key"]: line for line in lines if "failed" not in line and ("test" in line or not tested)}
 
 
 def make_runs(runs: Sequence[Run], out: Path, group: str, tested: bool = False) -> dict[str, Line]:
@@ -53,28 +43,27 @@ def make_runs(runs: Sequence[Run], out: Path, group: str, tested: bool = False) 
     that of a run that failed has `failed`, the exit code, and is not kept: the next call tries it again.
     """
     before, made = read_results(out, tested), {}
-    left = {run.row.name: run for run in runs if run.key not in before}  # one of each row
+    left = {run.name: run for run in runs if run.key not in before}  # one of each row
     facts = {name: prepare(run) for name, run in left.items()}
-    judged = {facts.get(run.row.name, before.get(run.key, {})).get("evaluated"): run.row.name for run in runs}
+    judged = {facts.get(run.name, before.get(run.key, {})).get("evaluated"): run.name for run in runs}
     if len(judged) > 1:
-        named = ", ".join(f"{row} would be judged by {text}" for text, row in judged.items())
-        raise InputError(f"{named}: these do not compare")
+        named = (f"{row} would be judged by {text}" for text, row in judged.items())
+        raise InputError(f"{', '.join(named)}: these do not compare")
+    few = {f"trainer.{name}": value for name, value in FEW_STEPS.items()}
     for name, run in left.items():
-        if run.row.unit == "seconds":
-            row = replace(run.row, name=f"time of {name}", budget={}, flags={**run.row.flags, **FEW_STEPS})
-            clock = replace(run, row=row)
+        if run.unit == "seconds":
+            clock = replace(run, name=f"time of {name}", budget={}, flags={**run.flags, **few})
             facts[name]["seconds_per_step"] = make_runs([clock], out, group)[clock.key].get("seconds_per_step")
-    flags = {name: budget_flags(run.row, facts[name]) for name, run in left.items()}
-    (out / "locks").mkdir(parents=True, exist_ok=True)
+    flags = {name: budget_flags(run, facts[name]) for name, run in left.items()}
     for patience in (0, -1):  # first what no other process makes; then what others make, or have left
         for number, run in enumerate(runs, 1):
             with suppress(Timeout), FileLock(out / "locks" / run.key, timeout=patience):
                 if run.key in made | read_results(out, tested):
                     continue
-                console.print(f"run {number} of {len(runs)}: {run.row.name}, seed {run.seed}", style="bold")
-                words = [*run.arguments, *flags[run.row.name]]
-                line = {"key": run.key, "package": run.row.package, "seed": run.seed, "budget": run.row.budget}
-                line |= facts[run.row.name] | {"config": run.row.config, "arguments": words}
+                console.print(f"run {number} of {len(runs)}: {run.name}, seed {run.seed}", style="bold")
+                words = [*run.arguments, *flags[run.name]]
+                line = {"key": run.key, "package": run.package, "seed": run.seed, "budget": run.budget}
+                line |= facts[run.name] | {"config": run.config, "arguments": words}
                 made[run.key] = line | make(run, words, out / "runs" / run.key, group, tested)
                 if "failed" not in made[run.key]:
                     with (out / "results.jsonl").open("ab", buffering=0) as file:  # in one piece, for others write too
@@ -85,22 +74,20 @@ def make_runs(runs: Sequence[Run], out: Path, group: str, tested: bool = False) 
 def prepare(run: Run) -> Line:
     """Let fit make all of a run but its training, so that it refuses what it would refuse; what a budget needs and who
     compares wants to know, which is nothing of a module that is no package of ours."""
-    row = run.row
     try:
-        command = importlib.import_module(f"{row.package}.cli").CLI  # brings Lightning, which --help need not wait for
+        command = importlib.import_module(f"{run.package}.cli").CLI  # brings Lightning, which --help need not wait for
     except ModuleNotFoundError as error:
-        if error.name == f"{row.package}.cli":
+        if error.name == f"{run.package}.cli":
             return {}
-        expected = "expected lm, classify, or a module like them"
-        raise InputError(f"row {row.name}: package {row.package}: {expected}") from error
-    nothing = lambda self, **_: None  # noqa: E731
-    checked = type("Checked", (command,), {"before_fit": command.check_fit, "fit": nothing, "after_fit": nothing})
+        raise InputError(f"row {run.name}: package {run.package}: expected lm, classify or one like them") from error
+    skipped = dict.fromkeys(("fit", "after_fit"), lambda self, **_: None)
+    checked = type("Checked", (command,), {"before_fit": command.check_fit, **skipped})
     try:
-        ending = ["--trainer.max_epochs=-1", "--trainer.max_steps=1"] if row.unit else []  # so long as it is unknown
+        ending = ["--trainer.max_epochs=-1", "--trainer.max_steps=1"] if run.unit else []  # so long as it is unknown
         cli = checked(["fit", *run.arguments, *ending])
         facts = {**getattr(cli.datamodule, "facts", {})}
     except (InputError, ArgumentError) as error:
-        raise InputError(f"row {row.name}: {error}") from error
+        raise InputError(f"row {run.name}: {error}") from error
     if "tokens_per_epoch" in facts:
         batches = math.ceil(facts.pop("batches_per_epoch") / cli.trainer.world_size)
         steps = math.ceil(batches / cli.trainer.accumulate_grad_batches)
@@ -108,20 +95,20 @@ def prepare(run: Run) -> Line:
     return {"parameters": sum(parameter.numel() for parameter in cli.model.parameters()), **facts}
 
 
-def budget_flags(row: Row, facts: Line) -> list[str]:
+def budget_flags(run: Run, facts: Line) -> list[str]:
     """The flags that end a run with its budget, where its schedule ends too, and validate it `points` times."""
-    if row.unit is None:
+    if run.unit is None:
         return []
-    number, tokens = row.budget[row.unit], facts.get("tokens_per_step")
-    if row.unit == "epochs":
+    number, tokens = run.budget[run.unit], facts.get("tokens_per_step")
+    if run.unit == "epochs":
         return [f"--trainer.max_epochs={number}", "--trainer.max_steps=-1"]
     of_a_step = {"steps": 1, "tokens": tokens, "seconds": facts.get("seconds_per_step")}
     of_a_step["tokens_per_parameter"] = tokens and tokens / facts["parameters"]
-    if not of_a_step[row.unit]:
-        raise InputError(f"budget: {number:g} {row.unit} are not counted beforehand by {row.name}")
-    if (steps := round(number / of_a_step[row.unit])) < 1:
-        raise InputError(f"budget: {number:g} {row.unit} make less than half a step of {row.name}")
-    every = math.ceil(steps / row.budget.get("points", 8))
+    if not of_a_step[run.unit]:
+        raise InputError(f"budget: {number:g} {run.unit} are not counted beforehand by {run.name}")
+    if (steps := round(number / of_a_step[run.unit])) < 1:
+        raise InputError(f"budget: {number:g} {run.unit} make less than half a step of {run.name}")
+    every = math.ceil(steps / run.budget.get("points", 8))
     trainer = {"max_steps": steps, "max_epochs": -1, "val_check_interval": every, "check_val_every_n_epoch": "null"}
     words = [f"--trainer.{name}={value}" for name, value in trainer.items()]
     return [*words, "--trainer.log_every_n_steps=1", f"--checkpoint.every_n_steps={every}"]
@@ -129,10 +116,9 @@ def budget_flags(row: Row, facts: Line) -> list[str]:
 
 def make(run: Run, arguments: Sequence[str], folder: Path, group: str, tested: bool) -> Line:
     """Train in a process of its own, or go on where a training stopped, and see what it left."""
-    folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):  # a run whose comparison was killed is waited for
         pass
-    command = [sys.executable, "-m", run.row.package, "fit", *arguments, f"--run_dir={folder}", "--ckpt_path=last"]
+    command = [sys.executable, "-m", run.package, "fit", *arguments, f"--run_dir={folder}", "--ckpt_path=last"]
     process = subprocess.Popen(command, env={"WANDB_RUN_GROUP": group, **os.environ})
     try:
         code = process.wait()
@@ -144,7 +130,7 @@ def make(run: Run, arguments: Sequence[str], folder: Path, group: str, tested: b
     if code in STOPPED:  # the run alone was asked to
         sys.exit(code)
     if code != 0:
-        console.print(f"{run.row.name}, seed {run.seed}, failed with exit code {code}: see above", style="red")
+        console.print(f"{run.name}, seed {run.seed}, failed with exit code {code}: see above", style="red")
         return {"failed": code}
     return measure(run, folder) | ({"test": test(run, folder)} if tested else {})
 
@@ -152,31 +138,30 @@ def make(run: Run, arguments: Sequence[str], folder: Path, group: str, tested: b
 def measure(run: Run, folder: Path) -> Line:
     """Validations of a run, with tokens and seconds of training until each; what it cost, and on what machine."""
     frame, record = pd.DataFrame(read_metrics(folder)), read_record(folder)
-    validated, losses = frame.columns[frame.columns.str.startswith("val/")], frame.filter(["train/loss"]).dropna()
     steps = frame.reindex(columns=["train/tokens", "train/tokens_per_second"]).dropna()
     seconds = steps["train/tokens"].diff().fillna(steps["train/tokens"]) / steps["train/tokens_per_second"]
-    sums = pd.DataFrame({"tokens": steps["train/tokens"], "training_seconds": seconds.cumsum()})
-    curve = frame[["step"]].join([sums.reindex(frame.index).ffill().fillna(0), frame[validated]])
-    calls, epochs = record.get("calls", [{}]), run.row.config.get("trainer", {}).get("max_epochs") or 1
+    sums = frame[["step"]].assign(tokens=steps["train/tokens"], training_seconds=seconds.cumsum()).ffill().fillna(0)
+    losses, epochs = frame.filter(["train/loss"]).dropna(), run.config.get("trainer", {}).get("max_epochs") or 1
+    calls = record.get("calls", [{}])
     return {
-        "curve": curve.dropna(subset=validated, how="all").to_dict("list"),
+        "curve": sums.join(frame.filter(regex="^val/").dropna(how="all"), how="inner").to_dict("list"),
         "train/loss": losses.tail(max(1, len(losses) // max(1, epochs))).mean().get("train/loss"),  # of the last epoch
         "trainable": record.get("parameters", {}).get("trainable"),
         "environment": record.get("environment", {}), "date": calls[-1].get("started", "")[:10],
-        "seconds": sum(call["seconds"] for call in calls) if all("seconds" in call for call in calls) else None,
-        "memory_mib": max((call["memory_mib"] for call in calls if "memory_mib" in call), default=None),
+        "seconds": sum(call.get("seconds", 0) for call in calls) or None,
+        "memory_mib": max(call.get("memory_mib", 0) for call in calls) or None,
         "seconds_per_step": seconds[SKIPPED:].median() if len(seconds) > SKIPPED else None,
     }  # fmt: skip
 
 
 def test(run: Run, folder: Path) -> dict[str, float]:
     """What the best checkpoint has on the test split; of a module without checkpoints, what its metrics say."""
-    if not (folder / "checkpoints").is_dir():
-        return {name: value for name, value in read_metrics(folder)[-1].items() if name.startswith("test/")}
-    main = importlib.import_module(f"{run.row.package}.__main__").main
-    with redirect_stdout(io.StringIO()):
+    figures = read_metrics(folder)[-1]
+    if (folder / "checkpoints").is_dir():
+        main = importlib.import_module(f"{run.package}.__main__").main
         cli = main(["test", f"--config={folder / 'config.yaml'}", "--ckpt_path=best", f"--run_dir={folder}"])
-    return {name: float(value) for name, value in cli.trainer.callback_metrics.items() if name.startswith("test/")}
+        figures = cli.trainer.callback_metrics
+    return {name: float(value) for name, value in figures.items() if name.startswith("test/")}
 
 
 @one_line_errors()
@@ -186,14 +171,14 @@ def main(args: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     comparison, out = read_comparison(args)
     quiet_libraries()
-    runs = [Run(row, seed) for seed in comparison.seeds for row in comparison.rows]
+    runs = [replace(row, seed=seed) for seed in comparison.seeds for row in comparison.rows]
     try:
         found = make_runs(runs, out, comparison.name, any(name.startswith("test/") for name in comparison.report))
     except (KeyboardInterrupt, SystemExit) as ending:
         if (code := getattr(ending, "code", STOPPED[0])) in STOPPED:
             console.print("stopped; go on with the same command")
         sys.exit(code)
-    lines = [found[Run(row, seed).key] | {"row": row.name} for row in comparison.rows for seed in comparison.seeds]
+    lines = [found[run.key] | {"row": run.name} for run in runs]
     show(comparison, lines, out)
     if any("failed" in line for line in lines):
         sys.exit(1)

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,12 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; none where there is no such file."""
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+    """The objects of a file of JSON lines, but for a line that a kill has cut off; none where there is no such file."""
+    found = []
+    for line in file.read_text(encoding="utf-8").split("\n") if file.is_file() else ():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def best(rows: list[dict[str, float]], name: str) -> float | None:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from scipy.stats import ttest_rel
 
 from experiment.compare import runner as compare
-from experiment.compare.comparison import Comparison, Row, Run, choices, read_comparison
+from experiment.compare.comparison import Comparison, Run, choices, read_comparison
 from experiment.compare.differences import collect, differences
 from experiment.compare.differences import draw as draw_plot
 
@@ -115,8 +115,8 @@ def test_each_run_is_made_once_and_its_figures_are_compared(stand_in: Path) -> N
     assert run(stand_in) == 0
     assert calls() == ["1 1", "2 1", "1 2", "2 2"]  # all rows of a seed first
     one, two = table()
-    assert (one["validation loss"], two["validation loss"]) == ("1.0150 ± 0.0071", "2.0150 ± 0.0071")
-    assert (two["validation loss less that of one"], two["seeds"], two["what it shows"]) == (
+    assert (one["val/loss"], two["val/loss"]) == ("1.0150 ± 0.0071", "2.0150 ± 0.0071")
+    assert (two["val/loss less that of one"], two["seeds"], two["what it shows"]) == (
         "+1.0000 ± 0.0000",
         "1, 2",
         "More.",
@@ -124,9 +124,9 @@ def test_each_run_is_made_once_and_its_figures_are_compared(stand_in: Path) -> N
     folder = Path("runs/comparisons/rates")
     lines = [json.loads(line) for line in (folder / "rates.jsonl").read_text().splitlines()]
     assert [(line["row"], line["seed"], line["seconds"]) for line in lines] == [
-        ("one", 1, 1.5), ("one", 2, 1.5), ("two", 1, 1.5), ("two", 2, 1.5)
+        ("one", 1, 1.5), ("two", 1, 1.5), ("one", 2, 1.5), ("two", 2, 1.5)
     ]  # fmt: skip
-    assert (folder / "rates.md").read_text().startswith("| row | validation loss |")
+    assert (folder / "rates.md").read_text().startswith("| row | val/loss |")
     assert (folder / "rates.png").stat().st_size > 5_000
 
     runs = Path("runs/comparisons/runs")
@@ -222,11 +222,11 @@ def test_grid_keeps_the_kind_of_each_value(stand_in: Path) -> None:
     file = write_comparison(
         rows={"one": {}}, parameters={"model.rate": {"values": values}, "data.seed": {"value": 7}}, baseline=None
     )
-    runs = [Run(row, 1) for row in read_comparison([str(file)])[0].rows]
+    runs = read_comparison([str(file)])[0].rows
     words = [next(word for word in run.arguments if word.startswith("--model.rate=")) for run in runs]
     assert [yaml.safe_load(word.partition("=")[2]) for word in words] == values
-    assert words[0] == "--model.rate=null" and runs[0].row.config == {"model": {"rate": None}, "data": {"seed": 7}}
-    assert runs[0].row.name == "one,rate=null"
+    assert words[0] == "--model.rate=null" and runs[0].config == {"model": {"rate": None}, "data": {"seed": 7}}
+    assert runs[0].name == "one,rate=null"
 
 
 def test_draws_lie_in_their_range_and_are_the_same_whenever_the_file_is_read(stand_in: Path) -> None:
@@ -254,10 +254,9 @@ def test_flags_of_a_row_win_over_the_command_line_and_these_over_files(stand_in:
     Path("base.yaml").write_text("model: {rate: 1, r: 8, alpha: 16}\ndata: {path: here}")
     rows = {"one": {}, "plain": {"flags": {"model.r": 2}}}
     file = write_comparison(configs=["base.yaml"], rows=rows, flags={"model.rate": 2, "data.path": "there"})
-    rows = read_comparison([str(file), "--model.r", "4", "--data.path=elsewhere"])[0].rows
-    one, plain = (Run(row, 1) for row in rows)
-    assert one.row.config == {"model": {"rate": 2, "r": 4, "alpha": 16}, "data": {"path": "elsewhere"}}
-    assert plain.row.config["model"]["r"] == 2 and "--model.r=2" in plain.arguments
+    one, plain = read_comparison([str(file), "--model.r", "4", "--data.path=elsewhere"])[0].rows
+    assert one.config == {"model": {"rate": 2, "r": 4, "alpha": 16}, "data": {"path": "elsewhere"}}
+    assert plain.config["model"]["r"] == 2 and "--model.r=2" in plain.arguments
     assert one.key != plain.key
 
 
@@ -267,13 +266,16 @@ def test_flags_of_a_row_win_over_the_command_line_and_these_over_files(stand_in:
         ({"rows": {"one": {"flgs": {}}}}, [], "unexpected keyword argument 'flgs'"),
         ({"row": {}}, [], "unexpected keyword argument 'row'"),
         ({"baseline": "three"}, [], "baseline three: there is no such row; expected some of one, two"),
-        ({"metric": {"name": "val/loss"}}, [], "goal"),
+        ({"metric": {"name": "val/loss"}}, [], "goal None: expected minimize or maximize"),
+        ({"seeds": 1}, [], "seeds 1: expected a list"),
+        ({"report": "val/loss"}, [], "report val/loss: expected a list"),
         ({"method": "bayes"}, [], "method bayes: expected grid or random"),
         ({"parameters": {"rate": {"min": 0}}}, [], "parameter rate"),
         ({"budget": {"hours": 1}}, [], "budget {'hours': 1}: expected one above 0 of steps, tokens"),
         ({"configs": ["nowhere.yaml"]}, [], "nowhere.yaml cannot be read"),
         ({"command": ["python"]}, [], "command python: expected -m"),
         ({"package": "nowhere"}, [], "row one: package nowhere: expected lm"),
+        ({"package": None}, [], "row one: package None: expected lm"),
         ({}, ["--only", "three"], "--only three: there is no such row; expected some of one, two"),
         ({"baseline": None}, ["--only", "three"], "--only three: there is no such row; expected some of one, two"),
         ({}, ["--run_dir", "x"], "--run_dir is set for each run"),
@@ -282,7 +284,7 @@ def test_flags_of_a_row_win_over_the_command_line_and_these_over_files(stand_in:
         ({}, ["x"], "x: expected a flag of fit"),
         ({}, ["--budget", "tokens=10"], "10 tokens are not counted beforehand by one"),
         ({}, ["--budget", "steps=5", "--trainer.max_steps=9"], "--trainer.max_steps is set for each run"),
-        ({}, ["--rows", "a.yaml", "x/a.yaml"], "two would have one name"),
+        ({}, ["--rows", "a.yaml", "x/a.yaml"], "row a: two would have this name"),
     ],
 )  # fmt: skip
 def test_bad_input_ends_in_one_line_and_runs_nothing(
@@ -316,7 +318,7 @@ def test_difference_is_paired_over_seeds_and_says_what_may_be_chance() -> None:
 def test_line_through_loss_and_compute_is_that_of_a_power_law(tmp_path: Path) -> None:
     comparison = Comparison(
         name="scaling", metric={"name": "val/loss", "goal": "minimize"}, report=["val/loss", "compute"], plot="compute",
-        rows=[Row(f"d{n}", "lm", group="equal tokens") for n in range(1, 5)],
+        rows=[Run(f"d{n}", 1, "lm", group="equal tokens") for n in range(1, 5)],
     )  # fmt: skip
     lines = []
     for n in range(1, 5):  # the loss is 40 (6 N D)^-0.125
