@@ -60,7 +60,7 @@ class Run:
     def key(self) -> str:
         """Equal for the runs of all comparisons that are equal in configuration, budget and seed."""
         content = json.dumps([self.package, self.config, self.budget, self.seed], sort_keys=True, default=str)
-        stem = Path(self.configs[0] if self.configs else self.package).stem
+        stem = Path(self.configs[0] if self.configs else str(self.package)).stem  # None where no file names one
         return f"{stem}-seed{self.seed}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
 
     @property
