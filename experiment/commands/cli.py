@@ -250,9 +250,9 @@ class ExperimentCLI(LightningCLI):
 
     def check_fit(self) -> None:
         """Refuse what cannot be trained, before anything is written."""
-        for name in ("max_steps", "max_epochs"):
+        for name in ("max_steps", "max_epochs", "limit_train_batches"):
             if self.checkpoint is None and getattr(self.trainer, name) == 0:
-                raise InputError(f"trainer.{name} 0: nothing would be trained; expected at least 1, or -1 for no limit")
+                raise InputError(f"trainer.{name} 0: nothing would be trained; expected more, or leave it out")
         self.model.check_trainer(self.trainer)
         self.datamodule.trainer = self.trainer
         self.datamodule.prepare_data()

@@ -35,7 +35,7 @@ def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> Experime
         args: Command line arguments, by default those of the process.
     """
     given = sys.argv[1:] if args is None else list(args)
-    debug = "--debug" in given
+    debug, resume = "--debug" in given, os.environ.get("TINYLAB_RESUME")  # how a caller, such as make, goes on
     quiet_libraries(debug)
     leave_slurm_alone()
     console.quiet = rank_zero_only.rank != 0  # of several processes one speaks
@@ -79,5 +79,5 @@ def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> Experime
         if isinstance(ending, SystemExit) and not isinstance(ending.__context__, KeyboardInterrupt) and not terminated:
             raise
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        console.print("\ninterrupted")
+        console.print(f"\ninterrupted; go on with\n  {resume}" if resume else "\ninterrupted")
         sys.exit(143 if terminated else 130)

@@ -88,7 +88,7 @@ def test_brackets_and_colons_in_paths_are_printed_as_they_are(
     assert f"  {run}/  checkpoints, config.yaml" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("limit", ["max_steps", "max_epochs"])
+@pytest.mark.parametrize("limit", ["max_steps", "max_epochs", "limit_train_batches"])
 def test_training_of_no_steps_is_refused(limit: str, arguments: list[str], capsys: pytest.CaptureFixture) -> None:
     assert f"trainer.{limit} 0: nothing would be trained" in refused(
         capsys, "fit", *arguments, f"--trainer.{limit}=0", "--run_dir=run"
