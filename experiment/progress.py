@@ -11,15 +11,9 @@ from rich.table import Column
 from rich.text import Text
 
 from experiment.console import console
+from experiment.wording import MEANINGS
 
 __all__ = ["RunProgressBar", "console", "format_metrics", "print_figures", "progress", "validation_results"]
-MEANINGS = {
-    "loss": "mean cross-entropy in nats; less is better",
-    "perplexity": "exp(loss): as unsure as a choice among so many equally likely tokens",
-    "bits_per_byte": "bits to code a byte of text, which compares across tokenizers",
-    "accuracy": "share of the texts that are judged rightly",
-    "f1": "mean over the classes of the harmonic mean of precision and recall",
-}  # of the figures of an evaluation, without the split
 
 
 @contextmanager

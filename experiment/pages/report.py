@@ -22,6 +22,7 @@ from experiment.pages.curves import CHARTS, COLORS, Rows, draw_interactive, draw
 from experiment.pages.predictions import draw_calibration, draw_confusion, draw_pngs, read_verdicts
 from experiment.pages.summary import FIGURES, best, read_lines, read_metrics
 from experiment.runs.provenance import read_record
+from experiment.wording import MEANINGS
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -196,6 +197,7 @@ def render(runs: list[Run], charts: Sequence[Any], figures: dict[str, "go.Figure
     templates.globals |= {"duration": duration, "short": short}
     options = {run.name: run.options for run in runs}
     keys = dict.fromkeys(key for known in options.values() for key in known)
+    names = list(dict.fromkeys(tile["name"] for run in runs for tile in run.figures))
     differing = [key for key in keys if len({known.get(key) for known in options.values()}) > 1]
     return templates.get_template("report.html").render(
         runs=runs,
@@ -205,7 +207,8 @@ def render(runs: list[Run], charts: Sequence[Any], figures: dict[str, "go.Figure
         options=options,
         colors=COLORS,
         differing=differing,
-        names=list(dict.fromkeys(tile["name"] for run in runs for tile in run.figures)),
+        names=names,
+        meanings={name: MEANINGS[figure] for name in names if (figure := name.partition("/")[2]) in MEANINGS},
         prompts=list(dict.fromkeys(prompt for run in runs for prompt in run.samples)),
         plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode(),  # 4.7 MB, 1.9 so
         figures={key: Markup(_json(figure)) for key, figure in figures.items()},

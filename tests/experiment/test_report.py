@@ -13,6 +13,7 @@ import pytest
 from experiment.pages.curves import CHARTS, MOST_POINTS, find_series, is_log, smooth
 from experiment.pages.predictions import read_verdicts
 from experiment.pages.report import duration, main, short, spread, write_report
+from experiment.wording import MEANINGS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MARKUP = "<script>alert(1)</script> & <b>bold</b> {{ 1 + 1 }}"
@@ -94,6 +95,7 @@ def test_report_shows_figures_samples_configuration_and_command(language_run: Pa
     for expected in (
         "2.9", "best, at step 100", "935 k", "1 min", "205 k tokens", "A CPU", "num_layers", "there was step 10.",
         "there was step 100.", "python -m lm fit --seed_everything 1",
+        *(f"val/{name}: {MEANINGS[name]}" for name in ("loss", "perplexity", "bits_per_byte")),
     ):  # fmt: skip
         assert expected in text, expected
     assert {path.name for path in (language_run / "figures").iterdir()} == {"loss.png", "perplexity.png"}
@@ -110,6 +112,7 @@ def test_text_of_a_run_never_becomes_markup(language_run: Path, classifier_run: 
 def test_classifier_report_shows_confusion_calibration_and_most_confident_mistakes(classifier_run: Path) -> None:
     text = text_of(write_report([classifier_run]))
     assert "4 texts of evaluation.jsonl, which is the best validation: accuracy\n  0.5000" in text
+    assert re.search(r"expected calibration error\s+0\.\d{4} \(how far stated and true probability lie apart", text)
     assert text.index("positive 99.0 %") < text.index("positive 80.0 %")
     drawn = {path.name for path in (classifier_run / "figures").iterdir()}
     assert {"accuracy.png", "confusion.png", "calibration.png"} <= drawn
