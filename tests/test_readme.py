@@ -15,9 +15,10 @@ from unittest.mock import patch
 
 import pytest
 
+from classify.reviews import synthetic_reviews
 from experiment.compare.comparison import read_comparison
 from tests.classify.conftest import save_tiny_bert
-from tests.runs import TINY, write_stories
+from tests.runs import STORIES, TINY, write_stories
 from tinylab.__main__ import COMMANDS
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +89,8 @@ def perform(words: list[str]) -> None:
         case [_, "-m", ("lm" | "classify") as package, command, *args]:
             configs = [after for name, after in pairwise(args) if name == "--config"]
             if any(config.startswith("configs/") for config in configs):
-                args += SHRUNK[package]
+                own = any(name == "--data.path" and Path(after).is_file() for name, after in pairwise(args))
+                args += [flag for flag in SHRUNK[package] if not (own and flag.partition("=")[0] in args)]
             if command == "fit" and configs not in TRAINED:  # other configurations have tests that train them
                 args.append("--print_config")
             if (package, command) == ("lm", "predict"):
@@ -139,6 +141,10 @@ def test_every_command_of_the_readme_works(
     (workspace / "configs").symlink_to(ROOT / "configs")
     write_stories(workspace / "stories")
     save_tiny_bert(workspace / "bert")
+    (workspace / "stories.txt").write_text("\n\n".join(STORIES))
+    reviews = synthetic_reviews("train").select(range(300)).to_pandas()
+    reviews["label"] = reviews["label"].map({0: "bad", 1: "good"})
+    reviews.to_csv(workspace / "reviews.csv", index=False)
     shared = ROOT.parent / "shared"
     if shared.is_dir():
         (workspace / "stories260K").symlink_to(shared / "models" / "stories260K")
