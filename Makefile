@@ -97,10 +97,10 @@ NEWEST = $(patsubst %/metrics.csv,%,$(shell ls -t runs/demo-*/lm/metrics.csv run
 report: $(READY) ## draw the page of a run, or of several over each other: RUN="runs/lm/demo runs/lm/demo-2"
 	$(PY) -m experiment.pages.report $(or $(RUN),$(NEWEST))
 
-decoding: $(READY) ## compare greedy decoding with sampling on a language model: RUN=runs/lm/demo
+decoding: $(READY) ## compare greedy decoding with sampling on a language model: RUN=runs/demo/lm
 	$(PY) -m lm.decoding $(or $(RUN),$(NEWEST)) $(ARGS)
 
-tell: $(READY) ## talk to a language model in the terminal: RUN=runs/lm/demo
+tell: $(READY) ## talk to a language model in the terminal: RUN=runs/demo/lm
 	@$(PY) -m lm.tell $(or $(RUN),runs/demo/lm) $(ARGS)
 
 play: $(READY) ## a page to try models, on this machine alone: RUN="runs/lm/demo runs/classify/custom" (default: the demo)

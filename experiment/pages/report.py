@@ -241,7 +241,7 @@ def _theme(template: str, text: str, lines: str, card: str) -> str:
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
     parser = CommandParser("tinylab report", __doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, such as runs/lm/demo")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, such as runs/demo/lm")
     parser.add_argument("--output", type=Path, help="folder to write to; by default the run's own")
     options = parser.parse_args(args)
     with console.status("drawing the report"):
