@@ -12,8 +12,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.table import Table
 
 from classify.pretrained import PACKAGE, resolve
+from experiment.console import console
 from experiment.pages.summary import read_metrics
-from experiment.progress import console
 from experiment.runs.checkpoints import BestCheckpoint
 from experiment.runs.reading import read_checkpoint
 from experiment.sources.paths import write_text

@@ -13,8 +13,6 @@ from rich.text import Text
 from experiment.console import console
 from experiment.wording import MEANINGS
 
-__all__ = ["RunProgressBar", "console", "format_metrics", "print_figures", "progress", "validation_results"]
-
 
 @contextmanager
 def progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:

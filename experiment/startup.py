@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 COMMANDS = ("fit", "validate", "test", "predict")
 LAUNCHER = "TINYLAB_LAUNCHER"  # tells the processes that Lightning starts beside the first who that is
@@ -33,9 +33,9 @@ def start(overview: str, args: Sequence[str]) -> None:
     end_with_launcher()
 
 
-def answer(overview: str, args: Sequence[str]) -> None:
+def answer(overview: str, args: Sequence[str], commands: Iterable[str] = COMMANDS, options_first: bool = True) -> None:
     """End here where the arguments ask for the overview (exit code 0), or name no known command (2), or where the
-    system is not supported (2)."""
+    system is not supported (2). With `options_first` a command may come after its options."""
     if sys.platform == "win32":  # has neither signals, locks nor links as they are used here
         print("error: Windows is not supported: expected Linux or macOS; use WSL (wsl --install)", file=sys.stderr)
         sys.exit(2)
@@ -44,11 +44,11 @@ def answer(overview: str, args: Sequence[str]) -> None:
 
         print(as_called(overview.strip()))
         sys.exit(0)
-    if not args or (not args[0].startswith("-") and args[0] not in COMMANDS):
+    if not args or (args[0] not in commands and not (options_first and args[0].startswith("-"))):
         from experiment.wording import hint
 
-        found = f"{args[0]!r} is not a command{hint(args[0], COMMANDS)}" if args else "no command is given"
-        print(f"error: {found}: expected {', '.join(COMMANDS)}; --help explains them", file=sys.stderr)
+        found = f"{args[0]!r} is not a command{hint(args[0], commands)}" if args else "no command is given"
+        print(f"error: {found}: expected {', '.join(commands)}; --help explains them", file=sys.stderr)
         sys.exit(2)
 
 

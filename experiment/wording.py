@@ -109,9 +109,8 @@ def unreadable_config(file: Path, error: OSError) -> str:
     if not isinstance(error, FileNotFoundError):
         near = f" (did you mean {own}?)" if (own := file / "config.yaml").is_file() else ""
         return f"config {file} cannot be read ({error.strerror}){near}: expected a YAML file"
-    others = sorted({*file.parent.glob("*.yaml"), *Path("configs").rglob("*.yaml")})
-    named = [str(other) for other in others if file.name in (other.name, other.stem)]
-    if file.name == "config.yaml":
-        others, named = Path("runs").glob("*/*/config.yaml"), []
+    runs = Path("runs").glob("*/*/config.yaml")
+    others = sorted({*file.parent.glob("*.yaml"), *Path("configs").rglob("*.yaml"), *runs})
+    named = [str(other) for other in others if file.name in (other.name, other.stem) and other.name != "config.yaml"]
     near = f" (did you mean {_listed(named)}?)" if named else hint(str(file), map(str, others))
     return f"config {file} does not exist{near}: expected a YAML file"

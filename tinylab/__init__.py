@@ -54,7 +54,6 @@ def evaluate(run: str | Path, *flags: str) -> dict[str, float]:
     from importlib import import_module
 
     from jsonargparse import ArgumentError
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from experiment.errors import InputError
     from experiment.quiet import quiet_libraries
@@ -69,6 +68,6 @@ def evaluate(run: str | Path, *flags: str) -> dict[str, float]:
     arguments = ["validate", "--config", config, "--ckpt_path", str(checkpoint), "--verbose=false", *flags]
     try:
         cli = import_module(f"{package_of(checkpoint)}.cli").CLI(arguments)
-    except (InputError, ArgumentError, MisconfigurationException) as error:
+    except (InputError, ArgumentError) as error:
         raise InputError(reworded(str(error))) from None
     return {name: float(value) for name, value in cli.trainer.callback_metrics.items()}

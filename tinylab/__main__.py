@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from experiment.wording import as_called, hint
+from experiment.startup import answer
 
 OVERVIEW = """
 usage: tinylab COMMAND [ARGUMENTS]
@@ -44,14 +44,8 @@ COMMANDS = {
 def main(args: Sequence[str] | None = None) -> None:
     """Run one of the commands; an unknown one ends with one line on stderr and exit code 2."""
     args = list(sys.argv[1:] if args is None else args)
-    if args and args[0] in ("-h", "--help"):
-        print(as_called(OVERVIEW.strip()))
-    elif not args or args[0] not in COMMANDS:
-        found = f"{args[0]!r} is not a command{hint(args[0], COMMANDS)}" if args else "no command is given"
-        print(f"error: {found}: expected {', '.join(COMMANDS)}; --help explains them", file=sys.stderr)
-        sys.exit(2)
-    else:
-        import_module(COMMANDS[args[0]]).main(args[1:])
+    answer(OVERVIEW, args, COMMANDS, options_first=False)
+    import_module(COMMANDS[args[0]]).main(args[1:])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from jsonargparse import ArgumentError
 from lightning.pytorch.utilities import rank_zero_only
@@ -48,24 +49,18 @@ def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> Experime
         from experiment.commands.mistakes import run_of_another_package
         from experiment.wording import reworded
 
-        print(f"error: {run_of_another_package(cli.package, given) or reworded(str(error))}", file=sys.stderr)
-        sys.exit(2)
+        _end(run_of_another_package(cli.package, given) or reworded(str(error)))
     except OSError as error:
         if debug or error.errno not in UNWRITABLE:
             raise
-        print(
-            f"error: {error.filename or 'a file'} cannot be written ({error.strerror}): free space or choose another "
-            "place with --run_dir",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        cure = "free space or choose another place with --run_dir"
+        _end(f"{error.filename or 'a file'} cannot be written ({error.strerror}): {cure}")
     except RuntimeError as error:
         from experiment.runs.launch import waited_in_vain
 
         if debug or (line := waited_in_vain(error)) is None:
             raise
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(1)
+        _end(line, 1)
     except Interrupted as interruption:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         again = shlex.join(given).replace(" --ckpt_path=last", "").replace(" --ckpt_path last", "")
@@ -81,3 +76,8 @@ def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> Experime
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         console.print(f"\ninterrupted; go on with\n  {resume}" if resume else "\ninterrupted")
         sys.exit(143 if terminated else 130)
+
+
+def _end(message: str, code: int = 2) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)

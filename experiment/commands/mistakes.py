@@ -1,6 +1,7 @@
 """What is wrong with a command, looked for once something was refused, so that it is told all at once."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -9,10 +10,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from experiment.commands.parser import configs_first
+from experiment.errors import InputError
 from experiment.invocation import command
-from experiment.runs.run import is_run, recorded, run_of
-
-PACKAGES = {"decoder": "lm", "name": "classify"}  # by an option of the model that only this package has
+from experiment.runs.reading import find_checkpoint, package_of
+from experiment.runs.run import is_run, run_of
 
 
 def mistakes(config: Namespace, parts: Sequence[tuple[str, type, dict[str, Any]]]) -> Iterator[str]:
@@ -30,16 +31,13 @@ def mistakes(config: Namespace, parts: Sequence[tuple[str, type, dict[str, Any]]
 
 
 def run_of_another_package(package: str, args: Sequence[str]) -> str | None:
-    """What to say where a command line, with its command first, names a run of another package; None where it does not.
-
-    Only a run's own config.yaml tells, for it holds every option.
-    """
+    """What to say where a command line, its command first, names a run of another package; None where it does not."""
     words, configs = configs_first(args)
-    words = [part for word in words for part in word.split("=", 1)]
-    checkpoints = [run_of(value) for flag, value in pairwise(words) if flag == "--ckpt_path"]
-    for run in (*(config.parent for config in configs), *checkpoints):
-        model = recorded(run, "model") if is_run(run) else None
-        other = next((package for option, package in PACKAGES.items() if option in (model or {})), package)
-        if other != package:
-            return f"{run} is a run of {other}: use {command(other)} {args[0]} …"
+    parts = [part for word in words for part in word.split("=", 1)]
+    runs = [config.parent for config in configs]
+    runs += [run_of(value) for flag, value in pairwise(parts) if flag == "--ckpt_path"]
+    for run in filter(is_run, runs):
+        with suppress(InputError):
+            if (other := package_of(find_checkpoint(run))) != package:
+                return f"{run} is a run of {other}: use {command(other)} {args[0]} …"
     return None

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from experiment.console import console
 from experiment.errors import InputError
-from experiment.progress import console
 from experiment.sources.hub import look_for_hub, newest_revision
 from experiment.sources.paths import user_path
 from experiment.sources.rows import MESSAGES, columns_of, format_of, formats, read_rows

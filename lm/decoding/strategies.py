@@ -21,10 +21,11 @@ from rich import box
 from rich.table import Table
 
 from experiment.command_parser import one_line_errors
+from experiment.console import console
 from experiment.errors import InputError
 from experiment.invocation import command
 from experiment.nn.hardware import default_device
-from experiment.progress import console, progress
+from experiment.progress import progress
 from experiment.quiet import quiet_libraries
 from experiment.sources.paths import user_path
 from lm.data.prompts import read_prompts

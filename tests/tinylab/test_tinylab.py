@@ -134,6 +134,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
 
 
 def test_help_needs_no_library() -> None:
-    code = "import sys; from tinylab.__main__ import main; main(['--help']); print('torch' in sys.modules)"
+    listed = "import sys, atexit; atexit.register(lambda: print('torch' in sys.modules)); "
+    code = f"{listed} from tinylab.__main__ import main; main(['--help'])"
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert "usage: " in printed and printed.endswith("False\n")
