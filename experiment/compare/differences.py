@@ -16,6 +16,8 @@ from experiment.console import console
 from experiment.pages.curves import COLORS, axes_on_white
 from experiment.pages.report import write_report
 
+KINDS = ("md", "csv", "jsonl", "png")  # what is written of a comparison
+
 
 def collect(comparison: Comparison, lines: Sequence[Line]) -> pd.DataFrame:
     """What is shown of each run and each that is quoted: texts and figures, NaN for a figure that it lacks."""
@@ -69,7 +71,7 @@ def show(comparison: Comparison, lines: Sequence[Line], out: Path) -> None:
     """Print the table, and write it as Markdown, CSV and JSON lines beside a plot and the page of the runs."""
     folder, frame, metric = out / comparison.name, collect(comparison, lines), comparison.metric
     folder.mkdir(parents=True, exist_ok=True)
-    shown, file = table(comparison, frame), folder / comparison.name
+    shown, files = table(comparison, frame), {kind: folder / f"{comparison.name}.{kind}" for kind in KINDS}
     notes = [f"Mean ± standard deviation over the seeds, at the {comparison.at} validation."]
     if comparison.baseline:
         notes += ["Differences are paired over the seeds, ± standard error; within the noise: at 95 % they may be 0."]
@@ -86,10 +88,10 @@ def show(comparison: Comparison, lines: Sequence[Line], out: Path) -> None:
     console.print(printed, "\n".join(notes), sep="\n")
     lines_of_page = [[*shown], ["---"] * shown.shape[1], *shown.to_numpy()]
     page = "".join(f"| {' | '.join(cells)} |\n" for cells in lines_of_page) + "\n" + "\n\n".join(notes)
-    file.with_suffix(".md").write_text(f"{page}\n", encoding="utf-8")
-    shown.to_csv(file.with_suffix(".csv"), index=False)
-    file.with_suffix(".jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-    draw(comparison, frame, file.with_suffix(".png"))
+    files["md"].write_text(f"{page}\n", encoding="utf-8")
+    shown.to_csv(files["csv"], index=False)
+    files["jsonl"].write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    draw(comparison, frame, files["png"])
     runs = {line["row"]: out / "runs" / line["key"] for line in reversed(lines) if line.get("environment")}
     here = {row: run for row, run in runs.items() if (run / "metrics.csv").is_file()}  # not on another machine
     if here:

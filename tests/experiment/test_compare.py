@@ -131,9 +131,9 @@ def test_each_run_is_made_once_and_its_figures_are_compared(stand_in: Path) -> N
 
     runs = Path("runs/comparisons/runs")
     assert {file.read_text() for file in runs.glob("*/group")} == {"rates"} and "WANDB_RUN_GROUP" not in os.environ
-    equal = write_comparison("other", rows={"same": {"flags": {"rate": "1.0e+0"}}}, baseline=None)
+    equal = write_comparison("other-0.5", rows={"same": {"flags": {"rate": "1.0e+0"}}}, baseline=None)
     assert run(equal) == 0 == run(stand_in, "--only", "two")
-    assert len(calls()) == 4
+    assert len(calls()) == 4 and len(table("other-0.5")) == 1
 
 
 def test_results_of_other_machines_count(stand_in: Path) -> None:
