@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # the report reads run.json without waiting for torch
 
 RECORD = "run.json"
 STARTED = "%Y-%m-%d %H:%M:%S %z"
-PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "tokenizers", "torchmetrics", "wandb")
+PACKAGES = ("lightning", "transformers", "peft", "datasets", "tokenizers", "torchmetrics", "wandb")
 
 
 def command_line(package: str, args: Sequence[str], resumed: bool = True) -> str:
@@ -66,6 +66,7 @@ def environment(trainer: "Trainer") -> dict[str, Any]:
         "precision": str(trainer.precision),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
+        "torch": str(torch.__version__),  # which names its CUDA, as the package's version need not
     }
     if trainer.strategy.root_device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(trainer.strategy.root_device)
