@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiment.command_parser import read_yaml
 from experiment.compare import runner as compare
 from experiment.compare.comparison import read_comparison
+from experiment.fit_arguments import read_yaml
 from experiment.pages.summary import read_metrics
 from lm.data.module import TextDataModule
 from tests.classify.conftest import save_tiny_bert

@@ -64,10 +64,7 @@ def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> Experime
     except Interrupted as interruption:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         again = shlex.join(given).replace(" --ckpt_path=last", "").replace(" --ckpt_path last", "")
-        again = (
-            os.environ.get("TINYLAB_RESUME") or f"{command(cli.package)} {again} --ckpt_path last"
-        )  # make has its own
-        console.print(f"stopped; go on with\n  {again}")
+        console.print(f"stopped; go on with\n  {resume or f'{command(cli.package)} {again} --ckpt_path last'}")
         sys.exit(interruption.exit_code)
     except (KeyboardInterrupt, SystemExit) as ending:  # Lightning turns the first into the second
         terminated = isinstance(ending, SIGTERMException)

@@ -16,8 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from experiment.command_parser import CommandParser, as_value, merged, read_words, read_yaml
+from experiment.command_parser import CommandParser
 from experiment.errors import InputError
+from experiment.fit_arguments import as_value, merged, read_words, read_yaml
 
 Values = Mapping[str, Any]
 Line = dict[str, Any]  # what a run left: its key, configuration, machine and figures

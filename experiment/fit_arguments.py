@@ -1,0 +1,47 @@
+"""Configurations and flags of a `fit`, read without its parser: by comparisons, and by bag of words."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace, dict_to_namespace, get_loader
+
+from experiment.errors import InputError
+from experiment.renamed import current_file
+
+
+def as_value(word: Any) -> Any:
+    """The value that a word of the command line stands for, as `fit` reads it; 1.0 is 1."""
+    with suppress(yaml.YAMLError):
+        word = get_loader("yaml")(word) if isinstance(word, str) else word
+    return int(word) if isinstance(word, float) and word.is_integer() else word
+
+
+def merged(configs: Sequence[str], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration files over each other, and flags, named with dots, over these."""
+    whole = Namespace()
+    for values in (*(dict_to_namespace(read_yaml(config)) for config in configs), flags):
+        for name, value in values.items():  # of a namespace, with dots
+            whole[name] = as_value(value)
+    return whole.as_dict()
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """The content of a YAML file; an InputError where there is none, or no names with values in it."""
+    try:
+        return {**yaml.safe_load(Path(current_file(str(file))).read_text(encoding="utf-8"))}
+    except (OSError, yaml.YAMLError, TypeError) as error:
+        raise InputError(f"{file} cannot be read ({error}): expected names with values, as in configs/") from error
+
+
+def read_words(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Configurations and flags among the words that follow a `fit`; an InputError for a word that is neither."""
+    rest, named = iter(words), []
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if not name.startswith("--"):
+            raise InputError(f"{word}: expected a flag of fit, such as --data.batch_size=8")
+        named.append((name[2:], value if equals else next(rest, "true")))
+    return [value for name, value in named if name == "config"], {n: v for n, v in named if n != "config"}
