@@ -14,7 +14,7 @@ from pathlib import Path
 
 from classify.data import TextClassificationDataModule
 from classify.splits import draw_splits
-from experiment.fit_arguments import merged, read_words
+from experiment.sources.fit_arguments import merged, read_words
 
 
 def main(args: Sequence[str] | None = None) -> None:

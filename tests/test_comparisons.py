@@ -12,8 +12,8 @@ import yaml
 
 from experiment.compare import runner as compare
 from experiment.compare.comparison import read_comparison
-from experiment.fit_arguments import read_yaml
 from experiment.pages.summary import read_metrics
+from experiment.sources.configurations import read_configuration
 from lm.data.module import TextDataModule
 from tests.classify.conftest import save_tiny_bert
 from tests.processes import Commands
@@ -127,7 +127,7 @@ def test_every_comparison_runs(file: Path, in_tmp: Path, forked: None) -> None:
     Path("configs").symlink_to(ROOT / "configs")
     comparison, _ = read_comparison([str(file)])
     package, names = comparison.rows[0].package, [row.name for row in comparison.rows]
-    sweep = "command" in read_yaml(file)  # its rows differ in values alone
+    sweep = "command" in read_configuration(file)  # its rows differ in values alone
     chosen = names[:1] if sweep else names[:: 1 + len(names) // 5]
     try:
         compare.main([str(file), "--seeds", "1", "--only", *chosen, *SHRUNK[package]])

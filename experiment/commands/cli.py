@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from experiment.commands.parser import ExperimentParser, check_configuration, configs_first
+from experiment.commands.parser import ExperimentParser, configs_first
 from experiment.compat.lightning import keep_buffers_local, leave_sigterm_alone, validate_by_steps
 from experiment.console import console
 from experiment.errors import InputError
@@ -28,6 +28,7 @@ from experiment.runs.checkpoints import BestCheckpoint, ExactResume, StepCheckpo
 from experiment.runs.loggers import MetricsFile, RunLogger
 from experiment.runs.run import CONFIG, agreed, hold_run_dir, resolve_run_dir
 from experiment.runs.stopping import FiniteLoss
+from experiment.sources.configurations import read_configuration
 from experiment.sources.paths import repaired, write_text
 
 DESCRIPTIONS = {
@@ -160,7 +161,7 @@ class ExperimentCLI(LightningCLI):
         self.flags = {flag.removeprefix("--").partition("=")[0] for flag in given if flag.startswith("--")}
         ordered, configs = configs_first(given)
         for file in configs:
-            check_configuration(file)
+            read_configuration(file)
         try:
             self.config = parser.parse_args(ordered)
         except ValueError as error:  # of a default that jsonargparse cannot combine with what is given

@@ -2,72 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
-from experiment.errors import InputError
-from experiment.sources.paths import user_path
+from experiment.sources.configurations import load_yaml
 
-WORDS = ("no", "yes", "on", "off")
-
-
-class RepeatedKey(yaml.YAMLError):
-    """A mapping has a key twice, of which YAML's readers keep the last without a word."""
-
-
-def load_yaml(text: str) -> Any:
-    """As jsonargparse's loader, but a key that stands twice is an error that names its lines, and in a list no, yes, on
-    and off are words: to YAML 1.1 they are false and true, and classes of these names were lost."""
-    words = []
-    nodes = [yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, yaml.SequenceNode):
-            nodes += node.value
-            words += [item for item in node.value if item.tag.endswith(":bool") and item.value.lower() in WORDS]
-        elif isinstance(node, yaml.MappingNode):
-            lines: dict[str, int] = {}
-            for key, value in node.value:
-                line = key.start_mark.line + 1
-                if str(key.value) in lines:
-                    lines_of = f"in lines {lines[str(key.value)]} and {line}"
-                    raise RepeatedKey(f"{key.value} stands twice, {lines_of}: join the two")
-                lines[str(key.value)] = line
-                nodes.append(value)
-    for word in sorted(words, key=lambda word: -word.start_mark.index):
-        begin, end = word.start_mark.index, word.end_mark.index
-        text = f"{text[:begin]}'{word.value}'{text[end:]}"
-    return _load_yaml(text)
-
-
-_load_yaml = get_loader("yaml")
 set_loader("yaml", load_yaml, (yaml.YAMLError,))
-
-
-def check_configuration(file: Path) -> None:
-    """Check that a configuration is text that names options, none of them twice.
-
-    Raises:
-        InputError: It is not; the message names the file.
-    """
-    try:
-        options = load_yaml(user_path(file).read_text(encoding="utf-8"))
-    except RepeatedKey as error:
-        raise InputError(f"config {file}: {error}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"config {file} is no text in UTF-8 ({error.reason}): expected a YAML file") from error
-    except OSError as error:
-        from experiment.wording import unreadable_config
-
-        raise InputError(unreadable_config(file, error)) from error
-    except (ValueError, yaml.YAMLError):  # which the parser tells
-        return
-    if not isinstance(options, dict):
-        found = "nothing" if options is None else f"{str(options)[:40]!r}"
-        raise InputError(f"config {file} holds {found}: expected options, such as seed_everything: 1")
 
 
 def configs_first(args: Sequence[str]) -> tuple[list[str], list[Path]]:

@@ -18,7 +18,9 @@ from typing import Any
 
 from experiment.command_parser import CommandParser
 from experiment.errors import InputError
-from experiment.fit_arguments import as_value, merged, read_words, read_yaml
+from experiment.renamed import current_file
+from experiment.sources.configurations import read_configuration
+from experiment.sources.fit_arguments import as_value, merged, read_words
 
 Values = Mapping[str, Any]
 Line = dict[str, Any]  # what a run left: its key, configuration, machine and figures
@@ -104,7 +106,7 @@ def read_comparison(args: Sequence[str] | None) -> tuple[Comparison, Path]:
     parser.add_argument("--out", type=Path, default=Path("runs/comparisons"), help="by default %(default)s")
     options, words = parser.parse_known_args(args)
     file, found = options.file, {}
-    content = {"name": file.stem} | read_yaml(file)
+    content = {"name": file.stem} | read_configuration(current_file(str(file)))
     try:
         (added, typed), budget = read_words(words), dict(word.split("=", 1) for word in options.budget or ())
         content = {"seeds": [1], "baseline": None} | (from_sweep(content) if "command" in content else content)

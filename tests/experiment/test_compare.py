@@ -272,7 +272,7 @@ def test_flags_of_a_row_win_over_the_command_line_and_these_over_files(stand_in:
         ({"method": "bayes"}, [], "method bayes: expected grid or random"),
         ({"parameters": {"rate": {"min": 0}}}, [], "parameter rate"),
         ({"budget": {"hours": 1}}, [], "budget {'hours': 1}: expected one above 0 of steps, tokens"),
-        ({"configs": ["nowhere.yaml"]}, [], "nowhere.yaml cannot be read"),
+        ({"configs": ["nowhere.yaml"]}, [], "config nowhere.yaml does not exist"),
         ({"command": ["python"]}, [], "command python: expected -m"),
         ({"package": "nowhere"}, [], "row one: package nowhere: expected lm"),
         ({"package": None}, [], "row one: package None: expected lm"),
@@ -294,6 +294,12 @@ def test_bad_input_ends_in_one_line_and_runs_nothing(
     error = capsys.readouterr().err
     assert words in error and error.startswith("error: ") and error.count("\n") == 1
     assert not Path("calls.txt").exists() and not Path("runs").exists()
+
+
+def test_row_that_stands_twice_is_refused(in_tmp: Path, capsys: pytest.CaptureFixture) -> None:
+    Path("twice.yaml").write_text("rows:\n  one: {}\n  one: {flags: {model.r: 2}}\n")
+    assert run(Path("twice.yaml")) == 2
+    assert capsys.readouterr().err == "error: config twice.yaml: one stands twice, in lines 2 and 3: join the two\n"
 
 
 def test_difference_is_paired_over_seeds_and_says_what_may_be_chance() -> None:

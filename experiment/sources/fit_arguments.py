@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -10,6 +9,7 @@ from jsonargparse import Namespace, dict_to_namespace, get_loader
 
 from experiment.errors import InputError
 from experiment.renamed import current_file
+from experiment.sources.configurations import read_configuration
 
 
 def as_value(word: Any) -> Any:
@@ -22,18 +22,10 @@ def as_value(word: Any) -> Any:
 def merged(configs: Sequence[str], flags: Mapping[str, Any]) -> dict[str, Any]:
     """Configuration files over each other, and flags, named with dots, over these."""
     whole = Namespace()
-    for values in (*(dict_to_namespace(read_yaml(config)) for config in configs), flags):
+    for values in (*(dict_to_namespace(read_configuration(current_file(config))) for config in configs), flags):
         for name, value in values.items():  # of a namespace, with dots
             whole[name] = as_value(value)
     return whole.as_dict()
-
-
-def read_yaml(file: str | Path) -> dict[str, Any]:
-    """The content of a YAML file; an InputError where there is none, or no names with values in it."""
-    try:
-        return {**yaml.safe_load(Path(current_file(str(file))).read_text(encoding="utf-8"))}
-    except (OSError, yaml.YAMLError, TypeError) as error:
-        raise InputError(f"{file} cannot be read ({error}): expected names with values, as in configs/") from error
 
 
 def read_words(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
