@@ -40,8 +40,8 @@ make board
 FOLDER holds the stories ([docs/data.md](docs/data.md)). A budget is 300 or 1,200 seconds of training on two cores
 (`taskset -c 0,1` takes two of many), 300 seconds on one GPU, or 4 M or 41 M tokens (`tokens=4e6`).
 `tinylab board repeat NAME --data.path FOLDER` repeats an entry. Rows are ranked where they were judged by the same
-text, which its hash names; choices were made by those same stories, so that the best of many trials flatters itself a
-little.
+text, which its hash names. Choices were made by those same stories, so the best of many trials looks a little better
+than it is.
 """
 TRACKS = {  # what an entry may cost
     "5 minutes of two cores": ("seconds", 300, "two cores"),

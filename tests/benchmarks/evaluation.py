@@ -1,6 +1,6 @@
 """Peak memory and time of `python -m classify test` on real reviews, by their number: memory must not grow with it.
 
-python tests/benchmarks/evaluation.py [--reviews "[1000, 3000, 24800]"] [--over configs/classify/best.yaml]
+python tests/benchmarks/evaluation.py [--reviews "[1000, 3000, 24800]"] [--over configs/classify/minilm.yaml]
 
 The model has its initial weights, which changes neither. What is tested are training reviews of ../shared/data/imdb: at
 most 24,800 of its 25,000, for 200 are drawn for the other splits.
@@ -25,7 +25,7 @@ REAL = Path("../shared/data/imdb")
 def measure(reviews: int, over: Path, data: Path, run_dir: Path) -> tuple[float, float, float]:
     """Peak memory in MiB, seconds and CPU seconds of one evaluation, in a process of its own."""
     configs = [f"--config={config}" for config in ("configs/classify/custom.yaml", over)]
-    flags = {"data.path": data, "data.train_size": 100, "data.validation_size": 100}
+    flags = {"data.path": data, "data.train_size": 100, "data.validation_size": 100, "data.eval_max_length": 512}
     flags |= {"data.test_size": reviews, "run_dir": run_dir}
     given = (f"--{name}={value}" for name, value in flags.items())
     command = [sys.executable, "-m", "classify", "test", *configs, *given]
@@ -38,7 +38,7 @@ def measure(reviews: int, over: Path, data: Path, run_dir: Path) -> tuple[float,
     return usage.ru_maxrss / 1024, time.perf_counter() - start, usage.ru_utime + usage.ru_stime
 
 
-def main(reviews: list[int] = [1000, 3000], over: Path = Path("configs/classify/best.yaml")) -> None:  # noqa: B006
+def main(reviews: list[int] = [1000, 3000], over: Path = Path("configs/classify/minilm.yaml")) -> None:  # noqa: B006
     """Evaluates each number of reviews once, after one of 100 that fills the caches, and prints a table.
 
     Args:
