@@ -9,17 +9,21 @@ from experiment.pages.predictions import read_verdicts
 from tests.processes import Commands
 from tests.runs import assert_same_run, kill_and_resume, rows, torchrun
 
+ROOT = Path(__file__).parents[2]
 STEPS = 18  # three epochs of six batches
 FLAGS = [
     "--trainer.max_epochs=3", "--trainer.log_every_n_steps=1", "--checkpoint.every_n_steps=4", "--report=false",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("adapter", ["custom", "peft"])
+@pytest.mark.parametrize("adapter", ["custom", "peft", "full"])
 def test_killed_run_resumes_to_the_same_losses_and_weights(
     adapter: str, small_run: list[str], commands: Commands, in_tmp: Path, repeat: int
 ) -> None:
-    arguments = [*small_run, *FLAGS, f"--model.adapter={adapter}"]
+    Path("configs").symlink_to(ROOT / "configs")
+    # best.yaml keeps the moving average of the weights
+    averaged = ["--config=configs/classify/best.yaml"] if adapter == "full" else []
+    arguments = [*averaged, *small_run, *FLAGS, f"--model.adapter={adapter}"]
     commands.run("fit", *arguments, "--run_dir=whole", package="classify")
     most = 3 if adapter == "custom" else 1
     kill_and_resume(commands, [*arguments, "--run_dir=run"], STEPS, seed=repeat, package="classify", most=most)
