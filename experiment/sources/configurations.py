@@ -58,7 +58,8 @@ def read_configuration(file: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise InputError(f"config {file} is no text in UTF-8 ({error.reason}): expected a YAML file") from error
     except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"config {file} is no YAML ({error}): expected options, such as seed_everything: 1") from error
+        why = " ".join(str(error).split())
+        raise InputError(f"config {file} is no YAML ({why}): expected options, such as seed_everything: 1") from error
     except OSError as error:
         from experiment.wording import unreadable_config
 
