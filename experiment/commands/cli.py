@@ -161,7 +161,7 @@ class ExperimentCLI(LightningCLI):
         self.flags = {flag.removeprefix("--").partition("=")[0] for flag in given if flag.startswith("--")}
         ordered, configs = configs_first(given)
         for file in configs:
-            read_configuration(file)
+            read_configuration(file)  # names the file and line of a mistake, which the parser does not
         try:
             self.config = parser.parse_args(ordered)
         except ValueError as error:  # of a default that jsonargparse cannot combine with what is given
