@@ -45,13 +45,13 @@ RESUME := $(if $(BEGUN),--ckpt_path last)
 demo: export TINYLAB_RESUME := make demo
 demo: $(READY) ## train both experiments on embedded data, without a network, and show what they learned
 	@mkdir -p runs
-	@echo "$(if $(BEGUN),going on with,begins in) $(DEMO): two to four minutes on two CPU cores; Ctrl-C stops it, and make demo goes on from there"
+	@echo "$(if $(BEGUN),going on in,writing to) $(DEMO); this takes two to four minutes on two CPU cores; after Ctrl-C, make demo goes on"
 	@echo "== 1 of 4: a language model learns to tell stories"
 	$(PY) -m lm fit --config configs/lm/demo.yaml --run_dir $(DEMO)/lm $(RESUME)
 	$(PY) -m lm validate --config $(DEMO)/lm/config.yaml --ckpt_path best
 	$(PY) -m lm predict --config $(DEMO)/lm/config.yaml --ckpt_path best --data.prompts \
 	  '["Once upon a time", "One day, a little girl named", "Tom had a red ball."]'
-	@echo "== 2 of 4: the same model is adapted by LoRA to another kind of story: letters"
+	@echo "== 2 of 4: by LoRA the same model learns to write letters (second_ figures: how well it still knows its stories)"
 	$(PY) -m lm.data.demo_letters $(DEMO)/letters
 	$(PY) -m lm fit --config configs/lm/demo_letters.yaml --model.init_from $(DEMO)/lm --data.path $(DEMO)/letters \
 	  --run_dir $(DEMO)/lm_letters $(RESUME)
@@ -115,20 +115,20 @@ ablation: FILE = configs/comparisons/ablation.yaml
 recipes: FILE = configs/comparisons/recipes.yaml
 lm-ablation: FILE = configs/comparisons/lm_ablation.yaml
 lm-scaling: FILE = configs/comparisons/scaling.yaml
-compare sweep: FILE ?= configs/comparisons/lm_learning_rate.yaml
+sweep: FILE = configs/comparisons/lm_learning_rate.yaml
 
 compare table1 ablation recipes lm-ablation lm-scaling sweep: $(READY)
-	$(COMPARE)
+	$(if $(FILE),$(COMPARE),@echo "error: FILE: not given; make compare FILE=configs/comparisons/recipes.yaml, or a file of yours" >&2; exit 2)
 
 compare: ## configurations side by side: FILE=configs/comparisons/recipes.yaml BUDGET='seconds=1200' ARGS='--seeds 1 2 3'
 table1: ## the two LoRAs, the head alone, full fine-tuning and bag of words, side by side (hours on a CPU)
-ablation: ## the student report's gap taken apart, one switch at a time (hours on a CPU)
+ablation: ## what caused the student report's gap, one switch at a time (hours on a CPU)
 recipes: ## language models at equal tokens or time (hours): BUDGET='seconds=1200' ARGS='--data.path FOLDER'
-lm-ablation: ## the decoder taken apart, one part at a time (hours on a CPU): ARGS='--data.path FOLDER'
+lm-ablation: ## the decoder with one part changed at a time (hours on a CPU): ARGS='--data.path FOLDER'
 lm-scaling: ## loss against compute over five sizes of decoder (hours on a CPU): ARGS='--data.path FOLDER'
 sweep: ## a grid of rates and schedules on the demo's language model; the same file serves `wandb sweep`
 
-board: $(READY) ## write BOARD.md from the entries under results/
+board: $(READY) ## write BOARD.md, the best results for each budget, from the entries under results/
 	$(PY) -m lm.board write
 
 bench: $(READY) ## speed and memory against transformers, PEFT and Lightning (a quarter of an hour): ARGS='--only help_time'

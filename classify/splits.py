@@ -66,6 +66,7 @@ def draw_splits(
     """
     pools: dict[str, Reviews] = {}
     seen: set[bytes] = set()
+    read = 0
     names = label_names
     raw = {split: load_texts(path, split, ["text", "label"], synthetic_reviews, revision) for split in SPLITS[:2]}
     try:
@@ -80,6 +81,7 @@ def draw_splits(
             texts = list(raw[split]["text"])
             where = f"{path} ({split})"
             _refuse_empty(texts, where)
+            read += len(texts)
             labels = raw[split]["label"] if "label" in raw[split].column_names else [None] * len(texts)
             known = [split != "test" or _plain(label) not in (None, -1) for label in labels]
             if any(known):
@@ -99,12 +101,17 @@ def draw_splits(
         order = np.random.default_rng([seed, SPLITS.index(split)]).permutation(taken)
         drawn[split] = Reviews([pools[source].texts[i] for i in order], pools[source].labels[order])
     if short:
-        raise InputError(_too_few(path, pools, names, sizes, short))
+        raise InputError(_too_few(path, pools, names, sizes, short, some_removed=len(seen) < read))
     return names, drawn
 
 
 def _too_few(
-    path: str, pools: dict[str, Reviews], names: list[str], sizes: dict[str, int | None], short: list[str]
+    path: str,
+    pools: dict[str, Reviews],
+    names: list[str],
+    sizes: dict[str, int | None],
+    short: list[str],
+    some_removed: bool,
 ) -> str:
     """What to say where the splits `short` cannot be drawn: the sizes, what there is, and sizes that can be had."""
     asked = " and ".join(f"data.{split}_size {sizes[split] or 'null'}" for split in SPLITS if split in short)
@@ -120,7 +127,8 @@ def _too_few(
         tenth = len(names) * max(1, fewest // 10)
         flags = (f"--data.{split}_size {'null' if split in pools else tenth}" for split in SPLITS)
         cure = f"give {' '.join(flags)}, where null takes all there are"
-    return f"{asked}: {path} holds fewer reviews ({there}); {cure}"
+    reviews = "different reviews, texts that agree but for case and spaces being one" if some_removed else "reviews"
+    return f"{asked}: {path} holds fewer {reviews} ({there}); {cure}"
 
 
 def _class_names(dataset: Any, path: str) -> list[str]:

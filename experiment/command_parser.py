@@ -32,13 +32,16 @@ class CommandParser(argparse.ArgumentParser):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End a command with one line on stderr and exit code 2 where its input, or the disk, cannot be used."""
+    """End a command with one line on stderr: exit code 2 where its input or the disk cannot be used, 130 on Ctrl-C."""
     try:
         yield
     except (InputError, argparse.ArgumentError) as error:
         message = reworded(str(error))
     except OSError as error:  # no space, no permission
         message = f"{error.filename or 'writing'}: {error.strerror}; free space, or give another place"
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
     else:
         return
     print(f"error: {message}", file=sys.stderr)

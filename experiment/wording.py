@@ -40,7 +40,7 @@ def reworded(message: str, options: Iterable[str] = ()) -> str:
     ):
         types = re.sub("Errors:.*", "", found["types"])  # of a union, each type's own complaint
         if re.fullmatch(PLAIN, KIND.sub("", types)):  # nothing but types that have words, no class that may say more
-            return f"{found['key']} {found['value']}: expected {_listed(_kinds(types))}"
+            return f"{found['key']} {found['value']}: expected {listed(_kinds(types))}"
     if found := re.match(r"unrecognized arguments: (?P<word>[^\s=]+)", message):
         if found["word"].startswith("-"):
             return f"{found['word']}: there is no such option{hint(found['word'], options)}; --help lists them"
@@ -51,9 +51,9 @@ def reworded(message: str, options: Iterable[str] = ()) -> str:
         return f"{key}: there is no such option{near}; --help lists them"
     if found := re.search(r"invalid choice: '(?P<word>.*)' \(choose from (?P<known>.*)\)", message):
         known = [word.strip(" '") for word in found["known"].split(",")]
-        return f"{found['word']}: expected {_listed(known)}{hint(found['word'], known)}"
+        return f"{found['word']}: expected {listed(known)}{hint(found['word'], known)}"
     if found := re.search(r"to be one of {(?P<known>.*)}, but it was not provided", message):
-        return f"no command is given: expected {_listed(found['known'].split(','))}; --help explains them"
+        return f"no command is given: expected {listed(found['known'].split(','))}; --help explains them"
     if found := re.match(r"the following arguments are required: (?P<names>.*)", message):
         names = " and ".join(name.rpartition(".")[2] for name in found["names"].split(", "))
         return f"{names}: not given; --help explains them"
@@ -77,7 +77,7 @@ def _kinds(types: str) -> Iterable[str]:
             yield KINDS[found["name"]]
 
 
-def _listed(words: Iterable[str]) -> str:
+def listed(words: Iterable[str]) -> str:
     *most, last = dict.fromkeys(words)
     return f"{', '.join(most)} or {last}" if most else last
 
@@ -112,5 +112,5 @@ def unreadable_config(file: Path, error: OSError) -> str:
     runs = Path("runs").glob("*/*/config.yaml")
     others = sorted({*file.parent.glob("*.yaml"), *Path("configs").rglob("*.yaml"), *runs})
     named = [str(other) for other in others if file.name in (other.name, other.stem) and other.name != "config.yaml"]
-    near = f" (did you mean {_listed(named)}?)" if named else hint(str(file), map(str, others))
+    near = f" (did you mean {listed(named)}?)" if named else hint(str(file), map(str, others))
     return f"config {file} does not exist{near}: expected a YAML file"

@@ -132,7 +132,7 @@ def render(entries: Sequence[Entry]) -> str:
     """The page: a table for each budget and text, the fewest bits first."""
     parts = [HEADER]
     for track, evaluated in dict.fromkeys((entry.track, entry.evaluated) for entry in entries):
-        parts.append(f"\n## {track}\n\nJudged by {evaluated}.\n\n{COLUMNS}")
+        parts.append(f"\n## {track}\n\nEvaluated on {evaluated} (their hash).\n\n{COLUMNS}")
         there = [entry for entry in entries if (entry.track, entry.evaluated) == (track, evaluated)]
         for entry in sorted(there, key=lambda entry: mean(entry.bits_per_byte)):
             spread = f" ± {stdev(entry.bits_per_byte):.4f}" if len(entry.seeds) > 1 else ", one seed"
@@ -154,7 +154,7 @@ def repeat(entry: Entry, words: Sequence[str], folder: Path = Path("runs/board")
     comparison["report"] = ["val/loss", "val/bits_per_byte", "tokens", "training_seconds"]
     comparison["rows"] = {entry.name: {"configs": [str(config)], "budget": entry.budget}}
     file.write_text(yaml.safe_dump(comparison), encoding="utf-8")
-    console.print(f"the entry had {entry.bits_per_byte} with seeds {entry.seeds}, judged by {entry.evaluated}")
+    console.print(f"the entry had {entry.bits_per_byte} with seeds {entry.seeds}, evaluated on {entry.evaluated}")
     compare([str(file), *words])
 
 

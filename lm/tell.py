@@ -75,11 +75,13 @@ class Terminal:
             return False
         if name == "new":
             self.forget()
+            console.print("forgotten", style="dim")
         elif name == "settings":
             for setting in SETTINGS:
                 console.print(f"  {setting} {getattr(self.config, setting)}")
         elif name in SETTINGS:
             self.config, self.told = replace(self.config, **{name: _value(name, value)}), 0
+            console.print(f"{name} is {getattr(self.config, name)}", style="dim")
         elif name == "help":
             console.print(HELP)
         else:

@@ -89,7 +89,7 @@ def test_budget_of_tokens_is_met_and_rows_that_are_judged_by_other_text_are_refu
     with pytest.raises(SystemExit, match=r"^2$"):
         compare.main(["lm.yaml", *flags, "--budget", "steps=2"])
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "would be judged by every token of every story of" in error and "these do not compare" in error
+    assert "rows are evaluated on every token of every story of" in error and " (other)" in error
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)

@@ -15,6 +15,15 @@ def fits(folder: Path) -> list[str]:
     return [line for line in printed.replace("\\\n", " ").splitlines() if " fit " in line]
 
 
+def test_compare_without_a_file_names_one(tmp_path: Path) -> None:
+    make = ["make", "--assume-old=.venv/.ready", f"--file={MAKEFILE}", "compare"]
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/.ready").touch()
+    called = subprocess.run(make, cwd=tmp_path, capture_output=True, text=True)
+    assert called.returncode == 2 and not called.stdout
+    assert called.stderr.startswith("error: FILE: not given; make compare FILE=configs/comparisons/recipes.yaml")
+
+
 def test_demo_that_was_interrupted_goes_on_and_one_that_is_done_does_not(tmp_path: Path) -> None:
     ready = tmp_path / ".venv/.ready"
     ready.parent.mkdir()

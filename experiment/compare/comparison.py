@@ -2,8 +2,8 @@
 
     tinylab compare FILE [--only ROW ...] [--seeds 1 2 3] [--budget seconds=1200] [flags of fit]
 
-What is done is not run again, a run that was cut short goes on, and several processes share the runs. Those of another
-machine count once its results.jsonl lies in --out as results-NAME.jsonl. docs/configuration.md explains the file.
+A finished run is not repeated, an interrupted one is resumed, and several processes share the runs. To use the runs of
+another machine, copy its results.jsonl to results-NAME.jsonl beside yours. docs/configuration.md explains the file.
 """
 
 import hashlib
@@ -21,6 +21,8 @@ from experiment.errors import InputError
 from experiment.renamed import current_file
 from experiment.sources.configurations import read_configuration
 from experiment.sources.fit_arguments import as_value, merged, read_words
+from experiment.sources.keys import MAPPINGS, NUMBER, NUMBERS, TEXTS, check_keys
+from experiment.wording import MEANINGS, hint, listed
 
 Values = Mapping[str, Any]
 Line = dict[str, Any]  # what a run left: its key, configuration, machine and figures
@@ -28,6 +30,13 @@ OWN_FLAGS = {"run_dir", "ckpt_path", "seed_everything"}  # each run has its own
 BUDGET_FLAGS = {"checkpoint.every_n_steps", "trainer.max_steps", "trainer.max_epochs", "trainer.max_time"}
 BUDGET_FLAGS |= {"trainer.val_check_interval", "trainer.check_val_every_n_epoch", "trainer.log_every_n_steps"}
 BUDGETS = ("steps", "tokens", "seconds", "epochs", "tokens_per_parameter")
+SHARED = {"package": str, "configs": TEXTS, "flags": dict, "budget": dict}
+OF_ROW = SHARED | {"title": str, "shows": str, "group": str}
+OF_FILE = SHARED | {"name": str, "metric": dict, "report": TEXTS, "seeds": NUMBERS, "baseline": str, "quoted": MAPPINGS}
+OF_FILE |= {"at": ("last", "best"), "plot": ("rows", "compute"), "rows": dict}
+OF_FILE |= {"parameters": dict, "method": ("grid", "random"), "run_cap": int}  # as `wandb sweep` has them
+OF_RUNS = ("train/loss", "parameters", "trainable", "tokens", "seconds", "training_seconds", "memory_mib", "compute")
+FIGURES = (*OF_RUNS, *(f"{split}/{name}" for split in ("val", "test") for name in MEANINGS))
 
 
 @dataclass(frozen=True)
@@ -43,11 +52,6 @@ class Run:
     title: str = ""
     shows: str = ""
     group: str = ""
-
-    def __post_init__(self) -> None:
-        numbers = all(isinstance(value, int | float) and value > 0 for value in self.budget.values())
-        if len(self.budget.keys() - {"points"}) > 1 or not {*self.budget} <= {"points", *BUDGETS} or not numbers:
-            raise InputError(f"row {self.name}: budget {self.budget}: expected one above 0 of {', '.join(BUDGETS)}")
 
     @property
     def unit(self) -> str | None:
@@ -88,12 +92,6 @@ class Comparison:
     plot: str = "rows"
     quoted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        known = {"at": ("last", "best"), "plot": ("rows", "compute"), "goal": ("minimize", "maximize")}
-        for name, value in {"at": self.at, "plot": self.plot, "goal": self.metric.get("goal")}.items():
-            if value not in known[name]:
-                raise InputError(f"{name} {value}: expected {' or '.join(known[name])}")
-
 
 def read_comparison(args: Sequence[str] | None) -> tuple[Comparison, Path]:
     """What a command line asks for, and the folder of all comparisons; an InputError names what cannot be run."""
@@ -106,42 +104,52 @@ def read_comparison(args: Sequence[str] | None) -> tuple[Comparison, Path]:
     parser.add_argument("--out", type=Path, default=Path("runs/comparisons"), help="by default %(default)s")
     options, words = parser.parse_known_args(args)
     file, found = options.file, {}
-    content = {"name": file.stem} | read_configuration(current_file(str(file)))
+    content = {"name": file.stem, "seeds": [1]} | read_configuration(current_file(str(file)))
     try:
-        (added, typed), budget = read_words(words), dict(word.split("=", 1) for word in options.budget or ())
-        content = {"seeds": [1], "baseline": None} | (from_sweep(content) if "command" in content else content)
-        for name in ("seeds", "report"):
-            if not isinstance(content.get(name), list) or not content[name]:
-                raise InputError(f"{name} {content.get(name)}: expected a list of at least one")
-        empty = {"package": None, "configs": [], "flags": {}, "budget": {}}
-        shared = {name: content.pop(name, nothing) for name, nothing in empty.items()}
+        if content.keys() & {"trainer", "model", "data"}:
+            raise InputError("it is a configuration of fit, which a comparison names in `configs`")
+        content = from_sweep(content) if "command" in content else content
+        content = check_keys(content, OF_FILE, required=("metric", "seeds"))
+        check_keys(content["metric"], {"name": str, "goal": ("minimize", "maximize")}, "metric: ", required=("name",))
+        content["report"] = [*dict.fromkeys((*content.get("report", ()), content["metric"]["name"]))]
+        (added, typed), given = read_words(words), [word.partition("=") for word in options.budget or ()]
+        shared = {name: content.pop(name, None) or kind() for name, kind in SHARED.items()}
         drawn = expand(content.pop("parameters", {}), content.pop("method", "grid"), content.pop("run_cap", 10))
         rows = [*content.pop("rows", {"": {}}).items()]
         if options.rows:
             sets, content["baseline"] = [row.split(",") for row in options.rows], None
-            rows = [("+".join(Path(config).stem for config in row), {"configs": row}) for row in sets]
+            stems = ["+".join(Path(config).stem for config in row) for row in sets]
+            names = stems if len(set(stems)) == len(stems) else options.rows
+            rows = [(name, {"configs": row}) for name, row in zip(names, sets, strict=True)]
         for (name, own), (chosen, values) in itertools.product(rows, drawn.items()):
-            label, own = ",".join(filter(None, (name, chosen))) or "only", own or {}
+            label = ",".join(filter(None, (name, chosen))) or "only"
+            own = check_keys(own or {}, OF_ROW, f"row {label}: ")
             row = {"title": label, **shared, **own}
             row["configs"] = [*shared["configs"], *own.get("configs", []), *added]
             row["flags"] = {**shared["flags"], **typed, **own.get("flags", {}), **values}
-            if budget:
-                row["budget"] = {"points": row["budget"].get("points", 8), **budget}
-            row["budget"] = {unit: as_value(value) for unit, value in row["budget"].items()}
+            if given:
+                row["budget"] = {"points": row["budget"].get("points", 8), **{unit: value for unit, _, value in given}}
+            number = {unit: as_value(value) if value else value for unit, value in row["budget"].items()}
+            row["budget"] = check_keys(number, dict.fromkeys((*BUDGETS, "points"), NUMBER), f"row {label}: budget: ")
+            if len(row["budget"].keys() - {"points"}) > 1 or min(row["budget"].values(), default=1) <= 0:
+                raise InputError(f"row {label}: budget {row['budget']}: expected one above 0 of {listed(BUDGETS)}")
             for flag in typed.keys() & (OWN_FLAGS | BUDGET_FLAGS if row["budget"] else OWN_FLAGS):
                 raise InputError(f"--{flag} is set for each run: use the comparison's own options, --help")
-            if label in found:
-                raise InputError(f"row {label}: two would have this name: rename a configuration or a row")
+            check_keys(row, OF_ROW, f"row {label}: ", required=("package",))
             found[label] = Run(label, content["seeds"][0], **row)
-        base, names = content["baseline"], options.only or [*found]
+        base, names = content.get("baseline"), options.only or [*found]
         for option, name in [("baseline", base), *(("--only", name) for name in names)]:
             if name not in (None, *found):
-                raise InputError(f"{option} {name}: there is no such row; expected some of {', '.join(found)}")
+                raise InputError(f"{option} {name}: there is no such row{hint(name, found)}; expected {listed(found)}")
+        ours = all(row.package.partition(".")[0] in ("lm", "classify") for row in found.values())
+        for name in content["report"]:  # another module, or a callback, may log others
+            near = hint(name, FIGURES)
+            if name not in FIGURES and ("/" not in name or (near and ours)):
+                raise InputError(f"{name}: there is no such figure{near}; expected {listed(FIGURES)}")
         content |= {"baseline": base if base in names else None, "seeds": options.seeds or content["seeds"]}
         return Comparison(**content | {"rows": [found[name] for name in names]}), options.out
-    except (TypeError, AttributeError, KeyError, ValueError) as error:  # and InputError, which is the last
-        why = str(error).rpartition("__init__() ")[2]
-        raise InputError(f"comparison {file}: {why}; docs/configuration.md explains the file") from error
+    except InputError as error:
+        raise InputError(f"comparison {file}: {error}; docs/configuration.md explains the file") from error
 
 
 def from_sweep(content: Values) -> dict[str, Any]:
@@ -151,14 +159,11 @@ def from_sweep(content: Values) -> dict[str, Any]:
         raise InputError(f"command {' '.join(words)}: expected -m, a package, fit and ${{args}} in it")
     configs, flags = read_words([word for word in words[words.index("fit") + 1 :] if word != "${args}"])
     ours = {"package": words[words.index("-m") + 1], "configs": configs, "flags": flags, "at": "best"}
-    taken = ("name", "parameters", "method", "run_cap", "metric")
-    return ours | {"report": [content["metric"]["name"]]} | {name: content[name] for name in taken if name in content}
+    return ours | {name: value for name, value in content.items() if name in OF_FILE}
 
 
 def expand(parameters: Values, method: str, run_cap: int) -> dict[str, Values]:
     """Every combination, or draw, of `wandb sweep`'s parameters: flags by a name; of no parameters the empty one."""
-    if method not in ("grid", "random"):
-        raise InputError(f"method {method}: expected grid or random; others need wandb's server")
     dice = random.Random(0) if method == "random" else None  # the same draws every time
     rounds = [[choices(*one, dice) for one in parameters.items()] for _ in range(run_cap if dice else 1)]
     drawn = [dict(zip(parameters, values, strict=True)) for one in rounds for values in itertools.product(*one)]
@@ -169,7 +174,7 @@ def expand(parameters: Values, method: str, run_cap: int) -> dict[str, Values]:
 
 def choices(name: str, choice: Values, dice: random.Random | None) -> Sequence[Any]:
     """All values of a parameter; with dice one of them, by wandb's distributions."""
-    match {"distribution": None, **choice}:
+    match {"distribution": None} | choice if isinstance(choice, dict) else None:
         case {"value": value}:
             return [value]
         case {"values": values}:
@@ -180,4 +185,4 @@ def choices(name: str, choice: Values, dice: random.Random | None) -> Sequence[A
             return [float(f"{dice.uniform(low, high):.4g}")]
         case {"min": low, "max": high, "distribution": "log_uniform_values"} if dice:
             return [float(f"{low * (high / low) ** dice.random():.4g}")]
-    raise InputError(f"parameter {name} {dict(choice)}: expected value, values, or of method random min and max")
+    raise InputError(f"parameter {name} {choice}: expected value, values, or of method random min and max")

@@ -13,15 +13,14 @@ from scipy.stats import t
 
 from experiment.compare.comparison import Comparison, Line
 from experiment.console import console
+from experiment.errors import InputError
 from experiment.pages.curves import COLORS, axes_on_white
 from experiment.pages.report import write_report
-
-KINDS = ("md", "csv", "jsonl", "png")  # what is written of a comparison
 
 
 def collect(comparison: Comparison, lines: Sequence[Line]) -> pd.DataFrame:
     """What is shown of each run and each that is quoted: texts and figures, NaN for a figure that it lacks."""
-    names, runs = {*comparison.report, comparison.metric["name"], "parameters", "tokens"}, []
+    names, runs = {*comparison.report, "parameters", "tokens"}, []
     rows = {row.name: vars(row) for row in comparison.rows}
     for line in lines:
         curve = pd.DataFrame(line.get("curve", {}))
@@ -62,41 +61,44 @@ def table(comparison: Comparison, frame: pd.DataFrame) -> pd.DataFrame:
     shown = frame.groupby("row", sort=False).agg({**columns, "seeds": ", ".join, "shows": "first"})
     if base := comparison.baseline:
         metric = comparison.metric["name"]
-        shown.insert(len(columns), f"{metric} less that of {base}", pd.Series(differences(frame, metric, base)))
+        shown.insert(len(columns), f"{metric}: difference from {base}", pd.Series(differences(frame, metric, base)))
     shown = shown.fillna("").rename(columns={"title": "row", "shows": "what it shows"})
     return shown.loc[:, (shown != "").any()]
 
 
 def show(comparison: Comparison, lines: Sequence[Line], out: Path) -> None:
     """Print the table, and write it as Markdown, CSV and JSON lines beside a plot and the page of the runs."""
-    folder, frame, metric = out / comparison.name, collect(comparison, lines), comparison.metric
+    folder, frame = out / comparison.name, collect(comparison, lines)
     folder.mkdir(parents=True, exist_ok=True)
-    shown, files = table(comparison, frame), {kind: folder / f"{comparison.name}.{kind}" for kind in KINDS}
+    shown, file = table(comparison, frame), folder / f"{comparison.name}.md"
     notes = [f"Mean ± standard deviation over the seeds, at the {comparison.at} validation."]
     if comparison.baseline:
-        notes += ["Differences are paired over the seeds, ± standard error; within the noise: at 95 % they may be 0."]
-    notes += dict.fromkeys(f"Judged by {line['evaluated']}." for line in lines if "evaluated" in line)
+        notes += ["Differences: paired over the seeds, ± standard error; within the noise: 0 is in the 95 % interval."]
+    notes += dict.fromkeys(f"Evaluated on {line['evaluated']} (their hash)." for line in lines if "evaluated" in line)
     if len({line.get("tokenizer") for line in lines}) > 1:
         notes += ["Tokenizers differ: bits per byte compare, losses of a token and numbers of tokens do not."]
-    scores = frame.dropna(subset="seed").groupby("row")[metric["name"]].mean().dropna()
-    best = scores.sort_values(ascending=metric["goal"] == "minimize").index[:1]
+    rows_of_runs = pd.DataFrame(lines).groupby("key")["row"].agg(", ".join)
+    notes += [f"One run for {rows}, whose settings are equal." for rows in dict.fromkeys(rows_of_runs) if ", " in rows]
     printed = Table(title=comparison.name, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in shown:  # narrow, since a pipe has 80 columns
         printed.add_column(name, overflow="fold", min_width=max(map(len, " ".join([name, *shown[name]]).split())))
-    for name, *cells in shown.itertuples():
-        printed.add_row(*cells, style="bold green" if name in best else None)
+    for cells in shown.itertuples(index=False):
+        printed.add_row(*cells)
     console.print(printed, "\n".join(notes), sep="\n")
     lines_of_page = [[*shown], ["---"] * shown.shape[1], *shown.to_numpy()]
     page = "".join(f"| {' | '.join(cells)} |\n" for cells in lines_of_page) + "\n" + "\n\n".join(notes)
-    files["md"].write_text(f"{page}\n", encoding="utf-8")
-    shown.to_csv(files["csv"], index=False)
-    files["jsonl"].write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-    draw(comparison, frame, files["png"])
+    file.write_text(f"{page}\n", encoding="utf-8")
+    shown.to_csv(file.with_suffix(".csv"), index=False)
+    file.with_suffix(".jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    draw(comparison, frame, file.with_suffix(".png"))
     runs = {line["row"]: out / "runs" / line["key"] for line in reversed(lines) if line.get("environment")}
-    here = {row: run for row, run in runs.items() if (run / "metrics.csv").is_file()}  # not on another machine
+    here = {run: row for row, run in runs.items() if (run / "metrics.csv").is_file()}  # not on another machine
     if here:
-        write_report([*here.values()], folder, [*here])
-    console.print(f"written: tables, plot and page in {folder}; the runs in {out / 'runs'}")
+        write_report([*here], folder, [*here.values()])
+    console.print(f"written: tables, plot and page in {folder}; the runs in {out / 'runs'}, each under its `key` there")
+    absent = [name for name in comparison.report if frame[name].isna().all()]
+    if absent and not all("failed" in line for line in lines):
+        raise InputError(f"{', '.join(absent)}: no run has this figure; docs/configuration.md lists what there is")
 
 
 def draw(comparison: Comparison, frame: pd.DataFrame, file: Path) -> None:
@@ -116,8 +118,7 @@ def draw(comparison: Comparison, frame: pd.DataFrame, file: Path) -> None:
         axes.plot(part[x], part[y], "o", color=color, markersize=3.5, alpha=0.6)
         if by_row:
             seeds = part.groupby("title")[metric].agg(["mean", "std"])
-            look = {"fmt": "|", "color": color, "markersize": 12, "capsize": 3}
-            axes.errorbar(seeds["mean"], seeds.index, xerr=seeds["std"], **look)
+            axes.errorbar(seeds["mean"], seeds.index, None, seeds["std"], "|", color=color, markersize=12, capsize=3)
         elif part[x].nunique() > 1:
             slope, level = np.polyfit(np.log(part[x]), np.log(part[y]), 1)
             axes.plot(part[x], np.exp(level) * part[x] ** slope, color=color, label=f"{group}: C^{slope:.3f}")

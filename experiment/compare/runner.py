@@ -4,11 +4,12 @@ import importlib
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +22,13 @@ from experiment.compare.comparison import Line, Run, read_comparison
 from experiment.compare.differences import show
 from experiment.console import console
 from experiment.errors import InputError
+from experiment.invocation import command
 from experiment.pages.summary import read_lines, read_metrics
 from experiment.quiet import quiet_libraries
 from experiment.runs.provenance import read_record
+from experiment.runs.run import holds_run
 
-FEW_STEPS = {"max_steps": 20, "max_epochs": -1, "limit_val_batches": 0, "log_every_n_steps": 1}
-SKIPPED = 5  # of these, since the first are slower than those that follow
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes after Ctrl-C and kill
+TIMED_STEPS, SKIPPED = 20, 5  # for the time of a step; the first are slower than those that follow
 
 
 def read_results(out: Path, tested: bool = False) -> dict[str, Line]:
@@ -36,24 +37,21 @@ def read_results(out: Path, tested: bool = False) -> dict[str, Line]:
     return {line["key"]: line for line in lines if "failed" not in line and ("test" in line or not tested)}
 
 
-def make_runs(runs: Sequence[Run], out: Path, group: str, tested: bool = False) -> dict[str, Line]:
-    """Make the runs that no line in `out` tells of yet, in order.
-
-    W&B has them as `group`. With `tested`, the best checkpoint is judged on the test split, too. The lines come by key;
-    that of a run that failed has `failed`, the exit code, and is not kept: the next call tries it again.
-    """
+def make_runs(runs: Sequence[Run], out: Path, variables: Mapping[str, str], tested: bool = False) -> dict[str, Line]:
+    """Make the runs that no line in `out` tells of yet, and give all lines by key. The environment has the `variables`
+    that the user has not set. With `tested`, the best checkpoint is judged on the test split, too. The line of a run
+    that failed has `failed`, the exit code, and is not kept: the next call tries it again."""
     before, made = read_results(out, tested), {}
     left = {run.name: run for run in runs if run.key not in before}  # one of each row
     facts = {name: prepare(run) for name, run in left.items()}
     judged = {facts.get(run.name, before.get(run.key, {})).get("evaluated"): run.name for run in runs}
     if len(judged) > 1:
-        named = (f"{row} would be judged by {text}" for text, row in judged.items())
-        raise InputError(f"{', '.join(named)}: these do not compare")
-    few = {f"trainer.{name}": value for name, value in FEW_STEPS.items()}
+        raise InputError("rows are evaluated on " + " and ".join(f"{text} ({row})" for text, row in judged.items()))
     for name, run in left.items():
         if run.unit == "seconds":
-            clock = replace(run, name=f"time of {name}", budget={}, flags={**run.flags, **few})
-            facts[name]["seconds_per_step"] = make_runs([clock], out, group)[clock.key].get("seconds_per_step")
+            training = {**run.flags, "trainer.limit_val_batches": 0}
+            clock = replace(run, name=f"time of {name}", budget={"steps": TIMED_STEPS, "points": 1}, flags=training)
+            facts[name]["seconds_per_step"] = make_runs([clock], out, variables)[clock.key].get("seconds_per_step")
     flags = {name: budget_flags(run, facts[name]) for name, run in left.items()}
     for patience in (0, -1):  # first what no other process makes; then what others make, or have left
         for number, run in enumerate(runs, 1):
@@ -64,7 +62,7 @@ def make_runs(runs: Sequence[Run], out: Path, group: str, tested: bool = False) 
                 words = [*run.arguments, *flags[run.name]]
                 line = {"key": run.key, "package": run.package, "seed": run.seed, "budget": run.budget}
                 line |= facts[run.name] | {"config": run.config, "arguments": words}
-                made[run.key] = line | make(run, words, out / "runs" / run.key, group, tested)
+                made[run.key] = line | make(run, words, out / "runs" / run.key, variables, tested)
                 if "failed" not in made[run.key]:
                     with (out / "results.jsonl").open("ab", buffering=0) as file:  # in one piece, for others write too
                         file.write(f"\n{json.dumps(made[run.key])}".encode())
@@ -75,13 +73,13 @@ def prepare(run: Run) -> Line:
     """Let fit make all of a run but its training, so that it refuses what it would refuse; what a budget needs and who
     compares wants to know, which is nothing of a module that is no package of ours."""
     try:
-        command = importlib.import_module(f"{run.package}.cli").CLI  # brings Lightning, which --help need not wait for
+        parser = importlib.import_module(f"{run.package}.cli").CLI  # brings Lightning, which --help need not wait for
     except ModuleNotFoundError as error:
         if error.name == f"{run.package}.cli":
             return {}
-        raise InputError(f"row {run.name}: package {run.package}: expected lm, classify or one like them") from error
+        raise InputError(f"row {run.name}: package {run.package}: expected lm or classify") from error
     skipped = dict.fromkeys(("fit", "after_fit"), lambda self, **_: None)
-    checked = type("Checked", (command,), {"before_fit": command.check_fit, **skipped})
+    checked = type("Checked", (parser,), {"before_fit": parser.check_fit, **skipped})
     try:
         ending = ["--trainer.max_epochs=-1", "--trainer.max_steps=1"] if run.unit else []  # so long as it is unknown
         cli = checked(["fit", *run.arguments, *ending])
@@ -114,20 +112,20 @@ def budget_flags(run: Run, facts: Line) -> list[str]:
     return [*words, "--trainer.log_every_n_steps=1", f"--checkpoint.every_n_steps={every}"]
 
 
-def make(run: Run, arguments: Sequence[str], folder: Path, group: str, tested: bool) -> Line:
+def make(run: Run, arguments: Sequence[str], folder: Path, variables: Mapping[str, str], tested: bool) -> Line:
     """Train in a process of its own, or go on where a training stopped, and see what it left."""
     with FileLock(folder / ".lock"):  # a run whose comparison was killed is waited for
         pass
-    command = [sys.executable, "-m", run.package, "fit", *arguments, f"--run_dir={folder}", "--ckpt_path=last"]
-    process = subprocess.Popen(command, env={"WANDB_RUN_GROUP": group, **os.environ})
+    command = [sys.executable, "-m", run.package, "fit", *arguments, f"--run_dir={folder}"]
+    command += ["--ckpt_path=last"] if holds_run(folder) else []
+    process = subprocess.Popen(command, env={**variables, **os.environ})
     try:
         code = process.wait()
     except BaseException as ending:
         if not isinstance(ending, KeyboardInterrupt):  # Ctrl-C has reached it already; told twice, it would not save
             process.terminate()
-        process.wait()
-        raise
-    if code in STOPPED:  # the run alone was asked to
+        sys.exit(process.wait())
+    if code in (130, 143):  # stopped, and has told how to go on
         sys.exit(code)
     if code != 0:
         console.print(f"{run.name}, seed {run.seed}, failed with exit code {code}: see above", style="red")
@@ -167,17 +165,14 @@ def test(run: Run, folder: Path) -> dict[str, float]:
 @one_line_errors()
 def main(args: Sequence[str] | None = None) -> None:
     """Run a comparison. Exit code 1 where a run failed, 2 and one line on stderr where the input is bad; SIGTERM and
-    Ctrl-C let the run in progress save and stop, so that the same command goes on from there."""
+    Ctrl-C let the run in progress save and tell how to go on."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     comparison, out = read_comparison(args)
     quiet_libraries()
     runs = [replace(row, seed=seed) for seed in comparison.seeds for row in comparison.rows]
-    try:
-        found = make_runs(runs, out, comparison.name, any(name.startswith("test/") for name in comparison.report))
-    except (KeyboardInterrupt, SystemExit) as ending:
-        if (code := getattr(ending, "code", STOPPED[0])) in STOPPED:
-            console.print("stopped; go on with the same command")
-        sys.exit(code)
+    again = f"{command('compare')} {shlex.join(sys.argv[1:] if args is None else args)}"
+    variables = {"WANDB_RUN_GROUP": comparison.name, "TINYLAB_RESUME": again}  # what a run that is stopped tells
+    found = make_runs(runs, out, variables, any(name.startswith("test/") for name in comparison.report))
     lines = [found[run.key] | {"row": run.name} for run in runs]
     show(comparison, lines, out)
     if any("failed" in line for line in lines):

@@ -158,6 +158,12 @@ def test_source_of_too_few_reviews_for_any_split_is_told_so(tmp_path):
         draw(write_source(tmp_path, train=numbered(4)))
 
 
+def test_source_that_has_too_few_once_duplicates_are_gone_is_told_so(tmp_path):
+    repeated = [(f" {text.upper()}", label) for text, label in numbered(4)]
+    with pytest.raises(InputError, match="holds fewer different reviews"):
+        draw(write_source(tmp_path, train=numbered(4) + repeated))
+
+
 def test_texts_to_classify_come_as_a_list_a_file_or_a_single_text(tmp_path):
     (tmp_path / "lines.txt").write_text("One.\nTwo.\n")
     (tmp_path / "rows.jsonl").write_text('{"text": "Three."}\n')

@@ -57,9 +57,9 @@ if __name__ == "__main__":
     rows += [f"{steps},{100 * steps},200,3"]
     (run / "metrics.csv").write_text("\\n".join(["step,train/tokens,train/tokens_per_second,val/loss", *rows, ""]))
 """
-# Saves when it is told to stop.
+# Saves when it is told to stop, and notes how it would be told to go on.
 SAVES = """
-import signal, sys, time
+import os, signal, sys, time
 from pathlib import Path
 if __name__ == "__main__":
     asked = []
@@ -70,6 +70,7 @@ if __name__ == "__main__":
         time.sleep(0.01)
     time.sleep(0.3)
     Path("saved").write_text(" ".join(map(str, asked)))
+    Path("told").write_text(os.environ["TINYLAB_RESUME"])
     sys.exit(128 + asked[0])
 """
 CONTENT = {
@@ -116,7 +117,7 @@ def test_each_run_is_made_once_and_its_figures_are_compared(stand_in: Path) -> N
     assert calls() == ["1 1", "2 1", "1 2", "2 2"]  # all rows of a seed first
     one, two = table()
     assert (one["val/loss"], two["val/loss"]) == ("1.0150 ± 0.0071", "2.0150 ± 0.0071")
-    assert (two["val/loss less that of one"], two["seeds"], two["what it shows"]) == (
+    assert (two["val/loss: difference from one"], two["seeds"], two["what it shows"]) == (
         "+1.0000 ± 0.0000",
         "1, 2",
         "More.",
@@ -134,6 +135,12 @@ def test_each_run_is_made_once_and_its_figures_are_compared(stand_in: Path) -> N
     equal = write_comparison("other-0.5", rows={"same": {"flags": {"rate": "1.0e+0"}}}, baseline=None)
     assert run(equal) == 0 == run(stand_in, "--only", "two")
     assert len(calls()) == 4 and len(table("other-0.5")) == 1
+
+
+def test_rows_of_equal_settings_share_their_runs_and_are_said_to(stand_in: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(write_comparison(rows={"one": {"flags": {"rate": 1}}, "same": {"flags": {"rate": "1.0"}}})) == 0
+    assert calls() == ["1 1", "1 2"] and [row["seeds"] for row in table()] == ["1, 2", "1, 2"]
+    assert capsys.readouterr().out.count("One run for one, same, whose settings are equal.") == 1
 
 
 def test_results_of_other_machines_count(stand_in: Path) -> None:
@@ -155,7 +162,7 @@ def test_row_that_fails_is_shown_as_failed_and_tried_again_by_the_next_call(stan
 
 def start(file: Path, *args: object) -> subprocess.Popen:
     command = [sys.executable, "-m", "experiment.compare", str(file), *map(str, args)]
-    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
 
 
 def wait_for(condition: object, seconds: float = 60) -> None:
@@ -192,6 +199,8 @@ def test_comparison_that_is_stopped_lets_its_run_save(stand_in: Path) -> None:
         (os.killpg if whole_group else os.kill)(process.pid, number)
         assert process.wait(timeout=30) == 128 + number
         assert Path("saved").read_text() == str(int(number))  # asked once
+        assert Path("told").read_text().endswith(f"tinylab compare {stand_in}")  # by the run, and only by it
+        assert process.stdout.read().count("go on") == 0
         Path("saved").unlink(), Path("begun").unlink()
 
 
@@ -263,28 +272,45 @@ def test_flags_of_a_row_win_over_the_command_line_and_these_over_files(stand_in:
 @pytest.mark.parametrize(
     ("changes", "args", "words"),
     [
-        ({"rows": {"one": {"flgs": {}}}}, [], "unexpected keyword argument 'flgs'"),
-        ({"row": {}}, [], "unexpected keyword argument 'row'"),
-        ({"baseline": "three"}, [], "baseline three: there is no such row; expected some of one, two"),
-        ({"metric": {"name": "val/loss"}}, [], "goal None: expected minimize or maximize"),
+        ({"rows": {"one": {"flgs": {}}}}, [], "row one: flgs: there is no such key (did you mean flags?); expected "),
+        ({"row": {}}, [], "row: there is no such key (did you mean rows?); expected "),
+        ({"rows": ["one"]}, [], "rows ['one']: expected a mapping"),
+        ({"rows": {"one": 1}}, [], "row one: 1: expected a mapping"),
+        ({"rows": {"one": {"configs": "a.yaml"}}}, [], "row one: configs a.yaml: expected a list of texts"),
+        ({"baseline": "ones"}, [], "baseline ones: there is no such row (did you mean one?); expected one or two"),
+        ({"metric": None}, [], "metric: not given"),
+        ({"metric": "val/loss"}, [], "metric val/loss: expected a mapping"),
+        ({"metric": {"goal": "minimize"}}, [], "metric: name: not given"),
+        ({"metric": {"name": "val/loss", "goal": "min"}}, [], "metric: goal min: expected minimize or maximize"),
+        ({"report": ["los"]}, [], "los: there is no such figure; expected train/loss, parameters"),
+        ({"report": ["tokns"]}, [], "tokns: there is no such figure (did you mean tokens?)"),
+        ({"package": "lm", "metric": {"name": "val/bits_per_bite"}}, [], "(did you mean val/bits_per_byte?)"),
         ({"seeds": 1}, [], "seeds 1: expected a list"),
+        ({"seeds": ["a"]}, [], "seeds ['a']: expected a list of whole numbers"),
+        ({"seeds": []}, [], "seeds: not given"),
         ({"report": "val/loss"}, [], "report val/loss: expected a list"),
+        ({"at": "first"}, [], "at first: expected last or best"),
+        ({"quoted": {"theirs": 0.5}}, [], "quoted {'theirs': 0.5}: expected a mapping of mappings"),
+        ({"trainer": {}, "model": {}}, [], "it is a configuration of fit"),
         ({"method": "bayes"}, [], "method bayes: expected grid or random"),
         ({"parameters": {"rate": {"min": 0}}}, [], "parameter rate"),
-        ({"budget": {"hours": 1}}, [], "budget {'hours': 1}: expected one above 0 of steps, tokens"),
+        ({"parameters": {"rate": 3}}, [], "parameter rate 3: expected value, values"),
+        ({"budget": {"step": 1}}, [], "budget: step: there is no such key (did you mean steps?); expected steps"),
+        ({"budget": {"steps": 1, "tokens": 1}}, [], "budget {'steps': 1, 'tokens': 1}: expected one above 0 of steps"),
+        ({"budget": {"steps": 0}}, [], "budget {'steps': 0}: expected one above 0 of steps"),
         ({"configs": ["nowhere.yaml"]}, [], "config nowhere.yaml does not exist"),
         ({"command": ["python"]}, [], "command python: expected -m"),
-        ({"package": "nowhere"}, [], "row one: package nowhere: expected lm"),
-        ({"package": None}, [], "row one: package None: expected lm"),
-        ({}, ["--only", "three"], "--only three: there is no such row; expected some of one, two"),
-        ({"baseline": None}, ["--only", "three"], "--only three: there is no such row; expected some of one, two"),
+        ({"package": "nowhere"}, [], "row one: package nowhere: expected lm or classify"),
+        ({"package": None}, [], "row one: package: not given"),
+        ({}, ["--only", "three"], "--only three: there is no such row; expected one or two"),
+        ({"baseline": None}, ["--only", "three"], "--only three: there is no such row; expected one or two"),
         ({}, ["--run_dir", "x"], "--run_dir is set for each run"),
         ({}, ["--seeds", "x"], "--seeds x: expected a whole number"),
-        ({}, ["--budget", "tokens=many"], "budget {'points': 8, 'tokens': 'many'}"),
+        ({}, ["--budget", "tokens=many"], "row one: budget: tokens many: expected a number"),
+        ({}, ["--budget", "tokens"], "row one: budget: tokens : expected a number"),
         ({}, ["x"], "x: expected a flag of fit"),
         ({}, ["--budget", "tokens=10"], "10 tokens are not counted beforehand by one"),
         ({}, ["--budget", "steps=5", "--trainer.max_steps=9"], "--trainer.max_steps is set for each run"),
-        ({}, ["--rows", "a.yaml", "x/a.yaml"], "row a: two would have this name"),
     ],
 )  # fmt: skip
 def test_bad_input_ends_in_one_line_and_runs_nothing(
@@ -294,6 +320,21 @@ def test_bad_input_ends_in_one_line_and_runs_nothing(
     error = capsys.readouterr().err
     assert words in error and error.startswith("error: ") and error.count("\n") == 1
     assert not Path("calls.txt").exists() and not Path("runs").exists()
+
+
+def test_figure_that_no_run_has_is_named_after_the_tables(stand_in: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(write_comparison(report=["val/loss", "val/applause"])) == 2
+    assert capsys.readouterr().err.startswith("error: val/applause: no run has this figure")
+    assert run(write_comparison()) == 0 and len(calls()) == 4  # nothing is lost
+
+
+def test_rows_of_the_command_line_are_named_by_their_files_and_by_their_paths_where_these_agree(in_tmp: Path) -> None:
+    file = write_comparison(package="lm")
+    for path, rate in (("a.yaml", 1), ("b.yaml", 2), ("x/a.yaml", 3)):
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_text(f"model: {{rate: {rate}}}")
+    names = lambda *rows: [row.name for row in read_comparison([str(file), "--rows", *rows])[0].rows]  # noqa: E731
+    assert names("a.yaml", "a.yaml,b.yaml") == ["a", "a+b"] and names("a.yaml", "x/a.yaml") == ["a.yaml", "x/a.yaml"]
 
 
 def test_row_that_stands_twice_is_refused(in_tmp: Path, capsys: pytest.CaptureFixture) -> None:

@@ -89,7 +89,9 @@ def test_settings_change_are_shown_and_refused(talk: Callable[..., str]) -> None
     )
     for expected in (
         "type a beginning first",
+        "top_k is 5",
         "top_k 5",
+        "forgotten",
         "/temperature -1: expected 0",
         "/max_new_tokens many: expected a whole number",
         "/seed x: expected a whole number",
