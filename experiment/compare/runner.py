@@ -49,8 +49,8 @@ def make_runs(runs: Sequence[Run], out: Path, variables: Mapping[str, str], test
         raise InputError("rows are evaluated on " + " and ".join(f"{text} ({row})" for text, row in judged.items()))
     for name, run in left.items():
         if run.unit == "seconds":
-            training = {**run.flags, "trainer.limit_val_batches": 0}
-            clock = replace(run, name=f"time of {name}", budget={"steps": TIMED_STEPS, "points": 1}, flags=training)
+            budget, training = {"steps": TIMED_STEPS, "points": 1}, {**run.flags, "trainer.limit_val_batches": 0}
+            clock = replace(run, name=f"time of {name}", seed=runs[0].seed, budget=budget, flags=training)
             facts[name]["seconds_per_step"] = make_runs([clock], out, variables)[clock.key].get("seconds_per_step")
     flags = {name: budget_flags(run, facts[name]) for name, run in left.items()}
     for patience in (0, -1):  # first what no other process makes; then what others make, or have left

@@ -214,8 +214,9 @@ def test_budget_of_seconds_is_as_many_steps_as_it_takes_once_a_step_is_timed(sta
     assert lines[1]["curve"]["training_seconds"] == [2 + 59 * 0.5]
     flags = lines[1]["arguments"]
     assert {"--trainer.max_steps=60", "--trainer.val_check_interval=15", "--checkpoint.every_n_steps=15"} <= {*flags}
+    assert run(file, "--budget", "seconds=30", "points=4", "--seeds", 1, 2, 3) == 0
     assert run(file, "--budget", "seconds=0.1") == 2
-    assert len(compare.read_results(Path("runs/comparisons"))) == 3  # what was timed is known
+    assert len(compare.read_results(Path("runs/comparisons"))) == 4  # what was timed is known
 
 
 def test_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
