@@ -13,6 +13,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def read_comparison(args: Sequence[str] | None) -> tuple[Comparison, Path]:
 
 def from_sweep(content: Values) -> dict[str, Any]:
     """A file of `wandb sweep` in our terms; the best validation counts."""
-    words = [str(word) for word in content["command"]]
+    words = [*map(str, given)] if isinstance(given := content["command"], list) else [str(given)]
     if not {"-m", "fit", "${args}"} <= set(words):
         raise InputError(f"command {' '.join(words)}: expected -m, a package, fit and ${{args}} in it")
     configs, flags = read_words([word for word in words[words.index("fit") + 1 :] if word != "${args}"])
@@ -177,12 +178,12 @@ def choices(name: str, choice: Values, dice: random.Random | None) -> Sequence[A
     match {"distribution": None} | choice if isinstance(choice, dict) else None:
         case {"value": value}:
             return [value]
-        case {"values": values}:
+        case {"values": [_, *_] as values}:
             return values if dice is None else [dice.choice(values)]
-        case {"min": int(low), "max": int(high), "distribution": None | "int_uniform"} if dice:
+        case {"min": int(low), "max": int(high), "distribution": None | "int_uniform"} if dice and low <= high:
             return [dice.randint(low, high)]
-        case {"min": low, "max": high, "distribution": None | "uniform"} if dice:
+        case {"min": Real() as low, "max": Real() as high, "distribution": None | "uniform"} if dice and low <= high:
             return [float(f"{dice.uniform(low, high):.4g}")]
-        case {"min": low, "max": high, "distribution": "log_uniform_values"} if dice:
+        case {"min": Real() as low, "max": Real() as high, "distribution": "log_uniform_values"} if dice and low > 0:
             return [float(f"{low * (high / low) ** dice.random():.4g}")]
-    raise InputError(f"parameter {name} {choice}: expected value, values, or of method random min and max")
+    raise InputError(f"parameter {name} {choice}: expected value, a list of values, or with method random min and max")

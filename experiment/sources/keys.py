@@ -54,6 +54,8 @@ def check_keys(values: Any, kinds: Mapping[str, Any], where: str = "", required:
 def _is(value: Any, kind: Any) -> bool:
     if isinstance(kind, tuple):
         return value in kind
+    if isinstance(value, dict) and not all(isinstance(name, str) for name in value):
+        return False
     if isinstance(kind, GenericAlias):
         items = value.values() if isinstance(value, dict) else value
         return isinstance(value, kind.__origin__) and all(isinstance(item, kind.__args__[-1]) for item in items)
