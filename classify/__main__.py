@@ -12,24 +12,24 @@ if TYPE_CHECKING:
 OVERVIEW = """
 usage: tinylab classify COMMAND [--config FILE ...] [--OPTION VALUE ...]
 
-The classifier: BERT with LoRA, by hand or by PEFT, that learns to judge reviews.
+The classifier: BERT with LoRA, our own or PEFT's, that learns to classify reviews.
 
 commands:
-  fit        train; a run's folder takes the checkpoints, metrics, the adapter and the report
+  fit        train; checkpoints, metrics, the adapter and the report go to the run's folder
   validate   loss, accuracy and F1 of a checkpoint on the validation split
   test       the same on the test split
-  predict    let a checkpoint judge texts
+  predict    classify texts with a checkpoint
 
-`tinylab classify COMMAND --help` lists all options of a command. Each may stand in a YAML file, of which several may be
-given, or be an environment variable (TINYLAB_FIT__DATA__PATH is fit's --data.path); a flag wins. --print_config shows
-what would be used.
+`tinylab classify COMMAND --help` lists all options of a command. Each can be set in YAML files (--config can be
+repeated) or as an environment variable (TINYLAB_FIT__DATA__PATH is fit's --data.path); flags win. --print_config shows
+the result.
 
 examples:
   tinylab classify fit      --config configs/classify/custom.yaml
   tinylab classify validate --config configs/classify/custom.yaml --ckpt_path best
   tinylab classify predict  --config configs/classify/custom.yaml --ckpt_path best --data.texts '["I loved it."]'
 
-Beside it: `tinylab compare configs/comparisons/table1.yaml` lays many such runs side by side.
+See also: `tinylab compare configs/comparisons/table1.yaml` compares many such runs.
 """  # no docstring: `python -OO` has none
 
 

@@ -47,7 +47,7 @@ class ClassifyCLI(ExperimentCLI):
                 raise
             own = self.run_dir / CONFIG
             other = ", or name texts with --data.texts" if self.subcommand == "predict" else ""
-            raise InputError(f"{error}; this run was trained on {path}: for that take --config {own}{other}") from error
+            raise InputError(f"{error}; this run was trained on {path}: for that use --config {own}{other}") from error
         self._check_data_fits_model()
 
     def next_command(self, kept: str) -> str:
@@ -57,11 +57,11 @@ class ClassifyCLI(ExperimentCLI):
         data, model, longest = self.datamodule, self.model.model, longest_input(self.model.model)
         for option in ("max_length", "eval_max_length"):
             if longest is not None and (value := getattr(data, option)) > longest:
-                raise InputError(f"data.{option} {value} is more than the {longest} positions of the model")
+                raise InputError(f"data.{option} {value} exceeds the {longest} positions of the model")
         if len(data.tokenizer) > model.config.vocab_size:
             raise InputError(
                 f"data.tokenizer {data.tokenizer_name!r} has {len(data.tokenizer)} tokens, the model "
-                f"{self.model.hparams.name!r} {model.config.vocab_size}: take the model's own (null)"
+                f"{self.model.hparams.name!r} {model.config.vocab_size}: use the model's own (null)"
             )
 
 

@@ -231,7 +231,7 @@ class TextClassificationDataModule(ResumableDataModule):
         if world * self.batch_size > len(dataset):
             raise InputError(
                 f"data.batch_size {self.batch_size} on {world} processes is more than the {len(dataset)} training "
-                "reviews: take a smaller batch or more reviews"
+                "reviews: use a smaller batch or more reviews"
             )
 
         def epoch_batches(epoch: int) -> list[list[int]]:
@@ -246,8 +246,8 @@ class TextClassificationDataModule(ResumableDataModule):
     def test_dataloader(self) -> DataLoader:
         if (self.dataset("test").labels < 0).any():
             raise InputError(
-                f"the test split of data.path {self.path} has no labels to test against: take validate, or predict for "
-                "what the model makes of it"
+                f"the test split of data.path {self.path} has no labels to test against: use validate, or predict for "
+                "the model's predictions"
             )
         return self._evaluation("test")
 

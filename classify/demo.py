@@ -65,7 +65,7 @@ class ClassifierDemo:
             self.truncation = data["truncation"]
             self.tokenizer = load_tokenizer(data["tokenizer"] or self.module.hparams.name)
         except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-            raise InputError(f"{file} does not tell how {checkpoint} reads texts: expected the run's own") from error
+            raise InputError(f"{file} does not say how {checkpoint} reads texts: expected the run's own") from error
 
     @overload
     def classify(self, text: str) -> dict[str, float]: ...

@@ -153,8 +153,8 @@ class ReviewClassifier(StepModule):
         random = {key.rpartition(".")[0] for key in new} - whole
         if clash := sorted(random & set(target_names(model, self.hparams.target_modules))):
             raise ValueError(
-                f"target_modules adapts {clash[0]}, whose weights {self.hparams.name!r} lacks, so that they are random "
-                "numbers: train it in full, by modules_to_save"
+                f"target_modules adapts {clash[0]}, whose weights {self.hparams.name!r} lacks, so they are random "
+                "numbers: train it in full, with modules_to_save"
             )
         return sorted(random)
 
@@ -181,7 +181,7 @@ class ReviewClassifier(StepModule):
             # For any width from the first step on, so that a resumed run has the same code.
             self._trained_forward = torch.compile(self.forward, dynamic=True)
         elif self.hparams.compile:
-            note = "note: model.compile does not work here (no g++, Python headers or Triton): training in plain code"
+            note = "note: model.compile does not work here (no g++, Python headers or Triton): training uncompiled"
             rank_zero_only(console.print)(note)
         # from_pretrained returns the model in eval mode and Lightning leaves it there (pytorch-lightning#20105).
         self.model.train(self.hparams.dropout_active)
@@ -264,12 +264,12 @@ class ReviewClassifier(StepModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._check_base(checkpoint.get("base_fingerprint"), "the checkpoint")
         if lost := sorted(self._kept - checkpoint["state_dict"].keys()):
-            raise InputError(f"the checkpoint lacks {lost[0]} and {len(lost) - 1} more: it is of another adapter")
+            raise InputError(f"the checkpoint lacks {lost[0]} and {len(lost) - 1} more: it belongs to another adapter")
 
     def _check_base(self, stored: str | None, what: str) -> None:
         if stored is not None and stored != self.base_fingerprint:
             raise InputError(
-                f"{what} was trained on another base model than {self.hparams.name!r}: give model.name as it was then"
+                f"{what} was trained on a base model other than {self.hparams.name!r}: give the original model.name"
             )
 
     # adapters as files

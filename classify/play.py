@@ -9,7 +9,7 @@ from experiment.pages.token_html import escaped, message, word
 
 MOST_CHARACTERS = 50_000  # several times the longest review of IMDB
 ADAPTERS = {
-    "custom": "LoRA by hand", "peft": "LoRA by PEFT", "head": "the head alone", "full": "full fine-tuning",
+    "custom": "our own LoRA", "peft": "PEFT's LoRA", "head": "the head alone", "full": "full fine-tuning",
 }  # fmt: skip
 REVIEWS = [
     "The plot was anything but dull. I expected something weak and got something brilliant.",
@@ -27,14 +27,14 @@ def show(critic: ClassifierDemo, text: str) -> str:
         f"<span>{share:.1%}</span>"
         for name, share in prediction.probabilities.items()
     )
-    notes = [f'<span class="legend"><i style="background: var(--for)"></i>spoke for {escaped(label)}</span>',
-             '<span class="legend"><i style="background: var(--against)"></i>spoke against</span>']  # fmt: skip
+    notes = [f'<span class="legend"><i style="background: var(--for)"></i>speaks for {escaped(label)}</span>',
+             '<span class="legend"><i style="background: var(--against)"></i>speaks against it</span>']  # fmt: skip
     if prediction.kept < prediction.tokens:
         notes.append(
             f"<span>cut to {critic.max_length} tokens: {prediction.kept} of {prediction.tokens} were read</span>"
         )
     if not critic.checkpoint.is_file():
-        notes.append("<span>its checkpoint is gone from the disk: this came from memory</span>")
+        notes.append("<span>its checkpoint was deleted: this came from memory</span>")
     return (
         f'<section class="answer"><h3>{escaped(critic.name)} '
         f'<span class="quiet">· {ADAPTERS[critic.module.hparams.adapter]}</span></h3>'
@@ -74,14 +74,14 @@ def add_tabs(checkpoints: dict[str, Path]) -> None:
         if not text or not text.strip():
             return message("Type a review first, such as: I loved it.")
         if len(text) > MOST_CHARACTERS:
-            return message(f"This review is too long: {len(text):,} characters of at most {MOST_CHARACTERS:,}. Cut it.")
+            return message(f"This review is too long: {len(text):,} characters, over {MOST_CHARACTERS:,}. Shorten it.")
         return f'<div class="verdicts">{"".join(show(critic, text) for critic in critics)}</div>'
 
     with gr.Tab("Reviews"):
         review = gr.Textbox(REVIEWS[0], label="Review", lines=4, max_lines=12)
         gr.Examples(REVIEWS, review, label="or one of these")
         ask = gr.Button("Judge", variant="primary")
-        verdicts = gr.HTML('<div class="answer quiet">The verdict will stand here.</div>')
+        verdicts = gr.HTML('<div class="answer quiet">The answer will appear here.</div>')
         same = {"fn": judge, "inputs": review, "outputs": verdicts, "show_progress": "minimal"}
         ask.click(**same, api_name="review")
         review.submit(**same, api_visibility="private")

@@ -62,7 +62,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     with _clear_errors(f"tokenizer {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(resolve(name))
     if None in (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id):
-        raise InputError(f"tokenizer {name!r} lacks cls, sep or pad: expected that of a BERT-like model")
+        raise InputError(f"tokenizer {name!r} lacks cls, sep or pad: expected a BERT-like tokenizer")
     return tokenizer
 
 
@@ -115,7 +115,7 @@ def load_classifier(
     new = set(report["missing_keys"]) | {entry[0] for entry in report["mismatched_keys"]}
     encoder = f"{model.base_model_prefix}."
     if lost := sorted(key for key in new if key.startswith(encoder) and ".pooler." not in key):
-        raise InputError(f"model {name!r} lacks {lost[0]} and {len(lost) - 1} more: its files hold another model")
+        raise InputError(f"model {name!r} lacks {lost[0]} and {len(lost) - 1} more: its files hold a different model")
     return model, new
 
 

@@ -49,7 +49,7 @@ def read_texts(source: list[str] | str) -> list[str]:
 def _refuse_empty(texts: Sequence[Any], where: str) -> None:
     for row, text in enumerate(texts, start=1):
         if not isinstance(text, str) or not text.strip():
-            raise InputError(f"{where}: review {row} is empty or no text ({text!r}): remove it or fill it in")
+            raise InputError(f"{where}: review {row} is empty or not text ({text!r}): remove it or fill it in")
 
 
 def draw_splits(
@@ -74,7 +74,7 @@ def draw_splits(
     except InputError:  # for want of the column perhaps; what else it may be is told again
         raw["test"] = load_texts(path, "test", ["text"], synthetic_reviews, revision)
     if raw["train"] is None:
-        raise InputError(f"data.path {path} has no split train")
+        raise InputError(f"data.path {path} has no train split")
     names = names or _class_names(raw["train"], path)
     for split in reversed(SPLITS):
         if raw[split] is not None:
@@ -126,8 +126,8 @@ def _too_few(
     if fewest >= least:  # null takes all that are left; of train, what the source has no split for takes a tenth each
         tenth = len(names) * max(1, fewest // 10)
         flags = (f"--data.{split}_size {'null' if split in pools else tenth}" for split in SPLITS)
-        cure = f"give {' '.join(flags)}, where null takes all there are"
-    reviews = "different reviews, texts that agree but for case and spaces being one" if some_removed else "reviews"
+        cure = f"give {' '.join(flags)}, where null takes all that are left"
+    reviews = "different reviews (ignoring case and spaces)" if some_removed else "reviews"
     return f"{asked}: {path} holds fewer {reviews} ({there}); {cure}"
 
 
@@ -168,8 +168,8 @@ def _class_ids(labels: Sequence[Any], names: list[str], where: str) -> np.ndarra
         if not isinstance(known, int) or not 0 <= known < len(names):
             expected = ", ".join(f"{i} or {name}" for i, name in enumerate(names))
             raise InputError(
-                f"{where}: the label {plain!r} of review {row + 1} is no class: expected {expected}; "
-                "other classes are named with data.label_names"
+                f"{where}: the label {plain!r} of review {row + 1} is not a class: expected {expected}; "
+                "name other classes with data.label_names"
             )
         classes[row] = known
     return classes

@@ -38,7 +38,7 @@ def one_line_errors() -> Iterator[None]:
     except (InputError, argparse.ArgumentError) as error:
         message = reworded(str(error))
     except OSError as error:  # no space, no permission
-        message = f"{error.filename or 'writing'}: {error.strerror}; free space, or give another place"
+        message = f"{error.filename or 'writing'}: {error.strerror}; free space, or choose another folder"
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

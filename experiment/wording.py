@@ -10,10 +10,10 @@ from experiment.invocation import command
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
 KIND = re.compile(rf"(typing\.)?Literal\[(?P<values>[^\]]*)\]|<class '(?P<name>{'|'.join(KINDS)})'>")
 MEANINGS = {
-    "loss": "mean cross-entropy in nats; less is better",
-    "perplexity": "exp(loss): as unsure as a choice among so many equally likely tokens",
-    "bits_per_byte": "bits to code a byte of text, which compares across tokenizers",
-    "accuracy": "share of the texts that are judged rightly",
+    "loss": "mean cross-entropy in nats; lower is better",
+    "perplexity": "exp(loss): as uncertain as a choice among so many equally likely tokens",
+    "bits_per_byte": "bits to encode a byte of text; comparable across tokenizers",
+    "accuracy": "share of the texts classified correctly",
     "f1": "mean over the classes of the harmonic mean of precision and recall",
 }  # of the figures of an evaluation, without the split
 PROBLEM = r"Problem with given class_path '[^']*?(?P<name>\w+)': (?P<why>.*?)(?= - Expected a | Given value|$)"

@@ -15,22 +15,22 @@ usage: tinylab lm COMMAND [--config FILE ...] [--OPTION VALUE ...]
 The language model: a LLaMA-style decoder that learns to tell stories.
 
 commands:
-  fit        train; a run's folder takes the checkpoints, metrics, samples and the report
+  fit        train; checkpoints, metrics, samples and the report go to the run's folder
   validate   loss, perplexity and bits per byte of a checkpoint on the validation split
   test       the same on the test split
-  predict    let a checkpoint continue prompts
+  predict    continue prompts with a checkpoint
 
-`tinylab lm COMMAND --help` lists all options of a command. Each may stand in a YAML file, of which several may be
-given, or be an environment variable (TINYLAB_FIT__DATA__PATH is fit's --data.path); a flag wins. --print_config shows
-what would be used.
+`tinylab lm COMMAND --help` lists all options of a command. Each can be set in YAML files (--config can be
+repeated) or as an environment variable (TINYLAB_FIT__DATA__PATH is fit's --data.path); flags win. --print_config shows
+the result.
 
 examples:
   tinylab lm fit      --config configs/lm/demo.yaml
   tinylab lm validate --config configs/lm/demo.yaml --ckpt_path best
   tinylab lm predict  --config configs/lm/demo.yaml --ckpt_path best --data.prompts '["Once upon a time"]'
 
-Beside it: `tinylab convert` takes weights in and out, `tinylab decoding` compares ways of decoding,
-`tinylab compare` configurations, at equal tokens or time.
+See also: `tinylab convert` exports and imports weights, `tinylab decoding` compares decoding methods,
+`tinylab compare` compares configurations at equal tokens or time.
 """  # no docstring: `python -OO` has none
 
 

@@ -1,10 +1,10 @@
-"""The board: which configuration has the fewest bits per byte on real stories, for a budget that everyone can repeat.
+"""The board: which configuration reaches the lowest bits per byte on real stories within a fixed budget.
 
     tinylab board add NAME --row ROW --about SENTENCE  # an entry: results/NAME.jsonl
-    tinylab board write                                # BOARD.md of all entries
-    tinylab board repeat NAME --data.path FOLDER       # an entry once more
+    tinylab board write                                # BOARD.md from all entries
+    tinylab board repeat NAME --data.path FOLDER       # rerun an entry
 
-An entry is a line of JSON that holds all that its runs need but the stories: these are named by the hash of their text.
+An entry is a line of JSON with everything its runs need except the stories, which are identified by their hash.
 """
 
 import json
@@ -26,10 +26,10 @@ RESULTS, BOARD = Path("results"), Path("BOARD.md")
 COLUMNS = "| bits per byte | entry | seeds | tokens | what | machine | commit | date |\n|" + "---|" * 8 + "\n"
 HEADER = """# The board
 
-Bits per byte on the validation stories, by what a training may cost; fewer are better. Made by `make board` from the
-entries under `results/`: do not edit.
+Bits per byte on the validation stories for each training budget; lower is better. Written by `make board` from the
+entries in `results/`: do not edit.
 
-Your own, in three commands (then send `results/NAME.jsonl` and this page):
+Add your own with three commands (then send `results/NAME.jsonl` and this page):
 
 ```
 tinylab compare configs/comparisons/recipes.yaml --rows mine.yaml --budget seconds=1200 --data.path FOLDER
@@ -39,11 +39,11 @@ make board
 
 FOLDER holds the stories ([docs/data.md](docs/data.md)). A budget is 300 or 1,200 seconds of training on two cores
 (`taskset -c 0,1` takes two of many), 300 seconds on one GPU, or 4 M or 41 M tokens (`tokens=4e6`).
-`tinylab board repeat NAME --data.path FOLDER` repeats an entry. Rows are ranked where they were judged by the same
-text, which its hash names. Choices were made by those same stories, so the best of many trials looks a little better
+`tinylab board repeat NAME --data.path FOLDER` reruns an entry. Rows are ranked together if evaluated on the same
+text, identified by its hash. Choices were made on these stories, so the best of many trials looks a little better
 than it is.
 """
-TRACKS = {  # what an entry may cost
+TRACKS = {  # the budgets
     "5 minutes of two cores": ("seconds", 300, "two cores"),
     "20 minutes of two cores": ("seconds", 1200, "two cores"),
     "5 minutes of one GPU": ("seconds", 300, "one GPU"),
@@ -54,15 +54,15 @@ TRACKS = {  # what an entry may cost
 
 @dataclass(frozen=True)
 class Entry:
-    """What was trained, and how it did."""
+    """What was trained, and its results."""
 
     name: str
     about: str  # what it is, in a sentence
-    config: dict[str, Any]  # every value that its configurations and flags set, but for the place of the stories
+    config: dict[str, Any]  # every value set by its configurations and flags, except data.path
     budget: dict[str, float]  # of each run: {"seconds": 1200} or {"tokens": 4000000}
     seeds: list[int]  # of the runs
     bits_per_byte: list[float]  # at the end of each run
-    tokens: float  # trained in a run, on average
+    tokens: float  # trained per run, on average
     evaluated: str  # what was predicted, with the hash of the validation stories
     machine: dict[str, Any]  # CPU or GPU, cores, precision
     commit: str  # of this source
@@ -70,18 +70,18 @@ class Entry:
 
     def __post_init__(self) -> None:
         if missing := [name for name, value in vars(self).items() if not value]:
-            raise InputError(f"{self.name or 'an entry'} has no {missing[0]}, without which nobody can repeat it")
+            raise InputError(f"{self.name or 'an entry'} has no {missing[0]}, which is needed to repeat it")
         if not len(self.seeds) == len(self.bits_per_byte) == len(set(self.seeds)):
             raise InputError(f"{self.name}: {self.bits_per_byte} of seeds {self.seeds}: expected one for each")
         if self.commit.endswith("-dirty"):
-            raise InputError(f"{self.name}: commit {self.commit}: commit the source that is run, and run it again")
+            raise InputError(f"{self.name}: commit {self.commit}: commit the source and run it again")
         if "limit_val_batches" in self.config.get("trainer", {}):
             raise InputError(f"{self.name} sets trainer.limit_val_batches: expected all of the validation stories")
         _ = self.track
 
     @property
     def track(self) -> str:
-        """Which of the TRACKS the entry is in."""
+        """The track, one of TRACKS, that the entry belongs to."""
         hardware = "one GPU" if "gpu" in self.machine else "two cores" if self.machine.get("cores") == 2 else "others"
         for title, (unit, number, where) in TRACKS.items():
             if self.budget.get(unit) == number and where in (hardware, "any machine"):
@@ -90,7 +90,7 @@ class Entry:
 
 
 def read_entries(folder: Path = RESULTS) -> list[Entry]:
-    """All entries, or an InputError that names the file, the line and what it lacks."""
+    """All entries; an InputError names the file, the line and what is missing."""
     entries = []
     for file in sorted(folder.glob("*.jsonl")):
         for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
@@ -102,12 +102,12 @@ def read_entries(folder: Path = RESULTS) -> list[Entry]:
 
 
 def add(name: str, about: str, file: Path, row: str) -> None:
-    """Make an entry of the runs of one row, whose lines a comparison has written into the file."""
+    """Make an entry from the runs of one row of a comparison's results file."""
     lines = [line for line in read_lines(file) if line["row"] == row]
     if not lines or any("failed" in line for line in lines):
-        raise InputError(f"--row {row}: {file} has {len(lines)} runs of it: expected one or more, none that failed")
+        raise InputError(f"--row {row}: {file} has {len(lines)} runs of it: expected at least one, and none failed")
     first, seen = lines[0], lines[0].get("environment", {})
-    seen = {"cpu": seen.get("processor"), **seen}  # as older runs call it
+    seen = {"cpu": seen.get("processor"), **seen}  # its name in older runs
     data = {key: value for key, value in first["config"].get("data", {}).items() if key != "path"}
     entry = Entry(
         name=name,
@@ -129,7 +129,7 @@ def add(name: str, about: str, file: Path, row: str) -> None:
 
 
 def render(entries: Sequence[Entry]) -> str:
-    """The page: a table for each budget and text, the fewest bits first."""
+    """The page: a table for each budget and text, lowest bits per byte first."""
     parts = [HEADER]
     for track, evaluated in dict.fromkeys((entry.track, entry.evaluated) for entry in entries):
         parts.append(f"\n## {track}\n\nEvaluated on {evaluated} (their hash).\n\n{COLUMNS}")
@@ -144,7 +144,7 @@ def render(entries: Sequence[Entry]) -> str:
 
 
 def repeat(entry: Entry, words: Sequence[str], folder: Path = Path("runs/board")) -> None:
-    """Run the entry's configuration with its budget and seeds as a comparison of one row; words are its flags."""
+    """Run the entry's configuration, budget and seeds as a comparison of one row; `words` are extra flags."""
     from experiment.compare.runner import main as compare
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,7 @@ def main(args: Sequence[str] | None = None) -> None:
     comparison = Path("runs/comparisons/recipes/recipes.jsonl")
     adding.add_argument("--from", dest="file", type=Path, default=comparison, help="by default %(default)s")
     commands.add_parser("write", help="write BOARD.md")
-    repeating = commands.add_parser("repeat", help="run an entry once more")
+    repeating = commands.add_parser("repeat", help="rerun an entry")
     repeating.add_argument("name", help="of the entry; flags of fit may follow, such as --data.path FOLDER")
     options, words = parser.parse_known_args(args)
     if words and options.command != "repeat":
@@ -183,7 +183,7 @@ def main(args: Sequence[str] | None = None) -> None:
     else:
         entries = {entry.name: entry for entry in read_entries()}
         if options.name not in entries:
-            raise InputError(f"{options.name} is no entry: expected one of {', '.join(entries)}")
+            raise InputError(f"{options.name} is not an entry: expected one of {', '.join(entries)}")
         repeat(entries[options.name], words)
 
 

@@ -49,13 +49,13 @@ class LanguageCLI(ExperimentCLI):
             "--predictions.stream",
             type=bool,
             default=True,
-            help="On a terminal, show the first story of each batch token by token while it is written.",
+            help="On a terminal, show the first story of each batch as it is generated, token by token.",
         )
         parser.add_argument(
             "--validate_first",
             type=bool | None,
             default=None,
-            help="Validate before the first step of fit. By default where model.init_from gives weights to start from.",
+            help="Validate before the first step of fit. By default only with model.init_from.",
         )
         parser.set_defaults({"model.decoder.max_sequence_length": None})  # which then follows data.sequence_length
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
@@ -75,7 +75,7 @@ class LanguageCLI(ExperimentCLI):
             from lm.formats.pretrained import take_shape
 
             if init_from is None and self._base is None:
-                raise InputError(f"model.adapter {model.adapter}: there is nothing to adapt; give --model.init_from")
+                raise InputError(f"model.adapter {model.adapter}: no weights to adapt; give --model.init_from")
             take_shape(config, self.flags, self.stored("weights"))
         if model.decoder.max_sequence_length is None:
             before = self.stored().get("hyper_parameters", {}).get("decoder", {})
@@ -166,8 +166,8 @@ class LanguageCLI(ExperimentCLI):
         if (before is None) != (now is None):
             raise InputError(
                 f"model.optimizer.muon_learning_rate {'null' if now is None else now}: {self.checkpoint} was trained "
-                f"{'without' if before is None else 'with'} Muon, and its optimizer cannot go on as another; give "
-                f"{'null' if before is None else before}, or train anew"
+                f"{'without' if before is None else 'with'} Muon, and a resumed run cannot change its optimizer; give "
+                f"{'null' if before is None else before}, or start a new run"
             )
 
 

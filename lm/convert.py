@@ -79,12 +79,12 @@ def adapter(checkpoint: str, folder: str) -> None:
 
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{folder} exists already; give a folder that is new or empty")
+        raise InputError(f"{folder} exists already; give a new or empty folder")
     with console.status("converting"):
         file = find_checkpoint(user_path(checkpoint))
         decoder, lora = load_adapted(file)
         if lora is None:
-            raise InputError(f"{file} holds no adapter: it was trained with model.adapter full; export it whole")
+            raise InputError(f"{file} holds no adapter: it was trained with model.adapter full; export the whole model")
         base, tokenizer = load_checkpoint(file.resolve().with_name(BASE))
         to_hugging_face(base, tokenizer, target / "base")
         save_adapter(decoder, lora, target, str((target / "base").resolve()))

@@ -112,7 +112,7 @@ class LanguageModelDemo:
         prompt = [] if long else self.tokenizer.encode_prompt(beginning)
         if long or len(prompt) >= context:
             held = f"{len(beginning):,} characters" if long else f"{len(prompt):,} tokens"
-            raise ValueError(f"This beginning is too long: {held}, but the model holds {context:,} tokens. Shorten it.")
+            raise ValueError(f"This beginning is too long: {held}, but the context is {context:,} tokens. Shorten it.")
         return prompt
 
 

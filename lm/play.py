@@ -13,7 +13,7 @@ from lm.model.config import GenerationConfig
 
 SEEDS = 1000
 BEGINNINGS = ["Once upon a time", "One day, a little girl named Lily", "Tom had a red ball.", "The dog was sad because"]
-FINISHED = {"eos": "the story has ended", "stop": "the story has ended", "length": "stopped at the length"}
+FINISHED = {"eos": "the story has ended", "stop": "the story has ended", "length": "stopped at the token limit"}
 LEGEND = '<span class="legend">certain <i class="rare"></i> unlikely</span>'
 
 
@@ -23,7 +23,7 @@ def show(choice: Choice) -> str:
         Row(name.replace("\n", "↵"), probability, _percent(probability, drawn), taken)
         for name, probability, drawn, taken in choice.alternatives
     ]
-    return word(choice.text, "rare", 1 - choice.probability, "the model's chance → as drawn", rows)
+    return word(choice.text, "rare", 1 - choice.probability, "the model's probability → after filters", rows)
 
 
 def _percent(probability: float, drawn: float) -> str:
@@ -61,12 +61,12 @@ def _fill(teller: LanguageModelDemo, name: str) -> None:
                 another = gr.Button("Another", min_width=80)
                 stop = gr.Button("Stop", min_width=80)
         with gr.Column(scale=2):
-            temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0 takes the likeliest, always")
-            top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="share of probability that is drawn from")
-            length = gr.Slider(1, context - 1, min(200, context - 1), step=1, label="Length", info="tokens at most")
-            seed = gr.Slider(0, SEEDS - 1, 0, step=1, label="Seed", info="the same seed tells the same story")
+            temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0 always takes the most likely")
+            top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="share of the probability to sample from")
+            length = gr.Slider(1, context - 1, min(200, context - 1), step=1, label="Length", info="most new tokens")
+            seed = gr.Slider(0, SEEDS - 1, 0, step=1, label="Seed", info="the same seed gives the same story")
     story = gr.HTML(
-        '<span class="quiet">The story will stand here. Point at a word to see what else it might have been.</span>',
+        '<span class="quiet">The story will appear here. Point at a word to see its alternatives.</span>',
         html_template='<div class="answer"><div class="text">${value}</div></div>',
     )
     inputs = [beginning, temperature, top_p, length, seed]
@@ -94,7 +94,7 @@ def _page(teller: LanguageModelDemo, beginning: str, config: GenerationConfig) -
                 f"perplexity {math.exp(surprise / count):.2f}",
             ]  # fmt: skip
             if not teller.checkpoint.is_file():
-                facts.append("its checkpoint is gone from the disk: this came from memory")
+                facts.append("its checkpoint was deleted: this came from memory")
             figures = "".join(f"<span>{fact}</span>" for fact in facts)
             yield f'{text}{escaped(come.rest)}<span class="figures quiet">{LEGEND}{figures}</span>'
             return

@@ -24,10 +24,10 @@ from lm.decoding.generation import TextStream, stream
 from lm.demo import LanguageModelDemo
 from lm.model.config import GenerationConfig
 
-HELP = """  a text         begins a story (with a chat template: is a message)
-  Enter          goes on with the story
+HELP = """  any text       starts a story (with a chat template: sends a message)
+  Enter          continues the story
   /temperature 0.7, /top_p 0.9, /seed 1, /max_new_tokens 300 …  change a setting; /settings shows all
-  /new           forgets the story or the conversation
+  /new           starts a new story or conversation
   /help, /quit   or Ctrl-D; Ctrl-C stops a story"""
 SETTINGS = [field.name for field in fields(GenerationConfig)]
 
@@ -75,7 +75,7 @@ class Terminal:
             return False
         if name == "new":
             self.forget()
-            console.print("forgotten", style="dim")
+            console.print("forgotten; type a new beginning", style="dim")
         elif name == "settings":
             for setting in SETTINGS:
                 console.print(f"  {setting} {getattr(self.config, setting)}")
@@ -103,7 +103,7 @@ class Terminal:
         self.ids, self.told = text.ids, self.told + 1
         if self.messages:
             self.messages.append({"role": "assistant", "content": self.tokenizer.decode(self.ids)[len(before) :]})
-        how = {"eos": "the end", "length": "Enter goes on", "stop": "a stop string"}.get(ending, "stopped")
+        how = {"eos": "the end", "length": "Enter continues", "stop": "a stop string"}.get(ending, "stopped")
         speed, cut = told / max(seconds, 1e-9), " …" if ending == "length" else ""
         console.print(f"{cut}\n({how}; {told} tokens, {speed:,.0f} a second)", style="dim")
 
@@ -128,7 +128,7 @@ def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors(), console.status("loading"):
         terminal = Terminal(LanguageModelDemo(find_checkpoint(user_path(run))), GenerationConfig(temperature=0.8))
     chat = terminal.tokenizer.chat_template
-    console.print("a chat; type a message" if chat else "type the beginning of a story", "(/help lists what else)")
+    console.print("a chat; type a message" if chat else "type the beginning of a story", "(/help lists more)")
     going = True
     while going:
         try:

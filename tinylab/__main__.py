@@ -15,14 +15,14 @@ commands:
   lm         train, validate, test and use the language model
   classify   train, validate, test and use the classifier
   tell       talk to a language model in the terminal
-  play       a local page to try runs
-  convert    models to and from transformers, llama2.c, GGUF and PEFT
+  play       open a local page to try runs
+  convert    export and import: transformers, llama2.c, GGUF and PEFT
   decoding   compare ways of decoding on one model
-  compare    configurations side by side, with several seeds and equal budgets
-  board      entries of the board, and the board itself
-  report     the page of a run, or of several over each other
-  summary    what runs did, in a table
-  letters    write the texts that the demo's model is adapted to
+  compare    compare configurations, with several seeds and equal budgets
+  board      add or rerun entries of the board, and write it
+  report     write the report of one or several runs
+  summary    print a table of runs and their results
+  letters    write the letters that the demo's model is adapted to
 
 `tinylab COMMAND --help` explains each.
 """  # no docstring: `python -OO` has none

@@ -32,10 +32,10 @@ from experiment.sources.configurations import read_configuration
 from experiment.sources.paths import repaired, write_text
 
 DESCRIPTIONS = {
-    "fit": "Train a model. Everything is written to the run's folder.",
+    "fit": "Train a model. All output goes to the run's folder.",
     "validate": "Evaluate a checkpoint on the validation split.",
     "test": "Evaluate a checkpoint on the test split.",
-    "predict": "Use a checkpoint on texts of your own; the results are shown and written to predictions.jsonl.",
+    "predict": "Apply a checkpoint to your own texts; results are shown and written to predictions.jsonl.",
 }
 
 
@@ -110,8 +110,8 @@ class ExperimentCLI(LightningCLI):
             "--run_dir",
             type=str | None,
             default=None,
-            help=f"Folder of this run. By default runs/{self.package}/NAME, NAME being that of the first config, with "
-            "-2, -3 … where taken.",
+            help=f"Folder of this run. By default runs/{self.package}/NAME, with the first config's name, and "
+            "-2, -3 … if that is taken.",
         )
         parser.add_argument(
             "--ckpt_path",
@@ -123,10 +123,10 @@ class ExperimentCLI(LightningCLI):
             "--seed_everything",
             type=bool | int,
             default=42,
-            help="Seed of all random numbers, so that a run can be repeated; true draws one.",
+            help="Seed of all random numbers, so that a run can be repeated; true picks a random seed.",
         )
         parser.add_argument(
-            "--report", type=bool, default=True, help="Write report.html into the run's folder at the end of fit."
+            "--report", type=bool, default=True, help="Write report.html to the run's folder at the end of fit."
         )
         parser.add_argument("--debug", action="store_true", help="Show tracebacks and the libraries' own messages.")
 
@@ -216,7 +216,7 @@ class ExperimentCLI(LightningCLI):
 
             check_fits(self.model, self.checkpoint)
         elif self.subcommand != "fit":
-            console.print("note: no --ckpt_path was given, so the model has its initial weights")
+            console.print("note: without --ckpt_path the model has its initial weights")
 
     def weights_device(self) -> AbstractContextManager:
         """Where the weights of the model are made, which is the CPU."""
@@ -253,7 +253,7 @@ class ExperimentCLI(LightningCLI):
         """Refuse what cannot be trained, before anything is written."""
         for name in ("max_steps", "max_epochs", "limit_train_batches"):
             if self.checkpoint is None and getattr(self.trainer, name) == 0:
-                raise InputError(f"trainer.{name} 0: nothing would be trained; expected more, or leave it out")
+                raise InputError(f"trainer.{name} 0: nothing would be trained; give a larger number, or leave it out")
         self.model.check_trainer(self.trainer)
         self.datamodule.trainer = self.trainer
         self.datamodule.prepare_data()

@@ -30,11 +30,11 @@ def tell_ending(trainer: Trainer, run_dir: Path, report: bool) -> str | None:
     if report and logged:
         from experiment.pages.report import write_report  # brings plotting, which takes a second to import
 
-        with console.status("drawing the report"):
+        with console.status("writing the report"):
             page = write_report([run_dir])
         console.print(f"report: {page}")
     names = ["best", "last"]
     if any(isinstance(one, BestCheckpoint) and one.best_step == 0 for one in trainer.callbacks):
-        console.print("note: the best validation was before the first step: best.ckpt has what the run began with")
+        console.print("note: the best validation was before the first step: best.ckpt holds the initial weights")
         names.reverse()
     return next((name for name in names if (run_dir / "checkpoints" / f"{name}.ckpt").exists()), None)

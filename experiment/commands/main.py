@@ -53,7 +53,7 @@ def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> Experime
     except OSError as error:
         if debug or error.errno not in UNWRITABLE:
             raise
-        cure = "free space or choose another place with --run_dir"
+        cure = "free space or choose another folder with --run_dir"
         _end(f"{error.filename or 'a file'} cannot be written ({error.strerror}): {cure}")
     except RuntimeError as error:
         from experiment.runs.launch import waited_in_vain
@@ -64,14 +64,14 @@ def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> Experime
     except Interrupted as interruption:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         again = shlex.join(given).replace(" --ckpt_path=last", "").replace(" --ckpt_path last", "")
-        console.print(f"stopped; go on with\n  {resume or f'{command(cli.package)} {again} --ckpt_path last'}")
+        console.print(f"stopped; resume with\n  {resume or f'{command(cli.package)} {again} --ckpt_path last'}")
         sys.exit(interruption.exit_code)
     except (KeyboardInterrupt, SystemExit) as ending:  # Lightning turns the first into the second
         terminated = isinstance(ending, SIGTERMException)
         if isinstance(ending, SystemExit) and not isinstance(ending.__context__, KeyboardInterrupt) and not terminated:
             raise
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        console.print(f"\ninterrupted; go on with\n  {resume}" if resume else "\ninterrupted")
+        console.print(f"\ninterrupted; resume with\n  {resume}" if resume else "\ninterrupted")
         sys.exit(143 if terminated else 130)
 
 

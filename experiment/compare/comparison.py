@@ -97,18 +97,18 @@ class Comparison:
 def read_comparison(args: Sequence[str] | None) -> tuple[Comparison, Path]:
     """What a command line asks for, and the folder of all comparisons; an InputError names what cannot be run."""
     parser = CommandParser("tinylab compare", __doc__, whole=True)
-    parser.add_argument("file", type=Path, help="such as configs/comparisons/recipes.yaml; or one of `wandb sweep`")
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows to make, by default all")
+    parser.add_argument("file", type=Path, help="such as configs/comparisons/recipes.yaml, or a `wandb sweep` file")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows to run; default: all")
     parser.add_argument("--rows", nargs="+", metavar="CONFIG", help="instead of the file's: A.yaml B.yaml,OVER_B.yaml")
-    parser.add_argument("--seeds", type=int, nargs="+", help="one run each, by default the file's")
+    parser.add_argument("--seeds", type=int, nargs="+", help="one run per seed; default: the file's")
     parser.add_argument("--budget", nargs="+", metavar="UNIT=N", help="instead of the file's: seconds=1200 points=8")
-    parser.add_argument("--out", type=Path, default=Path("runs/comparisons"), help="by default %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("runs/comparisons"), help="output; default: %(default)s")
     options, words = parser.parse_known_args(args)
     file, found = options.file, {}
     content = {"name": file.stem, "seeds": [1]} | read_configuration(current_file(str(file)))
     try:
         if content.keys() & {"trainer", "model", "data"}:
-            raise InputError("it is a configuration of fit, which a comparison names in `configs`")
+            raise InputError("this is a configuration of fit: name it under `configs` of a comparison")
         content = from_sweep(content) if "command" in content else content
         content = check_keys(content, OF_FILE, required=("metric", "seeds"))
         check_keys(content["metric"], {"name": str, "goal": ("minimize", "maximize")}, "metric: ", required=("name",))
@@ -135,7 +135,7 @@ def read_comparison(args: Sequence[str] | None) -> tuple[Comparison, Path]:
             if len(row["budget"].keys() - {"points"}) > 1 or min(row["budget"].values(), default=1) <= 0:
                 raise InputError(f"row {label}: budget {row['budget']}: expected one above 0 of {listed(BUDGETS)}")
             for flag in typed.keys() & (OWN_FLAGS | BUDGET_FLAGS if row["budget"] else OWN_FLAGS):
-                raise InputError(f"--{flag} is set for each run: use the comparison's own options, --help")
+                raise InputError(f"--{flag} is set for each run: use the comparison's own options; see --help")
             check_keys(row, OF_ROW, f"row {label}: ", required=("package",))
             found[label] = Run(label, content["seeds"][0], **row)
         base, names = content.get("baseline"), options.only or [*found]
@@ -146,7 +146,7 @@ def read_comparison(args: Sequence[str] | None) -> tuple[Comparison, Path]:
         for name in content["report"]:  # another module, or a callback, may log others
             near = hint(name, FIGURES)
             if name not in FIGURES and ("/" not in name or (near and ours)):
-                raise InputError(f"{name}: there is no such figure{near}; expected {listed(FIGURES)}")
+                raise InputError(f"{name}: there is no such metric{near}; expected {listed(FIGURES)}")
         content |= {"baseline": base if base in names else None, "seeds": options.seeds or content["seeds"]}
         return Comparison(**content | {"rows": [found[name] for name in names]}), options.out
     except InputError as error:

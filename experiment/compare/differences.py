@@ -76,9 +76,9 @@ def show(comparison: Comparison, lines: Sequence[Line], out: Path) -> None:
         notes += ["Differences: paired over the seeds, ± standard error; within the noise: 0 is in the 95 % interval."]
     notes += dict.fromkeys(f"Evaluated on {line['evaluated']} (their hash)." for line in lines if "evaluated" in line)
     if len({line.get("tokenizer") for line in lines}) > 1:
-        notes += ["Tokenizers differ: bits per byte compare, losses of a token and numbers of tokens do not."]
+        notes += ["Tokenizers differ: compare bits per byte, not losses or token counts."]
     rows_of_runs = pd.DataFrame(lines).groupby("key")["row"].agg(", ".join)
-    notes += [f"One run for {rows}, whose settings are equal." for rows in dict.fromkeys(rows_of_runs) if ", " in rows]
+    notes += [f"One run for {rows}: their settings are equal." for rows in dict.fromkeys(rows_of_runs) if ", " in rows]
     printed = Table(title=comparison.name, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in shown:  # narrow, since a pipe has 80 columns
         printed.add_column(name, overflow="fold", min_width=max(map(len, " ".join([name, *shown[name]]).split())))
@@ -98,7 +98,7 @@ def show(comparison: Comparison, lines: Sequence[Line], out: Path) -> None:
     console.print(f"written: tables, plot and page in {folder}; the runs in {out / 'runs'}, each under its `key` there")
     absent = [name for name in comparison.report if frame[name].isna().all()]
     if absent and not all("failed" in line for line in lines):
-        raise InputError(f"{', '.join(absent)}: no run has this figure; docs/configuration.md lists what there is")
+        raise InputError(f"{', '.join(absent)}: no run has this metric; docs/configuration.md lists them")
 
 
 def draw(comparison: Comparison, frame: pd.DataFrame, file: Path) -> None:

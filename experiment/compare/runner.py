@@ -103,9 +103,9 @@ def budget_flags(run: Run, facts: Line) -> list[str]:
     of_a_step = {"steps": 1, "tokens": tokens, "seconds": facts.get("seconds_per_step")}
     of_a_step["tokens_per_parameter"] = tokens and tokens / facts["parameters"]
     if not of_a_step[run.unit]:
-        raise InputError(f"budget: {number:g} {run.unit} are not counted beforehand by {run.name}")
+        raise InputError(f"budget: {number:g} {run.unit} cannot be counted in advance for {run.name}")
     if (steps := round(number / of_a_step[run.unit])) < 1:
-        raise InputError(f"budget: {number:g} {run.unit} make less than half a step of {run.name}")
+        raise InputError(f"budget: {number:g} {run.unit} are less than half a step of {run.name}")
     every = math.ceil(steps / run.budget.get("points", 8))
     trainer = {"max_steps": steps, "max_epochs": -1, "val_check_interval": every, "check_val_every_n_epoch": "null"}
     words = [f"--trainer.{name}={value}" for name, value in trainer.items()]

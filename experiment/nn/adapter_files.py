@@ -78,7 +78,7 @@ def read_adapter_config(folder: str | Path) -> LoRAConfig:
         content = json.loads(path.read_text(encoding="utf-8"))
         kind = content.get("peft_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is no adapter_config.json as PEFT writes it: {error}") from error
+        raise ValueError(f"{path} is not an adapter_config.json written by PEFT: {error}") from error
     if kind != "LORA":
         raise ValueError(f"{path}: peft_type is {kind!r}; only LORA adapters can be read")
     known = {f.name for f in fields(LoRAConfig)}
@@ -130,14 +130,14 @@ def check_adapter(weights: dict[str, Tensor], expected: dict[str, Tensor], folde
     """
     path = Path(folder) / "adapter_model.safetensors"
     if missing := sorted(expected.keys() - weights.keys()):
-        raise ValueError(f"{path} lacks {missing[0]} and {len(missing) - 1} more: an adapter of other layers")
+        raise ValueError(f"{path} lacks {missing[0]} and {len(missing) - 1} more: an adapter for other layers")
     if unexpected := sorted(weights.keys() - expected.keys()):
-        raise ValueError(f"{path} holds {unexpected[0]}, unknown to this model: an adapter of another base model")
+        raise ValueError(f"{path} holds {unexpected[0]}, unknown to this model: an adapter for another base model")
     for key, value in weights.items():
         if value.shape != expected[key].shape:
             raise ValueError(
                 f"{path}: {key} has shape {tuple(value.shape)}, this model needs "
-                f"{tuple(expected[key].shape)}: an adapter of another rank or base model"
+                f"{tuple(expected[key].shape)}: an adapter with another rank or base model"
             )
 
 
@@ -159,7 +159,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, str]:
     check_adapter(weights, adapter_state_dict(model, present), folder)
     if any(layer.scaling != config.scaling for layer in lora_layers(model).values()):
         raise ValueError(
-            f"{folder} holds an adapter trained at scale {config.scaling:g}: set lora_alpha and use_rslora alike"
+            f"{folder} holds an adapter trained at scale {config.scaling:g}: set lora_alpha and use_rslora to match"
         )
     model.load_state_dict({key.removeprefix(PEFT_PREFIX): value for key, value in weights.items()}, strict=False)
     return metadata

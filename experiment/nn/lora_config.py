@@ -39,7 +39,7 @@ class LoRAConfig:
         if self.r < 1:
             raise ValueError(f"r is {self.r}: the rank of a LoRA update must be at least 1, usually 4 to 64")
         if not self.lora_alpha > 0:
-            raise ValueError(f"lora_alpha is {self.lora_alpha}: it must be above 0; usual is 2 r")
+            raise ValueError(f"lora_alpha is {self.lora_alpha}: it must be above 0, usually 2 r")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}: it must be in [0, 1)")
         if not self.target_modules:

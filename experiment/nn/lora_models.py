@@ -72,7 +72,7 @@ def matching(names: Sequence[str], targets: list[str] | str, there: str) -> list
         try:
             pattern = re.compile(targets)
         except re.error as error:
-            raise ValueError(f"target_modules {targets!r} is no regular expression: {error}") from error
+            raise ValueError(f"target_modules {targets!r} is not a regular expression: {error}") from error
         missing = []
         found = {name for name in names if pattern.fullmatch(name)}
     else:

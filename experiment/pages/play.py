@@ -93,7 +93,7 @@ def open_page(runs: Sequence[Path], port: int | None = None) -> tuple["gr.Blocks
             prevent_thread_lock=True, run_history=False, theme=gr.themes.Base(font=FONTS).set(**quiet), head_paths=HEAD,
         )  # fmt: skip
     except OSError as error:
-        raise InputError(f"port {port or PORT} is taken: end what uses it, or name another with --port") from error
+        raise InputError(f"port {port or PORT} is in use: stop its program, or choose another with --port") from error
     return page, address
 
 

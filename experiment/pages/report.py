@@ -128,7 +128,7 @@ def read_runs(folders: Sequence[Path], names: Sequence[str] = ()) -> list[Run]:
     """
     resolved = [folder.resolve() for folder in folders]
     if twice := [folder for i, folder in enumerate(folders) if resolved[i] in resolved[:i]]:
-        raise InputError(f"run {twice[0]} was given twice: name each run once")
+        raise InputError(f"run {twice[0]} was given twice: give each run once")
     if not names:
         short = [path.name for path in resolved]
         names = [path.name if short.count(path.name) == 1 else f"{path.parent.name}/{path.name}" for path in resolved]
@@ -244,7 +244,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, such as runs/demo/lm")
     parser.add_argument("--output", type=Path, help="folder to write to; by default the run's own")
     options = parser.parse_args(args)
-    with console.status("drawing the report"):
+    with console.status("writing the report"):
         page = write_report(options.runs, options.output)
     console.print(f"written: {page}, and PNGs in {page.parent / 'figures'}")
     console.print("open it in any browser; it needs no network")

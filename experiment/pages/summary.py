@@ -65,7 +65,7 @@ def summarize(runs: list[Path]) -> None:
             label = f" → {first['label']}" if "label" in first else ""
             console.print(f"\n{run.name} says:", style="dim")
             console.print(first["text"] + label)
-    console.print("\nEverything lies in", style="dim")
+    console.print("\nEverything is in", style="dim")
     for run in runs:
         files = ", ".join(sorted(path.name for path in run.iterdir() if path.name != "wandb" and path.name[0] != "."))
         console.print(f"  {run}/  {files}")
@@ -75,7 +75,7 @@ def summarize(runs: list[Path]) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
     parser = CommandParser("tinylab summary", __doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder that fit has written")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder written by fit")
     summarize(parser.parse_args(args).runs)
 
 

@@ -80,7 +80,7 @@ class WandbLogger(RunLogger):
             raise InputError(f"W&B at {server}: {error}; log in with: wandb login --relogin") from error
         if not logged_in and self.mode == "online":
             cure = "log in with: wandb login, or set WANDB_MODE=offline"
-            raise InputError(f"W&B: nobody is logged in at {server}; {cure}")
+            raise InputError(f"W&B: you are not logged in at {server}; {cure}")
         self.mode = "online" if logged_in else "offline"
 
     @rank_zero_only
@@ -151,5 +151,5 @@ class WandbLogger(RunLogger):
         offline = self.experiment.offline
         self.experiment.finish()
         if offline:
-            console.print(f"W&B was kept offline; send it with: wandb sync {run / 'wandb' / 'offline-run-*'}")
+            console.print(f"W&B was offline; upload the run with: wandb sync {run / 'wandb' / 'offline-run-*'}")
         self.experiment = None

@@ -52,11 +52,11 @@ def agreed(what: str, decide: Callable[[], str]) -> str:
         if "EADDRINUSE" not in str(error):
             raise
         raise InputError(
-            f"port {port} of {host} is taken: expected a free one, for the processes to meet at; set another "
+            f"port {port} of {host} is in use: the processes need a free port to meet at; set another "
             "MASTER_PORT (torchrun: --master-port)"
         ) from error
     except DistStoreError as error:
-        raise InputError(f"process {rank} has not heard of the first one at {host}:{port}: name --run_dir") from error
+        raise InputError(f"process {rank} cannot reach the first process at {host}:{port}: give --run_dir") from error
     if not choice:
         sys.exit(2)
     return choice
@@ -78,9 +78,9 @@ def waited_in_vain(error: RuntimeError) -> str | None:
     frames = traceback.extract_tb(error.__traceback__)
     *_, place = [frame for frame in frames if any(Path(frame.filename).is_relative_to(package) for package in ours)]
     return (
-        f"process {rank} of {world} waited in vain for another one in {place.name} ({Path(place.filename).name}:"
-        f"{place.lineno}): {str(error).splitlines()[0]}; look whether the others have reported an error; a longer wait "
-        "is --trainer.strategy.init_args.timeout"
+        f"process {rank} of {world} timed out waiting for another process in {place.name} ({Path(place.filename).name}:"
+        f"{place.lineno}): {str(error).splitlines()[0]}; check the others for errors; to wait longer, set "
+        "--trainer.strategy.init_args.timeout"
     )
 
 

@@ -85,7 +85,7 @@ def missing_run(run: Path, lacks: str) -> InputError:
     state = f"holds no {lacks}" if run.exists() else "does not exist"
     runs = sorted({str(folder) for folder in (*run.parent.glob("*"), *Path("runs").glob("*/*")) if is_run(folder)})
     near = hint(str(run), runs) or (f" (there are {', '.join(runs[:5])})" if runs else "")
-    return InputError(f"run {run} {state}{near}: expected the folder of a run that fit has written")
+    return InputError(f"run {run} {state}{near}: expected a run folder written by fit")
 
 
 def read_record(run: Path) -> dict[str, Any]:

@@ -39,10 +39,10 @@ def resolve_checkpoint(subcommand: str, run_dir: Path, ckpt_path: str) -> Path |
         return file
     there = sorted(path.name for path in file.parent.glob("*.ckpt"))
     if ckpt_path == "last" and (newest := newest_checkpoint(file.parent)):
-        console.print(f"note: {file} is not there; {newest.name} is the newest whole checkpoint")
+        console.print(f"note: {file} does not exist; using {newest.name}, the newest whole checkpoint")
         return newest
     if subcommand == "fit" and ckpt_path == "last" and not there:
-        console.print(f"note: {run_dir} has no checkpoint yet, so that training begins at step 0")
+        console.print(f"note: {run_dir} has no checkpoint yet, so training starts at step 0")
         return None
     if named and not is_run(run_dir):
         raise missing_run(run_dir, "checkpoint")
@@ -141,7 +141,7 @@ def read_checkpoint(file: Path, part: Literal["all", "weights", "outline"] = "we
         InputError: The file is missing or truncated, is no checkpoint, or would have to run code to be loaded.
     """
     if not is_checkpoint(file):
-        raise InputError(f"there is no checkpoint {file}: expected a file that fit has written")
+        raise InputError(f"there is no checkpoint {file}: expected a file written by fit")
     try:
         verify(file)
         if file.is_dir():
@@ -154,22 +154,22 @@ def read_checkpoint(file: Path, part: Literal["all", "weights", "outline"] = "we
                 current_checkpoint(checkpoint)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"ckpt_path {file} is refused: it is no checkpoint, or holds objects that would run code when loaded; "
-            "expected a file that fit has written"
+            f"ckpt_path {file} is refused: it is not a checkpoint, or holds objects that would run code when loaded; "
+            "expected a file written by fit"
         ) from error
     except Exception as error:  # what a damaged file makes the readers of zip and pickle raise has no bounds
         others = sorted(other.name for other in file.parent.glob("*.ckpt") if other.resolve() != file.resolve())
         raise InputError(
-            f"ckpt_path {file} cannot be read: it is truncated or no checkpoint; take another one"
+            f"ckpt_path {file} cannot be read: it is truncated or not a checkpoint; use another one"
             + (f" ({', '.join(others)})" if others else " of that run")
         ) from error
     weights = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
         raise InputError(
-            f"ckpt_path {file} is no Lightning checkpoint (no state_dict): expected a file that fit has written"
+            f"ckpt_path {file} is not a Lightning checkpoint (no state_dict): expected a file written by fit"
         )
     if not isinstance(checkpoint.get("global_step", 0), int):
-        raise InputError(f"ckpt_path {file} is no Lightning checkpoint: its global_step is no number of steps")
+        raise InputError(f"ckpt_path {file} is not a Lightning checkpoint: its global_step is not a number of steps")
     return checkpoint
 
 
@@ -182,7 +182,7 @@ def package_of(file: Path) -> str:
     hyperparameters = read_checkpoint(file, part="outline").get("hyper_parameters", {})
     package = next((package for key, package in PACKAGES.items() if key in hyperparameters), None)
     if package is None:
-        raise InputError(f"{file} is not a checkpoint of lm or classify: expected one that fit has written")
+        raise InputError(f"{file} is not a checkpoint of lm or classify: expected one written by fit")
     return package
 
 
@@ -195,9 +195,9 @@ def check_fits(module: LightningModule, file: Path) -> None:
     weights = read_checkpoint(file, part="outline")["state_dict"], module.state_dict()
     stored, expected = ({name: tuple(weight.shape) for name, weight in one.items()} for one in weights)
     for name in {**expected, **stored}:
-        if (found := stored.get(name, "not in it")) != (wanted := expected.get(name, "no such weight")):
+        if (found := stored.get(name, "missing")) != (wanted := expected.get(name, "no such weight")):
             raise InputError(
-                f"ckpt_path {file} is of another architecture: {name} is {found}, expected {wanted}; use the "
+                f"ckpt_path {file} has another architecture: {name} is {found}, expected {wanted}; use the "
                 "configuration and the tokenizer it was trained with (config.yaml in its run's folder)"
             )
 
@@ -217,8 +217,8 @@ def check_resume(trainer: Trainer, module: LightningModule, stored: Mapping[str,
     before = [len(group["params"]) for state in states for group in state.get("param_groups", [])]
     if before not in ([], groups):
         raise InputError(
-            f"{file} is of another optimizer: its groups hold {before} weights, expected {groups}; give the "
-            "options, and the version of tinylab, that it was trained with, or begin a new run"
+            f"{file} is from another optimizer: its groups hold {before} weights, expected {groups}; give the "
+            "options, and the version of tinylab, that it was trained with, or start a new run"
         )
     loop = trainer.fit_loop
     if 0 <= trainer.max_steps <= stored["global_step"]:

@@ -123,7 +123,7 @@ def check_free(folder: Path, resumed: bool) -> None:
         )
     if holds_run(folder) and not is_run(folder):
         raise InputError(
-            f"run_dir {folder} holds a {CONFIG} that fit has not written, and would write over: name another folder"
+            f"run_dir {folder} holds a {CONFIG} not written by fit, which would be overwritten: name another folder"
         )
 
 
@@ -141,7 +141,7 @@ def hold_run_dir(folder: Path, resumed: bool) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise InputError(
-            f"run_dir {folder} is being written by another training: wait for its end, or name another folder"
+            f"run_dir {folder} is in use by another training: wait until it ends, or name another folder"
         ) from error
     except NotImplementedError:  # a file system without locks
         pass

@@ -52,7 +52,7 @@ class StopRequest:
             os._exit(128 + number)  # every file is written beside its place and renamed: nothing is left half-written
         self.number = number
         if rank_zero_only.rank == 0:  # not by print, which the signal may have come in the middle of
-            os.write(2, b"\nstopping after this step; once more to stop at once\n")
+            os.write(2, b"\nstopping after this step; again to stop immediately\n")
 
     def agreed(self, trainer: Trainer) -> int:
         """The signal to stop for, 0 for none. One process heeds its own at once; several stop together at the first
@@ -90,7 +90,7 @@ def check_losses(trainer: Trainer) -> None:
     if trainer.world_size > 1:
         processes *= trainer.world_size
         torch.distributed.all_gather_object(processes, what)
-    what = next(filter(None, processes), "not finite, though that of each batch is")
+    what = next(filter(None, processes), "not finite, although each batch's loss is")
     raise InputError(
         f"the loss of step {sums.failed_step} is {what}: lower the learning rate, set --trainer.gradient_clip_val, or "
         f"look at these samples; {newest_checkpoint(trainer)}"

@@ -183,13 +183,13 @@ class ResumableDataModule(LightningDataModule):
             lower = max(0, whole) // at_once * at_once
             near = " or ".join(f"{value:,}" for value in (lower, lower + at_once) if value)
             raise InputError(
-                f"data.{option} {whole:,} is no multiple of what is trained at once ({self._product(processes, 1)}): "
+                f"data.{option} {whole:,} is not a multiple of what trains at once ({self._product(processes, 1)}): "
                 f"expected {near}, or another data.batch_size"
             )
         if given not in (1, whole // at_once):
             raise InputError(
-                f"trainer.accumulate_grad_batches {given}: data.{option} {whole:,} makes it {whole // at_once}; leave "
-                "one of the two out"
+                f"trainer.accumulate_grad_batches {given}: data.{option} {whole:,} makes it {whole // at_once}; give "
+                "only one of the two"
             )
         return whole // at_once
 
@@ -213,10 +213,10 @@ class ResumableDataModule(LightningDataModule):
             )
         if self.train_sampler is None:  # a stream, which has no epochs
             if trainer.max_steps < 0:
-                yield "trainer.max_steps is not given: data.streaming has no last story, so it must end the run"
+                yield "trainer.max_steps is not given: data.streaming never ends, so max_steps must end the run"
             if trainer.overfit_batches:
                 found = f"trainer.overfit_batches {trainer.overfit_batches}"
-                yield f"{found}: a stream has no batches to come back to; give data.streaming false"
+                yield f"{found}: a stream cannot repeat its batches; give data.streaming false"
             return
         total, processes = len(self.train_sampler.epoch_batches(0)), trainer.world_size
         batches = -(-total // processes)
@@ -265,7 +265,7 @@ class ResumableDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "epoch" not in state_dict:
-            raise InputError("this run has streamed its data: resume it with --data.streaming true")
+            raise InputError("this run streamed its data: resume it with --data.streaming true")
         epoch, done = int(state_dict["epoch"]), int(state_dict["batches_done"])
         if self.train_sampler is None:  # no training, or its loader is still to be made
             self._position = epoch, done
@@ -274,9 +274,9 @@ class ResumableDataModule(LightningDataModule):
         if before is not None and before != (share := -(-len(sizes) // self.trainer.world_size)):
             if self.trainer.max_epochs not in (None, -1) or self.trainer.max_steps == -1:
                 raise InputError(
-                    f"an epoch has {share} batches a process, and had {before} when the checkpoint was written: what "
-                    "is left of a run that ends with an epoch cannot be told; put data.batch_size and the processes "
-                    "back, or give --trainer.max_steps and --trainer.max_epochs -1"
+                    f"an epoch has {share} batches a process, and had {before} when the checkpoint was written, so "
+                    "the end of the last epoch is unclear; restore data.batch_size and the number of processes, "
+                    "or give --trainer.max_steps and --trainer.max_epochs -1"
                 )
             if done:
                 batches = bisect_right(list(accumulate(sizes)), state_dict["samples_done"])

@@ -33,7 +33,7 @@ def load_yaml(text: str) -> Any:
                 line = key.start_mark.line + 1
                 if str(key.value) in lines:
                     lines_of = f"in lines {lines[str(key.value)]} and {line}"
-                    raise RepeatedKey(f"{key.value} stands twice, {lines_of}: join the two")
+                    raise RepeatedKey(f"{key.value} is given twice, {lines_of}: merge the two")
                 lines[str(key.value)] = line
                 nodes.append(value)
     for word in sorted(words, key=lambda word: -word.start_mark.index):
@@ -54,12 +54,12 @@ def read_configuration(file: str | Path) -> dict[str, Any]:
         raise InputError(f"config {file}: {error}") from error
     except yaml.MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: {error.problem}" if error.problem_mark else error.problem
-        raise InputError(f"config {file} is no YAML ({where}): expected options, such as seed_everything: 1") from error
+        raise InputError(f"config {file} is not YAML ({where}): expected options such as seed_everything: 1") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"config {file} is no text in UTF-8 ({error.reason}): expected a YAML file") from error
+        raise InputError(f"config {file} is not UTF-8 text ({error.reason}): expected a YAML file") from error
     except (ValueError, yaml.YAMLError) as error:
         why = " ".join(str(error).split())
-        raise InputError(f"config {file} is no YAML ({why}): expected options, such as seed_everything: 1") from error
+        raise InputError(f"config {file} is not YAML ({why}): expected options such as seed_everything: 1") from error
     except OSError as error:
         from experiment.wording import unreadable_config
 

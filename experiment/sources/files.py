@@ -53,7 +53,7 @@ def local_files(path: str) -> dict[str, list[Path]] | None:
         return files
     if source.is_file():
         if format_of(source) is None:
-            raise InputError(f"data.path {path} has the unknown ending {source.suffix!r}: expected {formats()}")
+            raise InputError(f"data.path {path} has the unknown extension {source.suffix!r}: expected {formats()}")
         return {"train": [source]}
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or format_of(source) is not None
     if looks_local:
@@ -89,13 +89,13 @@ def _whole(split: str, matches: dict[Path, re.Match | None]) -> list[Path]:
     kinds = {(file.parent, format_of(file), total) for file, total in zip(files, totals, strict=True)}
     if len(kinds) > 1 or (len(files) > 1 and totals[0] is None) or len(set(numbers)) < len(numbers):
         raise InputError(
-            f"{files[0]} and {files[1]} are both the {split} split: remove or rename one, or name the one that is "
+            f"{files[0]} and {files[1]} are both the {split} split: remove or rename one, or give the one that is "
             "meant with data.path"
         )
     if numbers and (missing := set(range(int(totals[0]))) - set(numbers)):
         raise InputError(
             f"{files[0].parent} holds {len(files)} of the {int(totals[0])} shards of {split}, and number "
-            f"{min(missing)} is missing: fetch it, or rename those that are there, if they are all"
+            f"{min(missing)} is missing: fetch it, or rename the others if they are complete"
         )
     return files
 
@@ -149,7 +149,7 @@ def load_texts(
     if missing := [column for column in columns if column not in dataset.column_names]:
         raise InputError(
             f"{path} ({split}) has no column {missing[0]!r}: it has {', '.join(dataset.column_names)}; "
-            "rename the one that is meant"
+            "rename the column that you mean"
         )
     if len(dataset) == 0:
         raise InputError(f"{path} ({split}) is empty: expected at least one row with a {columns[0]}")
@@ -195,7 +195,7 @@ def _reading_error(error: BaseException) -> BaseException:
 
             return InputError(
                 f"{cause.filename or datasets.config.HF_DATASETS_CACHE} cannot be written ({cause.strerror}), where "
-                "texts are cached: free space there, or set HF_HOME to a folder that can be written"
+                "texts are cached: free space there, or set HF_HOME to a writable folder"
             )
         cause = cause.__cause__ or cause.__context__
     return error

@@ -128,7 +128,7 @@ def cached_folder(kind: str, key: Mapping[str, Any], build: Callable[[Path], Non
     except OSError as error:
         raise InputError(
             f"the cache folder {target.parent} cannot be written ({error.strerror}): "
-            "set TINYLAB_CACHE to a folder that can"
+            "set TINYLAB_CACHE to a writable folder"
         ) from error
     try:
         if not target.is_dir():  # else another process built it while we waited

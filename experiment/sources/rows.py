@@ -81,14 +81,14 @@ def _checked(rows: Iterator[tuple[int, Row]], file: Path, columns: Sequence[str]
         return
     if missing := [column for column in columns if column not in first[1]]:
         raise InputError(
-            f"{file} has no column {missing[0]!r}: it has {', '.join(map(str, first[1]))}; rename the one that is meant"
+            f"{file} has no column {missing[0]!r}: it has {', '.join(map(str, first[1]))}; rename the one you mean"
         )
     for place, row in chain([first], rows):
         values = {column: row.get(column) for column in columns}
         if row and not row.keys() & values.keys():
             raise InputError(
                 f"row {place} of {file} has no column {columns[0]!r}, as the first has: it has "
-                f"{', '.join(map(str, row))}; files of one kind of row are expected"
+                f"{', '.join(map(str, row))}; expected the same columns in every row"
             )
         for column, value in values.items():
             if column == MESSAGES and isinstance(value, list):
@@ -184,7 +184,7 @@ def _csv(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
                 fields = len(row) - 1 + len(row[None])
                 raise ValueError(
                     f"line {rows.line_num} has {fields} fields, the header {len(rows.fieldnames)}; "
-                    "a text that holds a comma stands in quotes"
+                    "quote a text that contains a comma"
                 )
             yield rows.line_num, row
 
@@ -207,7 +207,7 @@ def layout_note(files: Sequence[Path]) -> str:
     """What was assumed of text files that do not say where a text ends."""
     notes = {
         "blank lines": "a blank line ends a text",
-        "one text": f"taken as one text, since it has neither {END_MARKER} nor blank lines; for one text a line, "
+        "one text": f"read as one text, since it has neither {END_MARKER} nor blank lines; for one text a line, "
         "use JSON lines",
     }
     layouts = {file: text_layout(file) for file in files if format_of(file) == ".txt"}

@@ -62,6 +62,6 @@ def blocks(
         names = columns(list(batch), where) if callable(columns) else columns
         if missing := [column for column in names if column not in batch]:
             raise InputError(
-                f"{where} has no column {missing[0]!r}: it has {', '.join(batch)}; rename the one that is meant"
+                f"{where} has no column {missing[0]!r}: it has {', '.join(batch)}; rename the column that you mean"
             )
         yield {column: batch[column] for column in names}, stream.state_dict()

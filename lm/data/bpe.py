@@ -58,7 +58,7 @@ def from_pieces(
         double = next(text for i, text in enumerate(texts) if vocab[text] != i)
         raise InputError(f"tokenizer {name!r} holds the piece {double!r} twice")
     if missing := [piece for piece in BYTES if piece not in vocab]:
-        raise InputError(f"tokenizer {name!r} lacks {missing[0]}, so it cannot take any text; use another, or 'train'")
+        raise InputError(f"tokenizer {name!r} lacks {missing[0]}, so it cannot take all text; use another, or 'train'")
     outside = {*control_ids, *(vocab[piece] for piece in BYTES)}
     backend = Tokenizer(
         models.BPE(

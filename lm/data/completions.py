@@ -26,13 +26,13 @@ def story_columns(names: Collection[str], where: str) -> Sequence[str]:
     found = [layout for layout in LAYOUTS if set(layout) <= set(names)]
     if len(found) > 1:
         kinds = " and ".join(" with ".join(layout) for layout in found)
-        raise InputError(f"{where} has columns of {kinds}: expected one kind of them; remove or rename the others")
+        raise InputError(f"{where} has columns of {kinds}: expected only one kind; remove or rename the others")
     if not found and len(half := {"prompt", "completion"} & set(names)) == 1:
         (lacking,) = {"prompt", "completion"} - half
         raise InputError(f"{where} has a column {half.pop()!r} without {lacking!r}: it has {', '.join(names)}; add it")
     if names and not found:
         kinds = "'text', no 'prompt' with its 'completion' and no 'messages'"
-        raise InputError(f"{where} has no column {kinds}: it has {', '.join(names)}; rename the one that is meant")
+        raise InputError(f"{where} has no column {kinds}: it has {', '.join(names)}; rename the column that you mean")
     return found[0] if found else LAYOUTS[0]  # what cannot be read, its reader tells
 
 
@@ -49,7 +49,7 @@ def encode_stories(
     """
     if "messages" in rows:
         if not tokenizer.chat_template:
-            raise InputError(f"{where} holds messages, but data.tokenizer has no chat template; take one that has")
+            raise InputError(f"{where} holds messages, but data.tokenizer has no chat template; use one that has")
         chats = [tokenizer.encode_conversation(_messages(value, where)) for value in rows["messages"]]
         return [ids for ids, _ in chats], [learned for _, learned in chats]
     for column, values in rows.items():

@@ -59,7 +59,7 @@ def add_tokenizer(writer: "GGUFWriter", tokenizer: StoryTokenizer, vocab_size: i
         pre = next((name for name, words in _WORDS.items() if _same(words, description["pre_tokenizer"])), None)
         if pre is None or description["normalizer"] is not None or description["model"]["type"] != "BPE":
             raise InputError(
-                "llama.cpp does not know this tokenizer's way to split words: it must be a byte-fallback BPE, or a "
+                "llama.cpp does not support how this tokenizer splits words: it must be a byte-fallback BPE, or a "
                 f"byte-level one like {', '.join(_WORDS)}; train with tokenizer 'train', or export to Hugging Face"
             )
         writer.add_tokenizer_model("gpt2")
@@ -112,8 +112,8 @@ def open_gguf(path: Path) -> "GGUFReader":
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError) as error:
         cause = " ".join(str(error).split())
         if found := re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", cause):
-            raise InputError(f"{path}: quantization {found[1]} is unknown; take the file in f32, f16 or q8_0") from None
-        raise InputError(f"{path} is no whole GGUF file ({cause}); copy it again") from None
+            raise InputError(f"{path}: quantization {found[1]} is unknown; use the file in f32, f16 or q8_0") from None
+        raise InputError(f"{path} is not a complete GGUF file ({cause}); copy it again") from None
 
 
 def read_field(reader: "GGUFReader", path: Path, name: str, kinds: type | tuple[type, ...], default: Any = None) -> Any:
@@ -136,7 +136,7 @@ def read_tokenizer(reader: "GGUFReader", path: Path) -> StoryTokenizer:
     bos_id, pad_id = field("bos_token_id", int, eos_id), field("padding_token_id", int, eos_id)
     kinds = field("token_type", list, [_NORMAL] * len(tokens))
     if len(kinds) != len(tokens) or not all(0 <= i < len(tokens) for i in (bos_id, eos_id, pad_id)):
-        raise InputError(f"{path}: the tokenizer's lists do not agree; copy the file again")
+        raise InputError(f"{path}: the tokenizer's lists differ in length; copy the file again")
     # Other kinds of tokens, such as those of a chat, are no text either.
     special = [i for i, kind in enumerate(kinds) if kind not in (_NORMAL, _BYTE)]
     if model == "llama":
@@ -152,7 +152,7 @@ def read_tokenizer(reader: "GGUFReader", path: Path) -> StoryTokenizer:
         raise InputError(f"{path}: tokenizer {model!r}; only 'llama' and 'gpt2' can be imported")
     pre = field("pre", str, "gpt-2")
     if pre not in _WORDS:
-        raise InputError(f"{path}: tokenizer.ggml.pre {pre!r}; known are {', '.join(_WORDS)}: import another model")
+        raise InputError(f"{path}: tokenizer.ggml.pre {pre!r}; supported are {', '.join(_WORDS)}: import another model")
     merges = [tuple(merge.split(" ")) for merge in field("merges", list)]
     vocab = {token: i for i, token in enumerate(tokens)}
     try:

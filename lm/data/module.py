@@ -134,7 +134,7 @@ class TextDataModule(ResumableDataModule):
         folder = cached_folder("tokenizers", key, lambda folder: self.source.train_tokenizer(self.vocab_size, folder))
         tokenizer = load_tokenizer(folder)
         if tokenizer.vocab_size < self.vocab_size:
-            _note(f"data.vocab_size {self.vocab_size}: these stories yield {tokenizer.vocab_size}, which are taken")
+            _note(f"data.vocab_size {self.vocab_size}: these stories yield only {tokenizer.vocab_size}, which is used")
         return tokenizer
 
     @cached_property
@@ -204,7 +204,7 @@ class TextDataModule(ResumableDataModule):
             if kept < whole / 2:
                 _note(
                     f"note: only the first {self.sequence_length} tokens of each story are trained on, "
-                    f"{kept / whole:.1%} of the text; --data.packing true takes all of it"
+                    f"{kept / whole:.1%} of the text; --data.packing true uses all of it"
                 )
 
     def train_dataloader(self) -> DataLoader:

@@ -57,7 +57,7 @@ def read_prompts(prompts: list[str] | str | None) -> list[str]:
         file, where = existing_file(prompts), f"data.prompts {shortened(prompts)!r}"
         if file is None:
             as_list = json.dumps([shortened(prompts)], ensure_ascii=False)
-            raise InputError(f"{where} is no file: to give the prompt itself, write it as a list, '{as_list}'")
+            raise InputError(f"{where} is not a file: to give the prompt itself, write it as a list, '{as_list}'")
         found = read_given(file, "prompt", where)
     if odd := [prompt for prompt in found if not isinstance(prompt, str)]:
         raise InputError(f"{where} holds {odd[0]!r}: expected text, or an object with a 'prompt' that is text")

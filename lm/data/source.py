@@ -60,7 +60,7 @@ class StorySource:
         texts = self._streamed(split) if self.streaming else self._loaded(split)
         if split == "test":
             if texts is None:
-                return self.texts("validation")[0], "the source has no test split: validation is used for test"
+                return self.texts("validation")[0], "the source has no test split: validation is used instead"
             return texts, ""
         if split == "validation" and texts is not None:
             return texts, ""
@@ -81,7 +81,7 @@ class StorySource:
         held, kept = np.split(order, [max(1, len(whole) // HELD_OUT)])
         if split == "train":
             return whole.select(np.sort(kept)), ""
-        few = "" if len(held) > 5 else ", too few to tell much; give validation.* or more stories"
+        few = "" if len(held) > 5 else ", too few for a reliable loss; give validation.* or more stories"
         note = f"{self.path} has no validation split: {len(held):,} of its {len(whole):,} texts held out{few}"
         return whole.select(np.sort(held)), note
 

@@ -186,16 +186,16 @@ class StreamProgress:
             InputError: That run has not streamed, or other processes, workers or batches make its position useless.
         """
         if "processes" not in state:
-            raise InputError("this run has not streamed its data: resume it with --data.streaming false")
+            raise InputError("this run did not stream its data: resume it with --data.streaming false")
         if (found := len(state["processes"])) != trainer.world_size:
             raise InputError(
-                f"this run has streamed with {found} processes: resume it with as many, since each has its own share "
+                f"this run streamed with {found} processes: resume it with as many, since each has its own share "
                 "of the stories"
             )
         for name, now in self.cut.items():
             if (before := state.get(name, now)) != now:
                 raise InputError(
-                    f"data.{name} {now}: this run has streamed with {before}, on which its place depends; "
+                    f"data.{name} {now}: this run streamed with {before}, on which its position depends; "
                     f"give --data.{name} {before}"
                 )
         self.load(state["processes"][trainer.global_rank])

@@ -61,7 +61,7 @@ class StoryTokenizer:
         probe = self.encode(PROBE)
         if self.decode(probe) != PROBE or self.text_bytes(probe).sum() != len(PROBE.encode()):
             raise InputError(
-                f"tokenizer {name!r} does not give text back unchanged; take one of the LLaMA or GPT kind, or 'train'"
+                f"tokenizer {name!r} does not reproduce text exactly; use one of the LLaMA or GPT kind, or 'train'"
             )
 
     @cached_property
@@ -141,14 +141,14 @@ class StoryTokenizer:
                     after = self._render(messages[: i + 1])[0]
                     if not (text.startswith(after) and after.startswith(before)):
                         raise InputError(
-                            "the tokenizer's chat template does not tell which tokens the assistant says: put "
+                            "the tokenizer's chat template does not mark the assistant's tokens: put "
                             "{% generation %} and {% endgeneration %} around them"
                         )
                     spans.append((len(before), len(after)))
         encoded = self._encode_rendered(text)
         learned = [any(a < end and b > begin for begin, end in spans) for a, b in encoded.offsets]
         if not any(learned):
-            raise InputError(f"a conversation without a word of the assistant: {shortened(text)!r}; remove it")
+            raise InputError(f"a conversation without assistant text: {shortened(text)!r}; remove it")
         return encoded.ids, learned
 
     def _render(self, messages: Sequence[dict[str, str]], **options: Any) -> tuple[str, list[tuple[int, int]]]:

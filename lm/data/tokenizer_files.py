@@ -54,7 +54,7 @@ def _from_hub(name: str) -> Path:
     path = fetch("tokenizer.json") or fetch("tokenizer.model")
     if path is None:
         raise InputError(
-            f"tokenizer {name!r} is no local path and cannot be fetched from the hub; check the name and the network, "
+            f"tokenizer {name!r} is not a local path and could not be downloaded; check the name and the network, "
             "or pass a local folder, or 'train'"
         )
     fetch("tokenizer_config.json")  # where there is one, it lies beside the tokenizer, and is read there
@@ -65,14 +65,14 @@ def _read_json(path: Path, name: str) -> StoryTokenizer:
     try:
         backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the Rust reader raises plain Exception
-        raise InputError(f"tokenizer {name!r}: {path.name} is no tokenizer ({error}); expected {_KINDS}") from None
+        raise InputError(f"tokenizer {name!r}: {path.name} is not a tokenizer ({error}); expected {_KINDS}") from None
     config = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if (beside := path.with_name(file)).is_file():
             try:
                 config |= json.loads(beside.read_text(encoding="utf-8"))
             except (ValueError, TypeError):
-                raise InputError(f"tokenizer {name!r}: {file} is no JSON object; repair or remove it") from None
+                raise InputError(f"tokenizer {name!r}: {file} is not a JSON object; repair or remove it") from None
 
     def special(role: str, *usual: str) -> int | None:
         named = config.get(f"{role}_token")
@@ -102,9 +102,9 @@ def _read_sentencepiece(path: Path, name: str) -> StoryTokenizer:
         ids = range(model.vocab_size())
         pieces = [model.id_to_piece(i) for i in ids]
     except (OSError, RuntimeError, UnicodeDecodeError):
-        raise InputError(f"tokenizer {name!r} is no SentencePiece model; expected {_KINDS}") from None
+        raise InputError(f"tokenizer {name!r} is not a SentencePiece model; expected {_KINDS}") from None
     if model.eos_id() < 0:
-        raise InputError(f"tokenizer {name!r} has no end-of-text token; take one that has, or 'train'")
+        raise InputError(f"tokenizer {name!r} has no end-of-text token; use one that has one, or 'train'")
     tokenizer = from_pieces(
         pieces,
         [model.get_score(i) for i in ids],
@@ -115,7 +115,7 @@ def _read_sentencepiece(path: Path, name: str) -> StoryTokenizer:
     )
     # Unigram models and models that normalise the text show here.
     if model.encode(PROBE) != tokenizer.encode(PROBE):
-        raise InputError(f"tokenizer {name!r} is no SentencePiece model of LLaMA's kind (BPE, text left as it is)")
+        raise InputError(f"tokenizer {name!r} is not a SentencePiece model of LLaMA's kind (BPE without normalization)")
     return tokenizer
 
 
@@ -141,7 +141,7 @@ def read_llama2c_tokenizer(path: str | Path, name: str | None = None) -> StoryTo
     except OSError as error:
         raise InputError(f"tokenizer {name!r} cannot be read ({error.strerror}); expected {_KINDS}") from None
     except struct.error:
-        raise InputError(f"tokenizer {name!r} is no llama2.c tokenizer (or cut short); expected {_KINDS}") from None
+        raise InputError(f"tokenizer {name!r} is not a llama2.c tokenizer (or truncated); expected {_KINDS}") from None
     pieces[:3] = SPECIALS[: len(pieces)]  # llama2.c writes "\n<s>\n", or for unk whatever it prints
     return from_pieces(pieces, scores, name=name)
 

@@ -53,7 +53,7 @@ def targeted(config: DecoderConfig, lora: LoRAConfig) -> set[str]:
     names = [part for ours, part in peft_names(config).items() if _last(part) in TARGETS and ours not in whole]
     if lora.target_modules == ALL_LINEAR:
         return {name for name in names if _last(name) not in ("embed_tokens", "lm_head")}
-    return set(matching(names, lora.target_modules, f"the decoder: there are {', '.join(TARGETS)}"))
+    return set(matching(names, lora.target_modules, f"the decoder: it has {', '.join(TARGETS)}"))
 
 
 def _saved_whole(config: DecoderConfig, lora: LoRAConfig) -> list[str]:
@@ -64,7 +64,7 @@ def _saved_whole(config: DecoderConfig, lora: LoRAConfig) -> list[str]:
     for target in lora.modules_to_save:
         if not any(part.endswith(target) for part in whole):  # as PEFT has it
             there = ", ".join(sorted({_last(part) for part in whole}))
-            raise ValueError(f"modules_to_save names {target!r}, which cannot train in full: there are {there}")
+            raise ValueError(f"modules_to_save names {target!r}, which cannot train in full; expected some of {there}")
     return [ours for part, ours in whole.items() if part.endswith(tuple(lora.modules_to_save))]
 
 

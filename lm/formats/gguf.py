@@ -128,7 +128,7 @@ def _read_config(reader: "GGUFReader", path: Path) -> DecoderConfig:
         ("expert_count", field("expert_count", int, 0), (0,)),
     ):
         if found not in accepted:
-            raise InputError(f"{path}: {name} {found!r}; our decoder knows {accepted[0]!r} alone: import another model")
+            raise InputError(f"{path}: {name} {found!r}; our decoder supports {accepted[0]!r} only: import another")
     shapes = _shapes(reader)
     try:
         config = DecoderConfig(
@@ -164,7 +164,7 @@ def _read_weights(reader: "GGUFReader", config: DecoderConfig, path: Path) -> di
         if shapes.get(theirs) != (expected := parameter_shape(config, name)):
             raise InputError(f"{path}: {theirs} is {shapes.get(theirs, 'missing')}, but its header asks for {expected}")
     if surplus := [theirs for theirs in shapes if theirs not in names.values()]:
-        raise InputError(f"{path}: our decoder has no place for {surplus[0]}; import another model")
+        raise InputError(f"{path}: our decoder has no parameter for {surplus[0]}; import another model")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     weights = {}
     for name, theirs in names.items():
@@ -173,7 +173,7 @@ def _read_weights(reader: "GGUFReader", config: DecoderConfig, path: Path) -> di
             weight = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
         except NotImplementedError:
             raise InputError(
-                f"{path}: {theirs} is in {tensor.tensor_type.name}, which gguf cannot read; take the file in f32, "
+                f"{path}: {theirs} is in {tensor.tensor_type.name}, which gguf cannot read; use the file in f32, "
                 "f16 or q8_0"
             ) from None
         weight = weight.view(parameter_shape(config, name))

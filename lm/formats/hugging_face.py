@@ -85,10 +85,10 @@ def split_weights(decoder: Decoder) -> dict[str, Tensor]:
         InputError: If it has what no other program knows.
     """
     if decoder.config.value_residual:
-        raise InputError("value_residual=True: no other program knows such a model; train without it to export")
+        raise InputError("value_residual=True: no other program supports it; train without it to export")
     if isinstance(decoder, VariantDecoder):
         named = ", ".join(f"model.variant.{name} {value}" for name, value in decoder.variant.changed.items())
-        raise InputError(f"{named}: no other program knows such a model; train without it to export")
+        raise InputError(f"{named}: no other program supports it; train without it to export")
     state = decoder.state_dict()
     weights = {}
     for ours, parts in parameter_names(decoder.config).items():
@@ -131,7 +131,7 @@ def to_hugging_face(decoder: Decoder, tokenizer: StoryTokenizer, folder: str | P
     folder = Path(folder)
     check_vocabulary(decoder.config, tokenizer)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists already; give a folder that is new or empty")
+        raise InputError(f"{folder} exists already; give a new or empty folder")
     weights, config = split_weights(decoder), decoder.config
     description = {
         "architectures": ["Qwen3ForCausalLM" if config.query_key_norm else "LlamaForCausalLM"],
@@ -205,13 +205,13 @@ def _read_weights(folder: Path, config: DecoderConfig) -> dict[str, Tensor]:
         # Rotary tables are computed anew; a tied head may be stored a second time.
         redundant = ".rotary_emb.inv_freq", "lm_head.weight"
         if surplus := [name for name in shapes if name not in names and not name.endswith(redundant)]:
-            raise InputError(f"{folder}: our decoder has no place for {surplus[0]}; import another model")
+            raise InputError(f"{folder}: our decoder has no parameter for {surplus[0]}; import another model")
         weights = {}
         for path in files:
             with safe_open(path, framework="pt") as file:
                 weights |= {name: file.get_tensor(name) for name in file.keys() if name in names}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder} holds no whole safetensors file ({error}); copy it again") from None
+        raise InputError(f"{folder} holds no complete safetensors file ({error}); copy it again") from None
     return weights
 
 
@@ -227,9 +227,9 @@ def _weight_files(folder: Path) -> list[Path]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{index} is no index of safetensors files; copy it again") from None
+        raise InputError(f"{index} is not an index of safetensors files; copy it again") from None
     if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-        raise InputError(f"{index} names {outside[0]!r}, which is no file of this folder; copy it again")
+        raise InputError(f"{index} names {outside[0]!r}, which is not a file of this folder; copy it again")
     return sorted(folder / name for name in names)
 
 
@@ -239,10 +239,10 @@ def _read_config(folder: Path) -> DecoderConfig:
         described = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
-            f"{path} cannot be read ({error.strerror}); give a folder that `save_pretrained` wrote"
+            f"{path} cannot be read ({error.strerror}); give a folder written by `save_pretrained`"
         ) from None
     except ValueError as error:
-        raise InputError(f"{path} is no JSON ({error}); copy the folder again") from None
+        raise InputError(f"{path} is not JSON ({error}); copy the folder again") from None
     model_type = described.get("model_type") if isinstance(described, dict) else None
     if model_type not in ("llama", "qwen3"):
         raise InputError(f"{path}: model_type {model_type!r}; only 'llama' and 'qwen3' can be imported")
@@ -265,7 +265,7 @@ def _read_config(folder: Path) -> DecoderConfig:
     ):
         if found not in accepted:
             raise InputError(
-                f"{path}: {name} {found!r}; our decoder knows {accepted[-1]!r} alone, so import another model"
+                f"{path}: {name} {found!r}; our decoder supports only {accepted[-1]!r}, so import another model"
             )
     try:
         config = DecoderConfig(

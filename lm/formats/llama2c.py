@@ -86,11 +86,11 @@ def to_llama2c(decoder: Decoder, tokenizer: StoryTokenizer, path: str | Path) ->
         ("query_key_norm", config.query_key_norm, False),
     ):
         if found != expected:
-            raise InputError(f"{name}={found}: llama2.c knows {expected} alone; export to Hugging Face instead")
+            raise InputError(f"{name}={found}: llama2.c supports only {expected}; export to Hugging Face instead")
     if tokenizer.vocab_size != config.vocab_size:
         raise InputError(
             f"vocab_size={config.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens, and llama2.c needs "
-            "as many; export to Hugging Face instead"
+            "equal numbers; export to Hugging Face instead"
         )
     cos, sin = rotary_tables(config.max_sequence_length, config.head_dim, config.rope_theta)
     weights["rotary tables"] = torch.cat((cos[:, :half], sin[:, half:]))
@@ -130,7 +130,7 @@ def from_llama2c(path: str | Path, tokenizer_path: str | Path) -> tuple[Decoder,
     if len(header) < _HEADER.size:
         raise InputError(f"{path} has {size} bytes, less than the header of a llama2.c checkpoint; copy it again")
     if header[:4] == b"24ka":  # "ak42" as an integer
-        raise InputError(f"{path} is of a later version of llama2.c's format; export it with --version 0")
+        raise InputError(f"{path} has a later version of llama2.c's format; export it with --version 0")
     dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = _HEADER.unpack(header)
     try:
         config = DecoderConfig(
@@ -146,10 +146,10 @@ def from_llama2c(path: str | Path, tokenizer_path: str | Path) -> tuple[Decoder,
             tie_embeddings=vocab_size > 0,
         )
     except ValueError as error:
-        raise InputError(f"{path} is no llama2.c checkpoint of version 0: its header says {error}") from None
+        raise InputError(f"{path} is not a llama2.c checkpoint of version 0: its header says {error}") from None
     if size != (expected := _HEADER.size + 4 * _num_floats(config)):
         raise InputError(
-            f"{path} has {size} bytes, but its header asks for {expected}; it is cut short or no llama2.c checkpoint "
+            f"{path} has {size} bytes, but its header asks for {expected}; it is truncated or no llama2.c checkpoint "
             "of version 0"
         )
     tokenizer = read_llama2c_tokenizer(tokenizer_path)

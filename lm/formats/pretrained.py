@@ -51,7 +51,7 @@ def load_pretrained(name: str | Path, tokenizer: str | None = None) -> tuple[Dec
             raise InputError(f"{name} does not exist: expected {_KINDS}")
         path = _from_hub(str(name))
     if path.suffix != ".bin" and tokenizer is not None:
-        raise InputError(f"tokenizer {tokenizer}: the one in {name} is taken; leave the option out")
+        raise InputError(f"tokenizer {tokenizer}: the one in {name} is used; leave the option out")
     if path.is_dir() and is_run(path) and not (path / "config.json").is_file():
         path = find_checkpoint(path)
     if path.is_dir():
@@ -123,7 +123,7 @@ def load_weights(decoder: Decoder, name: str) -> None:
     try:
         decoder.load_state_dict(source.state_dict())
     except RuntimeError:
-        raise InputError(f"model.init_from {name} is a variant of the decoder; take another model") from None
+        raise InputError(f"model.init_from {name} is a variant of the decoder; use another model") from None
 
 
 def _from_hub(name: str) -> Path:
@@ -135,7 +135,7 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError):  # no such name or network: all of the hub's errors are one of these
         raise InputError(
-            f"{name} could not be downloaded from the Hub, and is no local path; expected {_KINDS}"
+            f"{name} could not be downloaded from the Hub, and is not a local path; expected {_KINDS}"
         ) from None
 
 
@@ -183,13 +183,13 @@ def load_adapted(checkpoint: Path) -> tuple[Decoder, LoRAConfig | None]:
         lora = LoRAConfig(**given["lora"])
         base = checkpoint.resolve().with_name(BASE)
         if not base.is_file():
-            raise InputError(f"{checkpoint} holds an adapter alone, and {base} is not there: copy the whole run")
+            raise InputError(f"{checkpoint} holds only an adapter, and {base} is missing: copy the whole run")
         weights = {our_key(name): weight for name, weight in weights.items()}
         return adapted(config, load_adapted(base)[0].state_dict(), lora, weights), lora
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{checkpoint} is no checkpoint of the language model ({error})") from error
+        raise InputError(f"{checkpoint} is not a checkpoint of the language model ({error})") from error
 
 
 def save_base(decoder: Decoder, folder: Path) -> None:
@@ -215,7 +215,7 @@ def _tokenizer_of(checkpoint: Path) -> StoryTokenizer:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))["data"]
         named = {name: data[name] for name in ("path", "tokenizer", "vocab_size") if name in data}
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise InputError(f"{file} does not tell the tokenizer of {checkpoint}; give it with --tokenizer") from error
+        raise InputError(f"{file} does not name the tokenizer of {checkpoint}; give it with --tokenizer") from error
     return TextDataModule(**named).tokenizer
 
 
@@ -224,5 +224,5 @@ def _tokenizer_beside(file: Path) -> Path:
     candidates += sorted(file.parent.glob("tok[0-9]*.bin"))  # as llama2.c names what it trains
     found = [candidate for candidate in candidates if candidate.is_file()]
     if not found:
-        raise InputError(f"{file}: neither {' nor '.join(c.name for c in candidates)} is there; give --tokenizer")
+        raise InputError(f"{file}: neither {' nor '.join(c.name for c in candidates)} exists; give --tokenizer")
     return found[0]

@@ -208,7 +208,7 @@ class LanguageModel(StepModule):
             else:
                 self.decoder.compile_blocks()
         elif self.compile_blocks:
-            note = "note: model.compile does not work here (no g++, Python headers or Triton): training in plain code"
+            note = "note: model.compile does not work here (no g++, Python headers or Triton): training uncompiled"
             rank_zero_only(console.print)(note)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -225,15 +225,15 @@ class LanguageModel(StepModule):
         """
         config, divided = self.optimizer_config, isinstance(trainer.strategy, ModelParallelStrategy)
         if divided and self.adapter != "full":
-            raise InputError(f"model.adapter {self.adapter}: this strategy divides the weights; take configs/ddp.yaml")
+            raise InputError(f"model.adapter {self.adapter}: this strategy shards the weights; use configs/ddp.yaml")
         if config.muon_learning_rate is not None and (divided or self.adapter != "full"):
-            why = "Muon needs whole matrices, which this strategy divides among the processes; take configs/ddp.yaml"
+            why = "Muon needs whole matrices, which this strategy shards across processes; use configs/ddp.yaml"
             why = f"{why}, or" if divided else f"model.adapter {self.adapter} trains no whole matrices;"
             raise InputError(f"model.optimizer.muon_learning_rate {config.muon_learning_rate}: {why} set it to null")
         if config.schedule != "constant" and trainer.max_steps == trainer.max_epochs == -1:
             raise InputError(
-                f"model.optimizer.schedule {config.schedule} needs an end to go down to: give --trainer.max_steps, or "
-                "take the schedule constant"
+                f"model.optimizer.schedule {config.schedule} needs a last step to end at: give --trainer.max_steps, or "
+                "use the schedule constant"
             )
 
     def parameter_groups(self) -> list[dict[str, Any]]:

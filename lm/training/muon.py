@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
         self._orthogonalize = torch.compile(orthogonalize, dynamic=False) if compiled else orthogonalize
         for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
             if parameter.ndim != 2:
-                raise ValueError(f"a parameter of shape {tuple(parameter.shape)}: Muon moves matrices only")
+                raise ValueError(f"a parameter of shape {tuple(parameter.shape)}: Muon updates only matrices")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:

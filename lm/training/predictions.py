@@ -107,7 +107,7 @@ class Predictions(BasePredictionWriter):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._partial.replace(self.file)
         most = pl_module.generation.max_new_tokens
-        cut = f"… means cut, after {most:,} tokens (--model.generation.max_new_tokens) or at the end of the context"
+        cut = f"… means cut off, after {most:,} tokens (--model.generation.max_new_tokens) or at the end of the context"
         console.print(f"written to {self.file}; {cut}", style="dim")
 
 

@@ -41,7 +41,7 @@ def test_run_of_another_optimizer_is_refused_before_anything_is_written(
     torch.save(checkpoint, file)
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     error = refused(capsys, "fit", *small_run, *FLAGS, "--trainer.max_steps=4", "--ckpt_path=last")
-    assert "another optimizer" in error and "begin a new run" in error
+    assert "another optimizer" in error and "start a new run" in error
     assert {path: path.read_bytes() for path in before} == before
 
 

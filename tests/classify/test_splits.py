@@ -111,7 +111,7 @@ def test_names_given_by_hand_decide_which_class_is_which(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "names", "message"),
     [
-        ([("a", 0), ("b", 2)], None, "label 2 of review 2 is no class: expected 0 or negative, 1 or positive"),
+        ([("a", 0), ("b", 2)], None, "label 2 of review 2 is not a class: expected 0 or negative, 1 or positive"),
         ([("a", 0), ("b", -1)], None, "label -1 of review 2"),
         ([("a", 0), ("b", None)], None, "label None of review 2"),
         ([("a", 0.5), ("b", 1.0)], None, "label 0.5 of review 1"),

@@ -140,7 +140,7 @@ def test_each_run_is_made_once_and_its_figures_are_compared(stand_in: Path) -> N
 def test_rows_of_equal_settings_share_their_runs_and_are_said_to(stand_in: Path, capsys: pytest.CaptureFixture) -> None:
     assert run(write_comparison(rows={"one": {"flags": {"rate": 1}}, "same": {"flags": {"rate": "1.0"}}})) == 0
     assert calls() == ["1 1", "1 2"] and [row["seeds"] for row in table()] == ["1, 2", "1, 2"]
-    assert capsys.readouterr().out.count("One run for one, same, whose settings are equal.") == 1
+    assert capsys.readouterr().out.count("One run for one, same: their settings are equal.") == 1
 
 
 def test_results_of_other_machines_count(stand_in: Path) -> None:
@@ -283,8 +283,8 @@ def test_flags_of_a_row_win_over_the_command_line_and_these_over_files(stand_in:
         ({"metric": "val/loss"}, [], "metric val/loss: expected a mapping"),
         ({"metric": {"goal": "minimize"}}, [], "metric: name: not given"),
         ({"metric": {"name": "val/loss", "goal": "min"}}, [], "metric: goal min: expected minimize or maximize"),
-        ({"report": ["los"]}, [], "los: there is no such figure; expected train/loss, parameters"),
-        ({"report": ["tokns"]}, [], "tokns: there is no such figure (did you mean tokens?)"),
+        ({"report": ["los"]}, [], "los: there is no such metric; expected train/loss, parameters"),
+        ({"report": ["tokns"]}, [], "tokns: there is no such metric (did you mean tokens?)"),
         ({"package": "lm", "metric": {"name": "val/bits_per_bite"}}, [], "(did you mean val/bits_per_byte?)"),
         ({"seeds": 1}, [], "seeds 1: expected a list"),
         ({"seeds": ["a"]}, [], "seeds ['a']: expected a list of whole numbers"),
@@ -292,7 +292,7 @@ def test_flags_of_a_row_win_over_the_command_line_and_these_over_files(stand_in:
         ({"report": "val/loss"}, [], "report val/loss: expected a list"),
         ({"at": "first"}, [], "at first: expected last or best"),
         ({"quoted": {"theirs": 0.5}}, [], "quoted {'theirs': 0.5}: expected a mapping of mappings"),
-        ({"trainer": {}, "model": {}}, [], "it is a configuration of fit"),
+        ({"trainer": {}, "model": {}}, [], "this is a configuration of fit"),
         ({"method": "bayes"}, [], "method bayes: expected grid or random"),
         ({"parameters": {"rate": {"min": 0}}}, [], "parameter rate"),
         ({"parameters": {"rate": 3}}, [], "parameter rate 3: expected value, a list of values"),
@@ -321,7 +321,7 @@ def test_flags_of_a_row_win_over_the_command_line_and_these_over_files(stand_in:
         ({}, ["--budget", "tokens=many"], "row one: budget: tokens many: expected a number"),
         ({}, ["--budget", "tokens"], "row one: budget: tokens : expected a number"),
         ({}, ["x"], "x: expected a flag of fit"),
-        ({}, ["--budget", "tokens=10"], "10 tokens are not counted beforehand by one"),
+        ({}, ["--budget", "tokens=10"], "10 tokens cannot be counted in advance for one"),
         ({}, ["--budget", "steps=5", "--trainer.max_steps=9"], "--trainer.max_steps is set for each run"),
     ],
 )  # fmt: skip

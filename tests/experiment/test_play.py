@@ -140,7 +140,7 @@ def test_what_cannot_be_answered_is_told_in_one_sentence(visitor: Client) -> Non
         return text_of(visitor.predict(beginning, temperature, 1, 5, 0, api_name="/story"))
 
     assert story(" ") == story(None) == "Type a beginning first, such as: Once upon a time"
-    assert "901 tokens, but the model holds 256 tokens. Shorten it." in story("Q" * 899)
+    assert "901 tokens, but the context is 256 tokens. Shorten it." in story("Q" * 899)
     assert "1,000,000 characters" in story("Q" * 1_000_000)
     assert "Type a review first" in visitor.predict("", api_name="/review")
     assert "too long: 1,000,000 characters" in visitor.predict("Q" * 1_000_000, api_name="/review")
@@ -155,7 +155,7 @@ def test_a_vanished_run_is_answered_for_from_memory(runs: Path, visitor: Client)
     finally:
         (runs / "elsewhere").rename(runs / "lm")
     assert text_of(before) == text_of(after)
-    assert "gone from the disk" in after and "gone from the disk" not in before
+    assert "was deleted" in after and "was deleted" not in before
 
 
 @pytest.mark.parametrize("adapter", ["custom", "peft"])

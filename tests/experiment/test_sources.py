@@ -47,7 +47,7 @@ def test_every_format_gives_the_same_texts(tmp_path: Path, ending: str) -> None:
 @pytest.mark.parametrize(
     ("content", "texts", "note"),
     [
-        ("one\ntwo\n", ["one\ntwo"], "taken as one text"),
+        ("one\ntwo\n", ["one\ntwo"], "read as one text"),
         ("\nOne\nspeech.\n\n \nTwo\u2028speech.\r\n", ["One\nspeech.", "Two\u2028speech."], "a blank line ends"),
         ("One.\n\nStill one.\n<|endoftext|>\n\nTwo.\n<|endoftext|>\n", ["One.\n\nStill one.", "Two."], ""),
         (f"{'A long story. ' * 100_000}<|endoftext|>Two.", [("A long story. " * 100_000).strip(), "Two."], ""),

@@ -350,7 +350,7 @@ BAD = {
     "prompt of another kind": ([{"prompt": 3, "completion": "Hi"}], "", "holds 3 .*expected text"),
     "no messages": ([{"messages": "Hi"}], TEMPLATE, "holds 'Hi': expected a list of objects with role and content"),
     "messages without role": ([{"messages": [{"content": "Hi"}]}], TEMPLATE, "expected a list of objects with role"),
-    "no assistant": ([{"messages": TOLD[:1]}], TEMPLATE, "a conversation without a word of the assistant"),
+    "no assistant": ([{"messages": TOLD[:1]}], TEMPLATE, "a conversation without assistant text"),
     "no template": ([{"messages": TOLD}], "", "data.tokenizer has no chat template"),
     "no Jinja": ([{"messages": TOLD}], "{% for m in %}", "chat template cannot be used"),
     "template that refuses": ([{"messages": TOLD}], "{{ raise_exception('no') }}", "chat template cannot be used"),

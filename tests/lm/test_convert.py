@@ -358,7 +358,7 @@ def test_an_imported_model_validates_predicts_trains_and_is_exported_again(token
         (["import", "empty", "run"], "config.json cannot be read"),
         (["hugging_face", "missing.ckpt", "out"], "missing.ckpt"),
         (["llama2c", "broken.ckpt", "out"], "broken.ckpt"),
-        (["llama2c", "other.ckpt", "out"], "no checkpoint of the language model"),
+        (["llama2c", "other.ckpt", "out"], "not a checkpoint of the language model"),
         (["llama2c", "sound.ckpt", "out"], "give it with --tokenizer"),
         (["hugging_face", "sound.ckpt", "out", "--tokenizer", "missing.json"], "missing.json"),
         (["export"], "export"),

@@ -367,7 +367,7 @@ def test_source_without_validation_holds_out_training_stories(tmp_path, tokenize
 def test_source_without_test_split_is_tested_on_validation(module, capsys):
     data = module()
     data.setup("test")
-    assert "validation is used for test" in capsys.readouterr().out
+    assert "validation is used instead" in capsys.readouterr().out
     data.setup("validate")
     assert counted(data.test_dataloader()) == counted(data.val_dataloader())
 
@@ -390,7 +390,7 @@ def test_one_long_text_is_trained_on_and_its_end_held_out(tmp_path, tokenizer_fo
     assert f"{train}{validation}" == "\n".join(lines)
     assert validation.startswith("\nLine 18")
     printed = capsys.readouterr().out
-    for note in ("taken as one text", "last tenth", "note: only the first 128 tokens", "packing true"):
+    for note in ("read as one text", "last tenth", "note: only the first 128 tokens", "packing true"):
         assert note in printed
 
 
@@ -416,7 +416,7 @@ def test_half_a_character_in_a_prompt_is_replaced(module, tmp_path, kind):
 
 
 def test_prompt_that_is_longer_than_a_file_name_is_no_file(module):
-    with pytest.raises(InputError, match="is no file") as error:
+    with pytest.raises(InputError, match="is not a file") as error:
         module(prompts="Once upon a time. " * 300).predict_dataloader()
     assert len(str(error.value)) < 300
 
@@ -447,7 +447,7 @@ def test_prompts_of_a_list_and_of_files_are_batched_in_order(module, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "is no file"), ("", "is empty"), ("\n\n", "is empty"), ("p.json:{", "cannot be read"),
+    [(None, "is not a file"), ("", "is empty"), ("\n\n", "is empty"), ("p.json:{", "cannot be read"),
      ("p.jsonl:[1]", "cannot be read|holds"), ('p.jsonl:{"text": 1}', "holds"), ("p.json:[3]", "holds 3"),
      ("p.json:5", "holds 5")],
 )  # fmt: skip

@@ -198,9 +198,9 @@ def test_damaged_and_foreign_files_are_refused_on_one_line(tokenizer, tmp_path):
     data = path.read_bytes()
     for size in (0, 3, 40, 3000, len(data) // 2, len(data) - 60):
         path.write_bytes(data[:size])
-        assert_refused(from_gguf, path, match="whole GGUF")
+        assert_refused(from_gguf, path, match="complete GGUF")
     path.write_bytes(b"GGML" + data[4:])
-    assert_refused(from_gguf, path, match="whole GGUF")
+    assert_refused(from_gguf, path, match="complete GGUF")
     for change, complaint in (
         ({"general__architecture": "gemma"}, "architecture 'gemma'"),
         ({"llama__block_count": 3}, "missing"),
@@ -208,7 +208,7 @@ def test_damaged_and_foreign_files_are_refused_on_one_line(tokenizer, tmp_path):
         ({"llama__embedding_length": 96}, "rope.dimension_count|asks for"),
         ({"llama__attention__head_count": 0}, "num_heads=0|rope.dimension_count"),
         ({"llama__context_length": 2**31}, "context"),
-        ({"tokenizer__ggml__eos_token_id": 4000}, "lists do not agree"),
+        ({"tokenizer__ggml__eos_token_id": 4000}, "lists differ in length"),
         ({"tokenizer__ggml__model": "plamo"}, "tokenizer 'plamo'"),
     ):
         path.write_bytes(data)
@@ -230,7 +230,7 @@ def test_what_llama_cpp_cannot_express_is_not_exported(tokenizer, byte_level, tm
         pre_tokenizers.ByteLevel(add_prefix_space=True),
         byte_level.backend.pre_tokenizer,
     )
-    assert_refused(to_gguf, make_decoder(), byte_level, tmp_path / "model.gguf", match="split words")
+    assert_refused(to_gguf, make_decoder(), byte_level, tmp_path / "model.gguf", match="splits words")
     byte_level.backend.pre_tokenizer = before
     assert not list(tmp_path.iterdir())
 

@@ -32,7 +32,7 @@ def test_run_says_what_comes_next_and_evaluation_what_figures_mean(
 ) -> None:
     main([*FIT, pairs, "--ckpt_path=last", f"--data.second_path={write_stories(Path('stories'))}"])
     said = capsys.readouterr().out
-    assert "note: run has no checkpoint yet, so that training begins at step 0" in said
+    assert "note: run has no checkpoint yet, so training starts at step 0" in said
     assert re.search(
         r"pairs.jsonl has no validation split: 1 of its \d+ texts held out, too few to tell much",
         " ".join(said.split()),
@@ -61,7 +61,7 @@ def test_prompt_to_try_is_the_beginning_of_a_story_of_ones_own(in_tmp: Path, cap
     predict = ["predict", "--config=run/config.yaml", "--ckpt_path=best", "--data.prompts=[Tom had]"]
     main([*predict, "--model.generation.max_new_tokens=2"])
     told = capsys.readouterr().out
-    assert re.match("Tom had.* …\n", told, re.DOTALL) and "… means cut, after 2 tokens" in told
+    assert re.match("Tom had.* …\n", told, re.DOTALL) and "… means cut off, after 2 tokens" in told
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_run_whose_best_is_what_it_began_with_says_so_and_names_the_last(
     worse = ["--model.init_from=run", "--run_dir=worse", "--model.optimizer.learning_rate=1000"]
     main(["fit", *TINY, pairs, "--trainer.max_steps=5", "--data.sequence_length=32", *worse])
     said = capsys.readouterr().out
-    assert "best.ckpt has what the run began with" in " ".join(said.split())
+    assert "best.ckpt holds the initial weights" in " ".join(said.split())
     assert "--ckpt_path last" in said
 
 

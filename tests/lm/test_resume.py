@@ -63,7 +63,7 @@ def test_signal_finishes_the_step_saves_and_leaves(
     process.wait(until=lambda: newest_step(Path("run")) >= 7)
     process.send(number)
     assert process.wait() == 128 + number
-    assert "once more to stop at once" in process.output
+    assert "again to stop immediately" in process.output
     assert process.output.strip().endswith("--checkpoint.every_n_steps=1000 --ckpt_path last")
     assert "Traceback" not in process.output
     assert checkpoint(Path("run"))["global_step"] == newest_step(Path("run")) >= 7
@@ -81,9 +81,9 @@ def test_second_signal_ends_the_run_at_once(commands: Commands, in_tmp: Path) ->
     time.sleep(1)
     for _ in range(2):
         process.send(signal.SIGINT)
-        process.wait(until=lambda: "once more to stop at once" in process.output)
+        process.wait(until=lambda: "again to stop immediately" in process.output)
     assert process.wait() == 130
-    assert "Traceback" not in process.output and "go on with" not in process.output
+    assert "Traceback" not in process.output and "resume with" not in process.output
     assert not list(Path("run").rglob("*.partial"))
 
 

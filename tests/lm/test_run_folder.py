@@ -76,7 +76,7 @@ def test_a_caller_may_have_a_command_of_its_own_that_resumes(
     monkeypatch.setattr(StopRequest, "agreed", lambda self, trainer: signal.SIGINT)
     with pytest.raises(SystemExit, match="130"):
         main(["fit", *arguments, "--run_dir=run"])
-    assert capsys.readouterr().out.endswith("stopped; go on with\n  make demo\n")
+    assert capsys.readouterr().out.endswith("stopped; resume with\n  make demo\n")
 
 
 def test_damaged_newest_checkpoint_is_passed_over_for_the_one_before(
@@ -143,7 +143,7 @@ def test_two_trainings_never_write_into_one_folder(
     with FileLock("run/.lock"):
         error = refused(capsys, "fit", *arguments, "--run_dir=run", "--ckpt_path=last")
         main(["predict", "--config=run/config.yaml", "--ckpt_path=last", "--data.prompts=[Tom]"])
-    assert "being written by another training" in error
+    assert "in use by another training" in error
     assert {path: data for path, data in content(Path("run")).items() if path in before} == before
     main(["fit", *arguments, "--run_dir=run", "--ckpt_path=last", "--trainer.max_steps=2"])
 

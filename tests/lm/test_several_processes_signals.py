@@ -39,7 +39,7 @@ def test_a_wait_has_an_end_and_says_who_waited_where(arguments: list[str], comma
     second.send(signal.SIGSTOP)
     assert first.wait(seconds=30) == 1
     last = first.output.strip().splitlines()[-1]
-    assert last.startswith("error: process 0 of 2 waited in vain for another one in "), first.output
+    assert last.startswith("error: process 0 of 2 timed out waiting for another process in "), first.output
     assert "__main__.py" not in last  # where it waits, not where it began
     second.send(signal.SIGKILL)
     second.wait()

@@ -70,7 +70,7 @@ def test_story_and_its_continuation_are_those_of_generate(run: Path, talk: Calla
     printed = talk("/temperature 0", "/max_new_tokens 8", "Once upon a time", "")
     assert f"Once upon a time{texts[0]}" in printed
     assert texts[1] in printed
-    assert printed.count("Enter goes on; 8 tokens") == 2
+    assert printed.count("Enter continues; 8 tokens") == 2
 
 
 def test_settings_change_are_shown_and_refused(talk: Callable[..., str]) -> None:
@@ -114,7 +114,7 @@ def test_interrupt_stops_the_story_and_not_the_program(talk: Callable[..., str])
     printed = talk(greedy, "/max_new_tokens 1000000", INTERRUPT, "Tom had a \ud83d ball.", "/max_new_tokens 2", "")
     assert "Tom had a \ufffd ball." in printed
     assert "(stopped; " in printed
-    assert "(Enter goes on; 2 tokens" in printed
+    assert "(Enter continues; 2 tokens" in printed
 
 
 def test_chat_template_makes_it_a_chat_as_in_transformers(run: Path, talk: Callable[..., str], tmp_path: Path) -> None:
