@@ -1,4 +1,4 @@
-"""Sentiment of film reviews: BERT adapted by LoRA, written by hand and from PEFT, trained on IMDB.
+"""Sentiment of film reviews: BERT adapted with LoRA, our own or PEFT's, trained on IMDB.
 
 `tinylab classify fit | validate | test | predict --config configs/classify/demo.yaml`
 """

@@ -30,14 +30,14 @@ examples:
   tinylab classify predict  --config configs/classify/custom.yaml --ckpt_path best --data.texts '["I loved it."]'
 
 See also: `tinylab compare configs/comparisons/table1.yaml` compares many such runs.
-"""  # no docstring: `python -OO` has none
+"""  # not a docstring: `python -OO` strips those
 
 
 def main(args: Sequence[str] | None = None) -> "ClassifyCLI":
-    """Run the command line; `args` stands in for that of the process."""
+    """Run the command line; `args` are by default the process's own."""
     start(OVERVIEW, sys.argv[1:] if args is None else args)
     from classify.cli import ClassifyCLI
-    from experiment.commands.main import run  # brings Lightning, which --help need not wait for
+    from experiment.commands.main import run  # imports Lightning, which --help does not need
 
     return run(ClassifyCLI, args)
 

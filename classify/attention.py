@@ -1,4 +1,4 @@
-"""transformers' encoders with the attention of experiment/nn/attention.py in the place of torch's kernel."""
+"""transformers' encoders with the attention of experiment/nn/attention.py instead of torch's kernel."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +10,11 @@ from experiment.nn.attention import attention, uses_manual_backward
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NAME = "tinylab"  # what transformers knows it by
+NAME = "tinylab"  # its name in transformers
 
 
 def use_fast_attention(model: "PreTrainedModel") -> None:
-    """Let a model that would use `scaled_dot_product_attention` choose at each call; others stay as they are."""
+    """Let a model that uses `scaled_dot_product_attention` choose its kernel at each call; leave others unchanged."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -25,7 +25,7 @@ def use_fast_attention(model: "PreTrainedModel") -> None:
 
 
 def has_fast_attention(model: nn.Module) -> bool:
-    """Whether `use_fast_attention` took effect: then a mask (B, 1, 1, T) bool goes to attention as it is."""
+    """Whether `use_fast_attention` took effect: then attention accepts a (B, 1, 1, T) bool mask directly."""
     return attention_of(model) == NAME
 
 
@@ -39,7 +39,7 @@ def _forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Mixed values (B, T, heads, head_dim) of query, key and value (B, heads, T, head_dim)."""
+    """Attention output (B, T, heads, head_dim) for query, key and value (B, heads, T, head_dim)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     plain = scaling in (None, query.shape[-1] ** -0.5) and getattr(module, "is_causal", True) is False

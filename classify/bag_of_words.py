@@ -1,8 +1,8 @@
-"""The floor of what training can do: tf-idf of single words and logistic regression on the same reviews, untruncated.
+"""A simple baseline: tf-idf of single words and logistic regression on the same reviews, untruncated.
 
     python -m classify.bag_of_words fit --run_dir FOLDER [--config FILE ...] [--data.OPTION VALUE ...]
 
-As a row of a comparison it takes the flags of `tinylab classify fit`, of which those of `data` matter.
+As a row of a comparison it accepts the flags of `tinylab classify fit`; only those of `data` have an effect.
 """
 
 import csv
@@ -18,7 +18,7 @@ from experiment.sources.fit_arguments import merged, read_words
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Fit, and leave metrics.csv and run.json in the folder as a training does."""
+    """Fit, and write metrics.csv and run.json to the folder, as a training run does."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss

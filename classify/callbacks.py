@@ -1,4 +1,4 @@
-"""What a run leaves for people and programs: how reviews were judged, and the best adapter in PEFT's format."""
+"""Output of a run: its predictions, and the best adapter in PEFT's format."""
 
 import json
 from collections.abc import Sequence
@@ -22,17 +22,17 @@ CARD = Path(__file__).with_name("model_card.md")
 
 
 class _Verdicts:
-    """How reviews were judged, batch by batch, and in the end as lines in the order of their texts."""
+    """Collects predictions batch by batch, and writes them as lines in the order of the texts."""
 
     def __init__(self) -> None:
         self._batches: list[list[torch.Tensor]] = []
 
     def add(self, outputs: dict[str, torch.Tensor]) -> None:
-        """Keep what the module's `predict_step` gives, where it is: a GPU is not waited for."""
+        """Keep the results of the module's `predict_step` on their device, without waiting for a GPU."""
         self._batches.append([outputs[name] for name in ("index", "labels", "probabilities")])
 
     def gather(self, trainer: Trainer) -> None:
-        """Gather what the processes hold. Call it in all of them."""
+        """Gather the predictions of all processes. Call it in all of them."""
         columns = (torch.cat(column).tolist() for column in zip(*self._batches, strict=True))
         # Position (-1: padding among processes), label (-1: unknown), probabilities.
         self._rows: list[tuple[int, int, list[float]]] = [row for row in zip(*columns, strict=True) if row[0] >= 0]
@@ -56,12 +56,12 @@ class _Verdicts:
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes predictions.jsonl into the run's folder, one line a text and in the texts' order."""
+    """Writes predictions.jsonl to the run's folder, one line per text, in order."""
 
     def __init__(self, show: int = 10) -> None:
         """
         Args:
-            show: How many predictions are printed as well.
+            show: Number of predictions to print.
         """
         super().__init__(write_interval="batch")
         self.show = show
@@ -95,10 +95,10 @@ class PredictionWriter(BasePredictionWriter):
 
 
 class Evaluation(Callback):
-    """Keeps how the best validation so far judged its reviews as evaluation.jsonl, for the report and for W&B.
+    """Writes the predictions of the best validation so far to evaluation.jsonl, for the report and for W&B.
 
-    The probabilities are those that the validation has computed anyway, so that the file costs no further evaluation,
-    and is there, with best.ckpt, whenever a run is killed.
+    It reuses the probabilities that validation computes anyway, so the file needs no further evaluation,
+    and exists, like best.ckpt, whenever a run is killed.
     """
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -113,7 +113,7 @@ class Evaluation(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or trainer.fast_dev_run:
             return
-        # Lightning calls checkpoints last, so that BestCheckpoint will find the same answer and save right after.
+        # Lightning calls checkpoints last, so BestCheckpoint decides the same and saves right after.
         best = next(callback for callback in trainer.checkpoint_callbacks if isinstance(callback, BestCheckpoint))
         if best.is_better(trainer):
             self._verdicts.gather(trainer)
@@ -124,7 +124,7 @@ class Evaluation(Callback):
 
 
 class AdapterExport(Callback):
-    """At the end of training, writes the adapter of the best validation into adapter/, in PEFT's format."""
+    """At the end of training, writes the adapter of the best validation to adapter/, in PEFT's format."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         wanted = pl_module.hparams.adapter in ("custom", "peft") and not trainer.fast_dev_run
@@ -145,11 +145,11 @@ class AdapterExport(Callback):
 
 
 def model_card(trainer: Trainer, module: LightningModule, step: int) -> str:
-    """The README.md of an exported adapter: what it is, how it was trained, what it reached, how to use it.
+    """The README.md of an exported adapter: what it is, how it was trained, its scores, how to use it.
 
     Args:
         trainer: At the end of training; its run's metrics.csv holds the scores.
-        module: What was trained.
+        module: The trained module.
         step: Optimizer steps after which the exported weights were taken.
     """
     from jinja2 import Environment, StrictUndefined
@@ -180,7 +180,7 @@ def model_card(trainer: Trainer, module: LightningModule, step: int) -> str:
 
 
 def _base_in_python(name: str) -> tuple[str, str, str]:
-    """The imports that a pretrained model's place needs in Python, its name for people, and an expression of it."""
+    """For a pretrained model: the Python imports it needs, its display name, and an expression for its location."""
     if name.startswith(PACKAGE):
         package, _, folder = name.removeprefix(PACKAGE).partition("/")
         place = "".join(f" / {json.dumps(part)}" for part in folder.split("/") if part)

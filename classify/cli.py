@@ -15,7 +15,7 @@ from experiment.runs.run import CONFIG, recorded
 
 
 class ClassifyCLI(ExperimentCLI):
-    """The classifier's command line: the tokenizer is the model's, the classes are those of the data."""
+    """The classifier's command line: uses the model's tokenizer and the data's classes."""
 
     package = "classify"
     parts = (("data", TextClassificationDataModule, {}),)
@@ -41,7 +41,7 @@ class ClassifyCLI(ExperimentCLI):
         try:
             super().instantiate_classes()
         except InputError as error:
-            # A run may have been trained on data that its flags named, which the configuration given now does not.
+            # The run may have been trained on data given by flags, which the current configuration lacks.
             path = recorded(self.run_dir, "data.path")
             if self.subcommand == "fit" or path in (None, self.config[self.subcommand].data.path):
                 raise
@@ -65,4 +65,4 @@ class ClassifyCLI(ExperimentCLI):
             )
 
 
-CLI = ClassifyCLI  # by this name, comparisons find the command line of a package
+CLI = ClassifyCLI  # the name by which comparisons find a package's command line

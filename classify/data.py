@@ -1,12 +1,12 @@
 """IMDB reviews, or any texts with labels, as batches: drawn, balanced, disjoint, tokenised once.
 
-A source's reviews are read, freed of duplicates within and across splits, and drawn by a seed; a split that the
+A source's reviews are read, deduplicated within and across splits, and drawn with a seed; a split that the
 source lacks is drawn from its training reviews. What was drawn is tokenised once and cached without truncation, so
 that length and padding can change without tokenising again.
 
-Batches hold reviews of similar length (`padding: longest`): an epoch's shuffled reviews are sorted by length within
+With `padding: longest`, batches hold reviews of similar length: an epoch's shuffled reviews are sorted by length within
 pools of 50 batches and cut into batches, which are shuffled again. On IMDB at 256 tokens this saves a fifth of the
-work, and at 128 little, since most reviews are longer than that. Widths are rounded up, so that there are few of them.
+work, but little at 128, since most reviews are longer. Widths are rounded up, so that few different ones occur.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from experiment.sources.batches import EpochBatchSampler, ResumableDataModule, r
 from experiment.sources.files import source_fingerprint
 from experiment.sources.paths import cached_folder
 
-POOL = 50  # batches whose reviews are sorted by length together
+POOL = 50  # batches per pool that is sorted by length
 Padding = Literal["longest", "max_length"]
 Truncation = Literal["head", "tail", "both"]
 
@@ -40,10 +40,10 @@ class TokenizedReviews(Dataset):
 
     Args:
         tokens: the reviews' token ids, one after the other.
-        offsets: (N + 1,) where each review begins in `tokens`.
+        offsets: (N + 1,) start of each review in `tokens`.
         labels: (N,) class ids, -1 where unknown.
         special: ids of the tokens at the beginning, at the end, and for padding ([CLS], [SEP], [PAD]).
-        max_length: length of a sequence at most, special tokens included.
+        max_length: maximum length of a sequence, special tokens included.
         padding: to the longest sequence of the batch, or always to `max_length`.
         truncation: which part of a longer review is kept.
     """
@@ -61,7 +61,7 @@ class TokenizedReviews(Dataset):
         return len(self.labels)
 
     def sequence(self, index: int) -> np.ndarray:
-        """Token ids of one review as the model sees it, at most `max_length` of them."""
+        """Token ids of one review as the model sees it, at most `max_length`."""
         tokens = self.tokens[self.offsets[index] : self.offsets[index + 1]]
         room = self.max_length - 2
         if len(tokens) > room:
@@ -88,7 +88,7 @@ class TokenizedReviews(Dataset):
             "labels": torch.from_numpy(labels.astype(np.int64)),
             "index": torch.from_numpy(indices.astype(np.int64)),
         }
-        if lengths.min() < width:  # told here, since a device would have to be asked for it
+        if lengths.min() < width:  # computed here, to avoid a device synchronization
             batch["lengths"] = torch.from_numpy(lengths.astype(np.int32))
         return batch
 
@@ -121,22 +121,22 @@ class TextClassificationDataModule(ResumableDataModule):
         Args:
             path: A hub name, a local folder or file with the columns text and label, or demo (synthetic reviews).
             tokenizer: A hub name or local folder; by default that of the model.
-            train_size: Reviews to draw for training, as many of each class; null takes all.
+            train_size: Reviews to draw for training, balanced over the classes; null takes all.
             validation_size: Reviews to draw for validation; null takes all of a split the source has.
             test_size: Reviews to draw for testing; null takes all of a split the source has.
-            max_length: Tokens a review at most, with the two special ones.
-            eval_max_length: The same outside of training, where more costs little; null: max_length.
-            padding: To the longest of the batch, batches drawn by length; or all to max_length.
+            max_length: Maximum tokens per review, including the two special ones.
+            eval_max_length: The same outside training, where more costs little; null: max_length.
+            padding: Pad to the longest review of the batch (batches are grouped by length), or to max_length.
             truncation: The part of a longer review that is kept: its head, its tail, or both ends.
-            batch_size: Reviews a training step and process.
-            global_batch_size: Reviews that an optimizer step trains: batch_size x processes x micro-batches. From it
-                follows trainer.accumulate_grad_batches, so that any number of processes makes the same steps.
-            eval_batch_size: Reviews a batch elsewhere; changes no result. By default 64 on a GPU and 16 on a CPU, where
-                more take more memory and no less time.
+            batch_size: Reviews per training step and process.
+            global_batch_size: Reviews per optimizer step: batch_size x processes x micro-batches. It
+                sets trainer.accumulate_grad_batches, so any number of processes takes the same steps.
+            eval_batch_size: Reviews per batch elsewhere; results are equal. By default 64 on a GPU, 16 on a CPU, where
+                larger batches take more memory but no less time.
             label_names: Names of the classes, by id; by default the source's, or negative and positive.
             texts: What predict classifies: a list of texts or a file; by default the test reviews.
-            seed: Seed of the drawing: which reviews are in which split.
-            order_seed: Seed of the order of training batches; by default seed_everything's, else that of the drawing.
+            seed: Seed of the split: which reviews are drawn for which split.
+            order_seed: Seed of the order of training batches; by default seed_everything's, else `seed`.
             revision: Branch, tag or commit of a data set of the hub; by default the newest.
             num_workers: Processes that prepare batches; 0 prepares them in the training process. By default 2 where a
                 GPU is used, else 0.
@@ -178,7 +178,7 @@ class TextClassificationDataModule(ResumableDataModule):
 
     @cached_property
     def folder(self) -> Path:
-        """The cached folder with the drawn reviews and their tokens, made where it is missing."""
+        """The cached folder with the drawn reviews and their tokens; created if missing."""
         backend = self.tokenizer.backend_tokenizer.to_str()
         source = source_fingerprint(self.path, self.revision)
         if self.path == "demo":
@@ -205,7 +205,7 @@ class TextClassificationDataModule(ResumableDataModule):
 
     @cached_property
     def predict_reviews(self) -> Reviews:
-        """What predict classifies."""
+        """The texts that predict classifies."""
         if self.texts is None:
             return self.reviews("test")
         texts = read_texts(self.texts)
@@ -261,7 +261,7 @@ class TextClassificationDataModule(ResumableDataModule):
 
     def _evaluation(self, split: str) -> DataLoader:
         dataset = self.dataset(split)
-        # The longest first, so that memory fails at once. The writer of predictions restores the texts' order.
+        # Longest first, so that an out-of-memory error comes at once. The prediction writer restores the order.
         order = np.argsort(-dataset.lengths, kind="stable")
         size = self.eval_batch_size or (64 if self.on_gpu else 16)
         batches = [order[i : i + size].tolist() for i in range(0, len(order), size)]
@@ -273,7 +273,7 @@ class TextClassificationDataModule(ResumableDataModule):
 
     def _tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """All tokens one after the other, and the (N + 1,) offsets; "[SEP]" in a review is text, not a token."""
-        sequences: list[np.ndarray] = []  # no lists, whose integers take nine times the memory
+        sequences: list[np.ndarray] = []  # not lists, whose integers take nine times the memory
         with progress("tokenising", len(texts)) as advance:
             for start in range(0, len(texts), 256):
                 chunk = list(texts[start : start + 256])
@@ -300,9 +300,9 @@ class TextClassificationDataModule(ResumableDataModule):
 def training_plan(
     count: int, batch_size: int, world: int, lengths: np.ndarray | None, seed: tuple[int, int]
 ) -> list[list[int]]:
-    """One epoch's batches, each review at most once; the remainder that fills no step of all processes is left out.
+    """One epoch's batches, each review at most once; a remainder too small for a step of all processes is left out.
 
-    With `lengths` (N,), each batch holds reviews of similar length; by hand, since transformers' LengthGroupedSampler
+    With `lengths` (N,), each batch holds reviews of similar length; our own, since transformers' LengthGroupedSampler
     keeps the batches of a pool in the order of their length. The `world` batches of one step hold together what one
     process would take with a batch of `world * batch_size`.
     """

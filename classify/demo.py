@@ -1,4 +1,4 @@
-"""A trained classifier to use: it judges a text and says which words spoke for the label."""
+"""A trained classifier for use: it classifies a text and shows which words support the label."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ from experiment.sources.paths import texts_of
 
 @dataclass
 class Prediction:
-    """What a classifier says of a text.
+    """A classifier's prediction for a text.
 
     Args:
         probabilities: Of each class, by its name.
-        words: (begin, end, score) of each word of the text that was read: the score is what the word adds to the
-            log-odds of the likeliest class, to first order. Characters.
+        words: (begin, end, score) in characters of each word that was read: the score is what the word adds to the
+            log-odds of the most likely class, to first order.
         tokens: Of the whole text, without special tokens.
-        kept: As many of them were read.
+        kept: Number of tokens that were read.
     """
 
     probabilities: dict[str, float]
@@ -41,13 +41,13 @@ class Prediction:
 
 
 class ClassifierDemo:
-    """A classifier from a checkpoint, for any number of visitors at once: nothing of it changes."""
+    """A classifier from a checkpoint, safe for concurrent use: it has no mutable state."""
 
     def __init__(self, checkpoint: Path, name: str = "") -> None:
         """
         Args:
             checkpoint: A file that fit has written, in its run's folder.
-            name: By which to tell it from others on one page.
+            name: Distinguishes it from others on one page.
 
         Raises:
             InputError: The checkpoint, its base model or its tokenizer cannot be read.
@@ -74,19 +74,19 @@ class ClassifierDemo:
     def classify(self, text: Iterable[str]) -> list[dict[str, float]]: ...
 
     def classify(self, text: str | Iterable[str]) -> dict[str, float] | list[dict[str, float]]:
-        """The probability of each class, by its name, the likeliest first; of several texts a list of them.
+        """The probability of each class, by name, most likely first; for several texts, a list of these.
 
         Raises:
-            TypeError: It is no text, and no list of texts.
+            TypeError: It is neither a text nor a list of texts.
         """
         found = [self.explain(one).probabilities for one in texts_of(text)]
         ordered = [dict(sorted(one.items(), key=lambda item: -item[1])) for one in found]
         return ordered[0] if isinstance(text, str) else ordered
 
     def explain(self, text: str) -> Prediction:
-        """Classify a text, and find the words that spoke for its class: gradient times input, on the embeddings.
+        """Classify a text, and find the words that support its class: gradient times input, on the embeddings.
 
-        The log-odds of the likeliest class are differentiated by the embedding of each token; the product with that
+        The log-odds of the most likely class are differentiated by each token's embedding; the product with that
         embedding, summed, is the token's share (Shrikumar et al. 2017, arXiv:1605.01713, section 2). The pieces of a
         word are added up.
         """

@@ -1,4 +1,4 @@
-"""Dropout at a third of its cost on a CPU, where one random float an element takes a tenth of a training step."""
+"""Dropout at a third of the cost on a CPU, where a random float per element takes a tenth of a training step."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ LEVELS = 1 << 16
 
 
 class FastDropout(nn.Dropout):
-    """The same as `nn.Dropout`, from 16 random bits an element: p is rounded to a multiple of 1 / 65,536.
+    """Like `nn.Dropout`, but with 16 random bits per element: p is rounded to a multiple of 1 / 65,536.
 
     The kept elements are scaled by the inverse of the rounded probability, so that the expectation is exact. On a GPU,
     and while evaluating, it is `nn.Dropout`.
@@ -24,7 +24,7 @@ class FastDropout(nn.Dropout):
 
 
 def use_fast_dropout(model: nn.Module) -> None:
-    """Put a FastDropout in the place of every `nn.Dropout`; attention's own dropout is not among them."""
+    """Replace every `nn.Dropout` by a FastDropout; attention's own dropout is not affected."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Dropout:
             parent, _, child = name.rpartition(".")

@@ -30,7 +30,7 @@ Adapter = Literal["custom", "peft", "full", "head"]
 class ReviewClassifier(StepModule):
     """A pretrained BERT that sorts reviews into classes, adapted in one of four ways.
 
-    Its checkpoints hold what the base model's own files do not: the weights that train and the new head.
+    Its checkpoints hold only what the base model's files lack: the trained weights and the new head.
     """
 
     def __init__(
@@ -61,30 +61,30 @@ class ReviewClassifier(StepModule):
         Args:
             name: The pretrained model: a hub name, a local folder, or package:<package>/<folder>.
             label_names: Names of the classes; from the data where the command line builds the model.
-            adapter: custom (the LoRA of this package), peft (the same by PEFT), full (all weights train), or head
+            adapter: custom (our own LoRA), peft (PEFT's LoRA), full (all weights train), or head
                 (the encoder stays frozen and only modules_to_save train).
             r: Rank of the LoRA update.
             lora_alpha: The update is scaled by lora_alpha / r.
             lora_dropout: Dropout on the adapter's input.
             target_modules: Linear layers to adapt: suffixes of their names, or one regular expression.
-            modules_to_save: Modules trained in full beside the adapter, by the end of their names; add pooler to train
+            modules_to_save: Modules trained in full besides the adapter, by name suffix; add pooler to train
                 BERT's pooler too.
             use_rslora: Scale by lora_alpha / sqrt(r) (Kalajdzievski 2023).
-            use_dora: Train direction and magnitude apart (Liu et al. 2024).
+            use_dora: Train direction and magnitude separately (Liu et al. 2024).
             init_lora_weights: Start at the pretrained model (B = 0); false starts from a random B.
             adapter_weights: Folder of a saved adapter, PEFT's or ours, to start from.
-            learning_rate: AdamW's, at the end of the warm-up.
+            learning_rate: AdamW's peak learning rate, at the end of the warm-up.
             loraplus_lr_ratio: B's rate is this multiple of A's (LoRA+, Hayou et al. 2024, arXiv:2402.12354), and so is
-                that of biases, as in PEFT; 1 is plain LoRA, 16 what the paper ends at. Lower the learning rate with it.
+                that of biases, as in PEFT; 1 is plain LoRA, 16 is the paper's choice. Lower the learning rate with it.
             weight_decay: AdamW's; biases and norms never decay.
-            warmup: Share of all steps in which the rate rises from 0; it then falls linearly to 0.
+            warmup: Fraction of all steps in which the rate rises from 0; it then falls linearly to 0.
             hidden_dropout: Dropout after embeddings and layers; null keeps the model's own.
             attention_dropout: Dropout on attention weights; null keeps the model's own, 0 keeps the fast kernel.
-            ignore_padding: Mask padded positions. False is a mistake, here for the comparison.
-            dropout_active: Train with the model's dropout. False is a mistake, here for the comparison: what
+            ignore_padding: Mask padded positions. False is deliberately wrong, for the ablation only.
+            dropout_active: Train with the model's dropout. False is deliberately wrong, for the ablation only: what
                 Lightning does with a transformers model by default.
-            compile: Train in code made by torch.compile at the first step, which takes a minute once; a note, and the
-                plain code, where there is no compiler.
+            compile: Train with torch.compile, which takes a minute at the first step; prints a note and trains
+                uncompiled if there is no compiler.
         """
         super().__init__("loss", "accuracy")
         label_names = label_names or ["negative", "positive"]
@@ -145,8 +145,8 @@ class ReviewClassifier(StepModule):
         return model
 
     def _find_random_frozen(self, model: nn.Module, new: set[str]) -> list[str]:
-        """Modules of a plain model that the base's files lack and no training touches, such as the pooler of a BERT
-        that was saved without one: an exported adapter holds them, else each that loads it would draw them anew."""
+        """Modules that the base model's files lack and that are not trained, such as the pooler of a BERT
+        saved without one: an exported adapter includes them, else every load would draw new random ones."""
         if self.hparams.adapter not in ("custom", "peft"):
             return []
         whole = saved_whole(model, self.hparams.modules_to_save)
@@ -159,7 +159,7 @@ class ReviewClassifier(StepModule):
         return sorted(random)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits (B, classes), float32, of input_ids (B, T) under attention_mask (B, T); None: all may be looked at."""
+        """Logits (B, classes), float32, of input_ids (B, T) under attention_mask (B, T); None attends to all."""
         return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
 
     def logits(
@@ -169,8 +169,8 @@ class ReviewClassifier(StepModule):
         input_ids, mask = batch["input_ids"].long(), None
         if self.hparams.ignore_padding and "lengths" in batch:
             mask = torch.arange(input_ids.shape[1], device=self.device) < batch["lengths"][:, None]
-            # transformers would ask the device whether a mask of two dimensions is of use; one of four goes straight to
-            # attention, where attention is ours.
+            # For a 2-D mask, transformers would synchronize to check whether it is needed; a 4-D one goes straight to
+            # our attention.
             mask = mask[:, None, None] if has_fast_attention(self.model) else mask.long()
         return (forward or self)(input_ids, mask)
 
@@ -178,14 +178,14 @@ class ReviewClassifier(StepModule):
         super().on_fit_start()
         self._trained_forward = None
         if self.hparams.compile and can_compile(self.device.type):
-            # For any width from the first step on, so that a resumed run has the same code.
+            # Dynamic width from the first step on, so that a resumed run uses the same code.
             self._trained_forward = torch.compile(self.forward, dynamic=True)
         elif self.hparams.compile:
             note = "note: model.compile does not work here (no g++, Python headers or Triton): training uncompiled"
             rank_zero_only(console.print)(note)
         # from_pretrained returns the model in eval mode and Lightning leaves it there (pytorch-lightning#20105).
         self.model.train(self.hparams.dropout_active)
-        if not self.hparams.dropout_active:  # Lightning would warn of what was asked for
+        if not self.hparams.dropout_active:  # Lightning would warn about what was requested
             warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
@@ -196,7 +196,7 @@ class ReviewClassifier(StepModule):
         return self.step_loss(batch_index, loss.new_full((), len(labels)), loss, correct)
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Tensor]:
-        """What `predict_step` gives, for those who show how the reviews were judged."""
+        """The same as `predict_step`, for callbacks that show predictions."""
         return _verdicts(batch, self._evaluate(batch, "val"))
 
     def test_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
@@ -217,7 +217,7 @@ class ReviewClassifier(StepModule):
         return _verdicts(batch, self.logits(batch))
 
     def check_trainer(self, trainer: Trainer) -> None:
-        """Check that the schedule has an end to fall to.
+        """Check that the schedule has a last step.
 
         Raises:
             InputError: It has none.
@@ -228,8 +228,8 @@ class ReviewClassifier(StepModule):
             )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """AdamW's: biases, norms and DoRA's magnitudes do not decay. With LoRA+, B and all vectors train at a multiple
-        of the rate, as PEFT groups them."""
+        """AdamW's groups: biases, norms and DoRA's magnitudes do not decay. With LoRA+, B and vectors use a multiple
+        of the learning rate, as in PEFT."""
         rate, decay = self.hparams.learning_rate, self.hparams.weight_decay
         faster = rate * self.hparams.loraplus_lr_ratio
         trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
@@ -295,7 +295,7 @@ class ReviewClassifier(StepModule):
     def _load_adapter(self, folder: str) -> None:
         if self.hparams.adapter not in ("custom", "peft"):
             raise InputError(f"model.adapter_weights needs adapter custom or peft, not {self.hparams.adapter}")
-        # PEFT's wrappers are another tree of modules, so that its weights are read by PEFT, after the same checks on
+        # PEFT's wrappers change the module tree, so PEFT loads the weights, after the same checks on
         # a plain model.
         try:
             if self.hparams.adapter == "custom":
@@ -319,17 +319,17 @@ def _verdicts(batch: dict[str, Tensor], logits: Tensor) -> dict[str, Tensor]:
 
 
 def peft_model(model: nn.Module, config: LoRAConfig) -> nn.Module:
-    """The same adaptation by PEFT."""
+    """The same adaptation with PEFT."""
     import peft
 
     if "classifier" not in config.modules_to_save:
         raise ValueError("modules_to_save lacks classifier, which PEFT always trains: use adapter custom to freeze it")
-    target_names(model, config.target_modules)  # PEFT ignores a target that matches nothing beside one that does
+    target_names(model, config.target_modules)  # PEFT ignores a target that matches nothing if another one matches
     options = {name: getattr(config, name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules")}
     options |= {name: getattr(config, name) for name in ("use_rslora", "use_dora", "init_lora_weights")}
     others = [name for name in config.modules_to_save if name != "classifier"]
     with warnings.catch_warnings():
-        # peft 0.21 asks transformers 5.23 for a property that it has renamed.
+        # peft 0.21 uses a property that transformers 5.23 has renamed.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         return peft.get_peft_model(
             model, peft.LoraConfig(task_type="SEQ_CLS", modules_to_save=others or None, **options)

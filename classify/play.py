@@ -1,4 +1,4 @@
-"""The tab of ``tinylab play`` where classifiers judge a review, side by side, and show why."""
+"""The tab of ``tinylab play`` where classifiers label a review, side by side, and show why."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ REVIEWS = [
 
 
 def show(critic: ClassifierDemo, text: str) -> str:
-    """One column: the verdict, its probabilities, and the text in colours."""
+    """One column: the predicted label, the probabilities, and the highlighted text."""
     prediction = critic.explain(text)
     label = prediction.label
     bars = "".join(
@@ -45,7 +45,7 @@ def show(critic: ClassifierDemo, text: str) -> str:
 
 
 def _coloured(text: str, prediction: Prediction) -> str:
-    """The text with its words on grounds that tell what they spoke for; what was not read is pale."""
+    """The text with each word highlighted by what it supports; text that was not read is pale."""
     strongest = max((abs(score) for _, _, score in prediction.words), default=0.0) or 1.0
     parts, place = [], 0
     for begin, end, score in prediction.words:
@@ -63,7 +63,7 @@ def _between(text: str) -> str:
 
 
 def add_tabs(checkpoints: dict[str, Path]) -> None:
-    """One tab for all runs, by name, inside of Gradio's tabs.
+    """One tab for all runs, by name, inside Gradio's tabs.
 
     Raises:
         InputError: A checkpoint, its base model or its tokenizer cannot be read.

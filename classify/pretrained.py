@@ -52,7 +52,7 @@ def resolve(name: str) -> str:
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a pretrained model; it must have the tokens [CLS], [SEP] and [PAD] or their likes.
+    """The tokenizer of a pretrained model; it must have the tokens [CLS], [SEP] and [PAD] or equivalents.
 
     Raises:
         InputError: it can't be loaded, or is not of the BERT family.
@@ -76,12 +76,12 @@ def load_classifier(
 
     Args:
         name: hub name, local folder or `package:` folder.
-        label_names: one name a class; they become the model's `id2label`.
+        label_names: one name per class; they become the model's `id2label`.
         hidden_dropout: dropout after embeddings and layers; None keeps the model's own.
         attention_dropout: dropout on attention weights; None keeps the model's own.
 
     Returns:
-        The model, and the names of the parameters that its files lack and that hold random numbers: the head.
+        The model, and the names of the parameters missing from its files, which are random: the head.
 
     Raises:
         InputError: the model can't be loaded, or is not an encoder.
@@ -92,7 +92,7 @@ def load_classifier(
     path = resolve(name)
     verbosity = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # else a table tells that the head is new, which it is meant to be
+    logging.set_verbosity_error()  # else transformers prints a table saying that the head is new, as intended
     logging.disable_progress_bar()
     try:
         with _clear_errors(f"model {name!r}"):
@@ -111,7 +111,7 @@ def load_classifier(
         if bars:
             logging.enable_progress_bar()
     use_fast_attention(model)
-    # A head of another number of classes is replaced as well.
+    # A head with another number of classes is replaced too.
     new = set(report["missing_keys"]) | {entry[0] for entry in report["mismatched_keys"]}
     encoder = f"{model.base_model_prefix}."
     if lost := sorted(key for key in new if key.startswith(encoder) and ".pooler." not in key):
@@ -120,9 +120,9 @@ def load_classifier(
 
 
 def longest_input(model: nn.Module) -> int | None:
-    """Tokens that a model can read at most; None where nothing bounds them.
+    """Maximum number of tokens that a model can read; None if unbounded.
 
-    RoBERTa and its kin keep the first rows of their position table for padding: of 514 they use 512.
+    RoBERTa-like models reserve the first rows of the position table for padding: of 514 they use 512.
     """
     for name, module in model.named_modules():
         if name.endswith("embeddings.position_embeddings") and hasattr(module, "padding_idx"):
@@ -133,7 +133,7 @@ def longest_input(model: nn.Module) -> int | None:
 
 @contextmanager
 def _clear_errors(what: str) -> Iterator[None]:
-    """Turn transformers' long messages into one line with a cure."""
+    """Turn transformers' long messages into one line with a fix."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

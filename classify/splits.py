@@ -1,4 +1,4 @@
-"""From a source of reviews to three splits: read, checked, freed of duplicates, drawn by a seed, balanced."""
+"""Three splits from a source of reviews: read, checked, deduplicated, drawn with a seed, balanced."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass
 class Reviews:
-    """Some reviews: `texts`, and `labels` (N,) as class ids, -1 where they are not known."""
+    """Some reviews: `texts`, and `labels` (N,) as class ids, -1 if unknown."""
 
     texts: list[str]
     labels: np.ndarray
@@ -57,12 +57,12 @@ def draw_splits(
 ) -> tuple[list[str], dict[str, Reviews]]:
     """Names of the classes, and train, validation and test drawn from a source: balanced, and no text in two of them.
 
-    Texts count as the same when they differ in case and white space alone. A text that stands in several splits of
+    Texts that differ only in case and white space count as equal. A text that occurs in several splits of
     the source stays in test rather than validation, and in validation rather than train. Test reviews without labels
-    (no such column, or -1 throughout) are kept for prediction; of a split with some, the others are left out.
+    (no such column, or all -1) are kept for prediction; if only some have labels, the others are left out.
 
     Raises:
-        InputError: what `load_texts` refuses, an empty review, a label that is no class, too few reviews.
+        InputError: whatever `load_texts` refuses, an empty review, an invalid label, too few reviews.
     """
     pools: dict[str, Reviews] = {}
     seen: set[bytes] = set()
@@ -71,7 +71,7 @@ def draw_splits(
     raw = {split: load_texts(path, split, ["text", "label"], synthetic_reviews, revision) for split in SPLITS[:2]}
     try:
         raw["test"] = load_texts(path, "test", ["text", "label"], synthetic_reviews, revision)
-    except InputError:  # for want of the column perhaps; what else it may be is told again
+    except InputError:  # perhaps the column is missing; any other error is raised again
         raw["test"] = load_texts(path, "test", ["text"], synthetic_reviews, revision)
     if raw["train"] is None:
         raise InputError(f"data.path {path} has no train split")
@@ -113,7 +113,7 @@ def _too_few(
     short: list[str],
     some_removed: bool,
 ) -> str:
-    """What to say where the splits `short` cannot be drawn: the sizes, what there is, and sizes that can be had."""
+    """The message if the splits `short` cannot be drawn: the sizes, the available reviews, and possible sizes."""
     asked = " and ".join(f"data.{split}_size {sizes[split] or 'null'}" for split in SPLITS if split in short)
     labels = {split: pools[split].labels for split in SPLITS if split in pools}
     counts = {split: np.bincount(of[of >= 0], minlength=len(names)) for split, of in labels.items()}
@@ -123,7 +123,7 @@ def _too_few(
     )
     fewest, least = counts["train"].min(), 1 + len(SPLITS) - len(pools)
     cure = f"expected at least {least} of each class in train"
-    if fewest >= least:  # null takes all that are left; of train, what the source has no split for takes a tenth each
+    if fewest >= least:  # null takes all that are left; splits that the source lacks take a tenth of train each
         tenth = len(names) * max(1, fewest // 10)
         flags = (f"--data.{split}_size {'null' if split in pools else tenth}" for split in SPLITS)
         cure = f"give {' '.join(flags)}, where null takes all that are left"
@@ -132,7 +132,7 @@ def _too_few(
 
 
 def _class_names(dataset: Any, path: str) -> list[str]:
-    """The dataset's own names; else the words it uses as labels; else negative and positive for 0 and 1."""
+    """The dataset's class names, else the words it uses as labels, else negative and positive for 0 and 1."""
     if names := getattr(dataset.features["label"], "names", None):
         return list(names)
     values = set(map(_plain, dataset["label"])) - {None}
@@ -144,8 +144,8 @@ def _class_names(dataset: Any, path: str) -> list[str]:
 
 
 def _plain(label: Any) -> str | float | None:
-    """A label as a word or a number, however the file wrote it: 1, 1.0 and "1" are one, and so are true and "true";
-    None where it is missing."""
+    """A label as a word or a number, however the file writes it: 1, 1.0 and "1" are the same, as are true and "true";
+    None if it is missing."""
     if isinstance(label, str):
         label = label.strip()
         try:
@@ -191,8 +191,8 @@ def _shuffled_by_class(pool: Reviews, num_labels: int, seed: int) -> list[np.nda
 
 
 def _take(left: list[np.ndarray], size: int | None, whole: bool) -> np.ndarray | None:
-    """Positions of `size` reviews, as many of each class as can be, taken out of `left`; None takes all, which only
-    `whole` allows. None where there are not as many, or not one."""
+    """Positions of `size` reviews, as balanced as possible, taken out of `left`; size None takes all, which only
+    `whole` allows. Returns None if there are too few."""
     if size is None and not whole:
         return None
     wanted = [len(indices) for indices in left]

@@ -1,1 +1,1 @@
-"""The ground floor both experiments stand on: the command line, sources of text, caches, the run's folder."""
+"""Shared by both experiments: the command line, data sources, caches, the run folder."""

@@ -1,4 +1,4 @@
-"""What the commands beside lm and classify have in common: their parser, and errors of one line."""
+"""Shared by the commands other than lm and classify: their parser, and one-line errors."""
 
 import argparse
 import sys
@@ -11,15 +11,15 @@ from experiment.wording import as_called, reworded
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors are of one line, as everywhere: no usage before them.
+    """A parser with one-line errors: no usage text before them.
 
     Args:
         prog: Such as ``tinylab tell``.
-        description: Its first paragraph is shown, or the `whole`.
+        description: Only its first paragraph is shown, unless `whole`.
     """
 
     def __init__(self, prog: str, description: str | None = None, whole: bool = False, **options: Any) -> None:
-        about = as_called(description or "")  # no docstring: `python -OO` has none
+        about = as_called(description or "")  # not a docstring: `python -OO` strips those
         if whole:
             options["formatter_class"] = argparse.RawDescriptionHelpFormatter
         super().__init__(
@@ -32,7 +32,7 @@ class CommandParser(argparse.ArgumentParser):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End a command with one line on stderr: exit code 2 where its input or the disk cannot be used, 130 on Ctrl-C."""
+    """End a command with one line on stderr: exit code 2 if its input or the disk is unusable, 130 on Ctrl-C."""
     try:
         yield
     except (InputError, argparse.ArgumentError) as error:

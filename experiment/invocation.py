@@ -1,4 +1,4 @@
-"""How the user calls tinylab, for every message that names a command to run: it can be pasted into the same shell."""
+"""How the user calls tinylab, so that commands in messages can be pasted into the same shell."""
 
 import os
 import shutil
@@ -11,8 +11,8 @@ MODULES = ("lm", "classify", "experiment", "tinylab")
 def command(name: str) -> str:
     """A command of tinylab, such as ``lm fit``, called as this process was.
 
-    It is ``tinylab lm fit`` by default, ``python -m lm fit`` after a start by ``python -m``, and where the shell would
-    find no ``tinylab``, or another one, the place of the script or of the interpreter stands before it.
+    It is ``tinylab lm fit`` by default and ``python -m lm fit`` if started with ``python -m``. If the shell would
+    find no ``tinylab``, or a different one, the path of the script or the interpreter is included.
     """
     started, found = sys.orig_argv, shutil.which("tinylab")
     module = started[started.index("-m") + 1] if "-m" in started[:-1] else ""
@@ -27,6 +27,6 @@ def command(name: str) -> str:
 
 
 def _nearer(program: str) -> str:
-    """Relative to the working directory where it is in there. Links stay: one makes an interpreter that of a venv."""
+    """The path relative to the working directory if inside it. Links are kept: a venv's interpreter is a link."""
     near = os.path.relpath(program) if os.path.isabs(program) else program
     return program if near.startswith("..") else near

@@ -1,4 +1,4 @@
-"""What people see while they wait: one console for all output, bars for everything that takes its time."""
+"""Progress output: one console for everything, and bars for slow work."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from experiment.wording import MEANINGS
 def progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A bar with the time left; yields the function that advances it by a number of items.
 
-    Work that goes on after the last item is of unknown length, and the bar then says so.
+    Work that continues after the last item shows as a bar of unknown length.
     """
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -33,7 +33,7 @@ def progress(description: str, total: int | None) -> Iterator[Callable[[int], No
 
 
 class _Metrics(ProgressColumn):
-    """The newest value of each metric that is logged with ``prog_bar=True``, as many as the line has room for."""
+    """The newest value of each metric logged with ``prog_bar=True``, as many as fit on the line."""
 
     def __init__(self) -> None:
         super().__init__(table_column=Column(no_wrap=True, overflow="ellipsis"))
@@ -60,7 +60,7 @@ def validation_results(trainer: Trainer) -> dict[str, float]:
 
 
 def print_figures(figures: Mapping[str, float], explained: bool = False) -> None:
-    """A line for each figure, the loss first, in four significant digits and perhaps with what it means."""
+    """One line per metric, the loss first, with four significant digits and optionally its meaning."""
     width = max(map(len, figures), default=0)
     for name, value in sorted(figures.items(), key=lambda item: (not item[0].endswith("/loss"), item[0])):
         meaning = MEANINGS.get(name.rpartition("/")[2].removeprefix("second_"), "") if explained else ""
@@ -70,11 +70,11 @@ def print_figures(figures: Mapping[str, float], explained: bool = False) -> None
 class RunProgressBar(ProgressBar):
     """One bar over the whole training, by optimizer steps: loss, tokens per second and the time left.
 
-    Lightning's own bar starts anew with each epoch, which says little about a run of so many steps. On a pipe no
+    Lightning's own bar restarts at each epoch, which says little about a run with a fixed number of steps. On a pipe no
     bar is drawn; the results of each validation are printed as a line in both cases.
 
     Args:
-        shown_as_written: The predictions are shown token by token, which leaves no place for a bar.
+        shown_as_written: Predictions are shown token by token, which leaves no room for a bar.
     """
 
     def __init__(self, shown_as_written: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Warnings that a user can do nothing about, each with the reason why it is not shown."""
+"""Warnings that users cannot act on, each with the reason for hiding it."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ IGNORED: tuple[tuple[str, type[Warning]], ...] = (
 )
 
 
-# What Lightning tells at each start, as regular expressions over the message. What else it tells was asked for: the
+# Lightning's start-up messages, as regular expressions. Its other messages were requested: the
 # profiler's table, the summary of the model, why a callback has stopped the run.
 UNASKED = re.compile(
     r"(\[rank: \d+\] )?((GPU|TPU|HPU|MPS) available|LOCAL_RANK|Seed set to|Using .*(precision|AMP)|Restor(ing|ed) |"
@@ -40,9 +40,9 @@ def _was_asked_for(record: logging.LogRecord) -> bool:
 
 
 def quiet_libraries(debug: bool = False) -> None:
-    """Leave on the screen what a user can act on; ``debug`` shows everything. Any character may be shown."""
+    """Show only what a user can act on; ``debug`` shows everything. Any character can be printed."""
     expect_any_text()
-    # Must stand before the first fork, else the tokenizers library warns from every loader process.
+    # Must be set before the first fork, else the tokenizers library warns in every loader process.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # jsonargparse >= 4.49 deprecates calls that lightning 2.6.6 still makes (pytorch-lightning#21255).
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")

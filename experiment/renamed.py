@@ -1,4 +1,4 @@
-"""Names of the last release that this one changes: in commands, YAML files and checkpoints the old ones still work."""
+"""Names that changed since the last release: the old ones still work in commands, YAML files and checkpoints."""
 
 import os
 import sys
@@ -29,7 +29,7 @@ DATA_MODULES = {"IMDB": "TextClassificationDataModule", "TinyStories": "TextData
 
 @cache
 def accept_old_names() -> None:
-    """From now on, configurations are read with today's names."""
+    """From now on, read configurations with today's names."""
     load_yaml = get_loader("yaml")
 
     def load(text: str) -> Any:
@@ -53,8 +53,8 @@ def current_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def rename_environment(prefixes: Sequence[str]) -> None:
-    """Give variables that stand for options, such as TINYLAB_FIT__DATA__PATH with the prefix TINYLAB_FIT__, today's
-    names; one that is set under today's name wins."""
+    """Rename option variables, such as TINYLAB_FIT__DATA__PATH with the prefix TINYLAB_FIT__, to today's
+    names; a variable already set under today's name wins."""
     for variable in list(os.environ):
         for prefix in (one for one in prefixes if variable.startswith(one)):
             option = _current(variable.removeprefix(prefix).replace("__", ".").lower())
@@ -82,13 +82,13 @@ def current_config(config: Mapping[str, Any], within: str = "", note: bool = Tru
 
 
 def current_file(path: str) -> str:
-    """A configuration file by today's name, where the old one is no longer there."""
+    """A configuration file by today's name, if the old one no longer exists."""
     old = next((file for file in RENAMED if file.endswith(".yaml") and path.endswith(file)), None)
     return path if old is None or Path(path).exists() else path.removesuffix(old) + _current(old)
 
 
 def current_checkpoint(checkpoint: dict[str, Any]) -> None:
-    """Give what a Lightning checkpoint holds today's names."""
+    """Rename the contents of a Lightning checkpoint to today's names."""
     for old, new in DATA_MODULES.items():
         if old in checkpoint:
             checkpoint[new] = checkpoint.pop(old)

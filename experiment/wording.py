@@ -1,4 +1,4 @@
-"""Texts for people: errors of argparse and jsonargparse in the words of one who typed an option, and help."""
+"""Text for users: errors of argparse and jsonargparse in plain words, and help."""
 
 import difflib
 import re
@@ -15,17 +15,17 @@ MEANINGS = {
     "bits_per_byte": "bits to encode a byte of text; comparable across tokenizers",
     "accuracy": "share of the texts classified correctly",
     "f1": "mean over the classes of the harmonic mean of precision and recall",
-}  # of the figures of an evaluation, without the split
+}  # of an evaluation's metrics, without the split
 PROBLEM = r"Problem with given class_path '[^']*?(?P<name>\w+)': (?P<why>.*?)(?= - Expected a | Given value|$)"
 PLAIN = r"(Does not validate against any of the Union subtypes Subtypes:)?( ?Expected a)?[\s\[\],.]*"
 
 
 def reworded(message: str, options: Iterable[str] = ()) -> str:
-    """The message in one line that names the option, its value and what was expected; as it is where it is another.
+    """The message as one line that names the option, its value and what was expected; others are unchanged.
 
     Args:
         message: Of argparse or jsonargparse.
-        options: Every option there is, ``--`` included, for a hint at a mistyped one.
+        options: All options, ``--`` included, to suggest one for a typo.
     """
     message = " ".join(message.split())
     if found := re.search(
@@ -38,8 +38,8 @@ def reworded(message: str, options: Iterable[str] = ()) -> str:
     if found := re.match(
         r'Parser key "(?P<key>.+?)": (?P<types>.*?Expected a .*) (Got|Given) value: (?P<value>.*)$', message
     ):
-        types = re.sub("Errors:.*", "", found["types"])  # of a union, each type's own complaint
-        if re.fullmatch(PLAIN, KIND.sub("", types)):  # nothing but types that have words, no class that may say more
+        types = re.sub("Errors:.*", "", found["types"])  # for a union, each type's own error
+        if re.fullmatch(PLAIN, KIND.sub("", types)):  # only types in KINDS, no class that may say more
             return f"{found['key']} {found['value']}: expected {listed(_kinds(types))}"
     if found := re.match(r"unrecognized arguments: (?P<word>[^\s=]+)", message):
         if found["word"].startswith("-"):
@@ -83,7 +83,7 @@ def listed(words: Iterable[str]) -> str:
 
 
 def hint(word: str, known: Iterable[str]) -> str:
-    """The known word that a mistyped one is near to, or begins, as a question in brackets; nothing where none is."""
+    """The closest known word, or one that starts with it, as a question in brackets; empty if there is none."""
     known = list(known)
     near = [name for name in known if word and name.startswith(word)]
     if len(near) != 1:
@@ -92,20 +92,20 @@ def hint(word: str, known: Iterable[str]) -> str:
 
 
 def plain_help(text: str) -> str:
-    """The help of jsonargparse without the markup of docstrings, defaults that are told twice, and an option for each
-    group's own file, which --config is for."""
+    """jsonargparse's help without docstring markup, repeated defaults, and the option for each
+    group's own file, which --config replaces."""
     text = re.sub(r"^  --[\w.]+ CONFIG\s+Path to a configuration file\.\n", "", text, flags=re.MULTILINE)
     text = re.sub(r"\s+Default:\s+\S+\.(?=\s+\(type:)", "", text)
     return re.sub(r"(:\w+:)?`+~?", "", text)
 
 
 def as_called(text: str) -> str:
-    """A text with its commands, such as ``tinylab lm``, as `command` gives them."""
+    """A text with its commands, such as ``tinylab lm``, rewritten by `command`."""
     return re.sub(r"(?<!/)(?<!-m )\btinylab (\w+)", lambda found: command(found[1]), text)
 
 
 def unreadable_config(file: Path, error: OSError) -> str:
-    """What to say of a configuration that cannot be opened, with those that a mistyped one may mean."""
+    """The message for a configuration that cannot be opened, with likely alternatives."""
     if not isinstance(error, FileNotFoundError):
         near = f" (did you mean {own}?)" if (own := file / "config.yaml").is_file() else ""
         return f"config {file} cannot be read ({error.strerror}){near}: expected a YAML file"

@@ -31,13 +31,13 @@ examples:
 
 See also: `tinylab convert` exports and imports weights, `tinylab decoding` compares decoding methods,
 `tinylab compare` compares configurations at equal tokens or time.
-"""  # no docstring: `python -OO` has none
+"""  # not a docstring: `python -OO` strips those
 
 
 def main(args: Sequence[str] | None = None) -> "LanguageCLI":
-    """Run the command line; ``args`` are by default those of the process."""
+    """Run the command line; ``args`` are by default the process's own."""
     start(OVERVIEW, sys.argv[1:] if args is None else args)
-    from experiment.commands.main import run  # brings Lightning, which --help need not wait for
+    from experiment.commands.main import run  # imports Lightning, which --help does not need
     from lm.cli import LanguageCLI
 
     return run(LanguageCLI, args)

@@ -26,7 +26,7 @@ from lm.training.optim import OptimizerConfig
 
 
 class LanguageCLI(ExperimentCLI):
-    """The language model's command line: its data's vocabulary becomes the decoder's."""
+    """The language model's command line: the decoder gets its vocabulary size from the data."""
 
     package = "lm"
     shown_as_written = True
@@ -64,10 +64,10 @@ class LanguageCLI(ExperimentCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
-        config.data.seed = int(config.seed_everything)  # the one that was drawn, where it was true
+        config.data.seed = int(config.seed_everything)  # the seed that was drawn if it was true
 
     def complete(self, config: Namespace) -> None:
-        """Take the shape of weights that are there already, and the tokenizer of those that a training starts from."""
+        """Use the shape of existing weights, and the tokenizer of the weights that training starts from."""
         model, init_from = config.model, config.model.init_from
         wanted = config.validate_first
         self.first_validation.wanted = init_from is not None if wanted is None else wanted
@@ -82,8 +82,8 @@ class LanguageCLI(ExperimentCLI):
             model.decoder.max_sequence_length = before.get("max_sequence_length", config.data.sequence_length)
 
     def adjust(self, config: Namespace) -> None:
-        """Use the tokenizer and the base weights that a checkpoint's run has kept: their source may be gone. Another
-        tokenizer that is given by hand wins."""
+        """Use the tokenizer and base weights saved in the checkpoint's run, since their source may be gone. A
+        tokenizer given as a flag takes precedence."""
         if self.checkpoint is None:
             return
         if (own := run_of(self.checkpoint) / "tokenizer").is_dir():
@@ -101,7 +101,7 @@ class LanguageCLI(ExperimentCLI):
 
     @property
     def _base(self) -> Path | None:
-        """The weights that the checkpoint's run has adapted, where it holds them."""
+        """The base weights of the checkpoint's run, if it has a copy."""
         from lm.formats.pretrained import BASE
 
         file = None if self.checkpoint is None else self.checkpoint.parent / BASE
@@ -117,7 +117,7 @@ class LanguageCLI(ExperimentCLI):
             rank_zero_only(save_base)(self.model.decoder, self.run_dir / "checkpoints")
 
     def weights_device(self) -> AbstractContextManager:
-        """The meta device where FSDP will shard the weights, since no process may have room for all of them."""
+        """The meta device if FSDP will shard the weights, since no process may have room for all of them."""
         config = self.config[self.subcommand]
         strategy = getattr(config.trainer.strategy, "class_path", "")
         divided = (
@@ -138,7 +138,7 @@ class LanguageCLI(ExperimentCLI):
             )
         if self.subcommand == "fit":
             init_from = self.config[self.subcommand].model.init_from
-            if self.checkpoint is None and init_from is None:  # a new model learns that bos comes first
+            if self.checkpoint is None and init_from is None:  # a new model is trained with bos first
                 self.datamodule.tokenizer.begin_with_bos()
             self.config_init[self.subcommand].samples.check(self.datamodule.tokenizer, context)
 
@@ -157,7 +157,7 @@ class LanguageCLI(ExperimentCLI):
         return chat if flags is None else f"{super().next_command(kept)} {flags}"
 
     def _check_state(self) -> None:
-        """Raise an InputError where a checkpoint holds the state of another optimizer."""
+        """Raise an InputError if a checkpoint has the state of another optimizer."""
         stored = self.stored()
         if not stored.get("optimizer_states"):  # an imported model has none
             return
@@ -171,4 +171,4 @@ class LanguageCLI(ExperimentCLI):
             )
 
 
-CLI = LanguageCLI  # by this name, comparisons find the command line of a package
+CLI = LanguageCLI  # the name by which comparisons find a package's command line

@@ -1,7 +1,7 @@
-"""Weights in and out: `tinylab convert hugging_face | llama2c | gguf | adapter | import`.
+"""Export and import of weights: `tinylab convert hugging_face | llama2c | gguf | adapter | import`.
 
-The first four turn a checkpoint of `tinylab lm fit` into the files that others read; `import` turns such files into
-the folder of a run, from which validate, predict and further training go on.
+The first four export a checkpoint of `tinylab lm fit` for other programs; `import` turns such files into
+a run folder, for validate, predict and further training.
 """
 
 import shlex
@@ -42,7 +42,7 @@ def hugging_face(checkpoint: str, folder: str, tokenizer: str | None = None) -> 
 
 
 def llama2c(checkpoint: str, file: str, tokenizer: str | None = None) -> None:
-    """Export a checkpoint to a .bin that llama2.c runs, and the tokenizer's .bin beside it.
+    """Export a checkpoint to a .bin that llama2.c runs, and the tokenizer's .bin next to it.
 
     Args:
         checkpoint: The folder of a run, such as runs/demo/lm (its best checkpoint is taken), or a checkpoint in it.
@@ -73,9 +73,9 @@ def adapter(checkpoint: str, folder: str) -> None:
 
     Args:
         checkpoint: The folder of a run, such as runs/demo/lm (its best checkpoint is taken), or a checkpoint in it.
-        folder: Where to write; what was adapted goes into FOLDER/base, for transformers.
+        folder: Where to write; the base model goes into FOLDER/base, for transformers.
     """
-    from experiment.runs.reading import find_checkpoint  # brings Lightning, which --help need not wait for
+    from experiment.runs.reading import find_checkpoint  # imports Lightning, which --help does not need
 
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -95,7 +95,7 @@ def merged_with(decoder: Decoder, folder: str) -> Decoder:
     """The decoder with an adapter merged into it.
 
     Raises:
-        InputError: The adapter cannot be read, or is another model's.
+        InputError: The adapter cannot be read, or belongs to another model.
     """
     try:
         lora, trained = read_decoder_adapter(decoder, folder)
@@ -111,13 +111,13 @@ def import_weights(
     path: str = "roneneldan/TinyStories",
     adapter: str | None = None,
 ) -> None:
-    """Make the folder of a run from a Hugging Face Llama or Qwen3, a llama2.c .bin, or a GGUF.
+    """Make a run folder from a Hugging Face Llama or Qwen3, a llama2.c .bin, or a GGUF.
 
     Args:
         source: A local folder with config.json, safetensors and a tokenizer, or a hub name; a llama2.c .bin; a
             .gguf; or another run, whose adapter is merged.
-        run_dir: The folder of the run to make.
-        tokenizer: Of a llama2.c .bin; by default model.tokenizer.bin or tokenizer.bin beside model.bin.
+        run_dir: The run folder to create.
+        tokenizer: Of a llama2.c .bin; by default model.tokenizer.bin or tokenizer.bin next to model.bin.
         path: The stories that config.yaml names for validation and further training.
         adapter: Folder of a LoRA adapter, PEFT's or ours, to merge into the weights.
     """
@@ -145,7 +145,7 @@ def write_run(decoder: Decoder, tokenizer: StoryTokenizer, run: Path, path: str)
     module = LanguageModel(decoder.config)
     module.decoder.load_state_dict(decoder.state_dict())
     tokenizer.save(run / "tokenizer")
-    # Without ModelCheckpoint, whose state would be missed when the checkpoint is read.
+    # Without ModelCheckpoint, whose state would be missing when the checkpoint is read.
     trainer = Trainer(
         logger=False,
         accelerator="cpu",
@@ -175,7 +175,7 @@ def write_run(decoder: Decoder, tokenizer: StoryTokenizer, run: Path, path: str)
         },
         "model": {"decoder": shape},
     }
-    # Last: it tells that the folder is whole.
+    # Last: it marks the folder as complete.
     (run / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 

@@ -25,7 +25,7 @@ commands:
   letters    write the letters that the demo's model is adapted to
 
 `tinylab COMMAND --help` explains each.
-"""  # no docstring: `python -OO` has none
+"""  # not a docstring: `python -OO` strips those
 COMMANDS = {
     "lm": "lm.__main__",
     "classify": "classify.__main__",

@@ -1,4 +1,4 @@
-"""The command line of both experiments: LightningCLI, with a folder for each run and errors that can be read."""
+"""The command line of both experiments: LightningCLI, with a folder for each run and readable errors."""
 
 import os
 import secrets
@@ -40,22 +40,22 @@ DESCRIPTIONS = {
 
 
 class ExperimentCLI(LightningCLI):
-    """LightningCLI with ``--run_dir``, checkpoints, a metrics file and the precision that is fast here.
+    """LightningCLI with ``--run_dir``, checkpoints, a metrics file and the precision that is fastest here.
 
-    A value given by hand wins over a config file, and a config file over what a checkpoint stores; a checkpoint
+    A flag overrides a config file, and a config file overrides the values stored in a checkpoint; a checkpoint
     that does not fit is refused before anything runs.
 
     Args:
         module: The LightningModule.
         data: The LightningDataModule.
-        callbacks: Callbacks that are always there and have nothing to configure.
-        args: Command line arguments, by default those of the process.
+        callbacks: Callbacks that are always active and need no configuration.
+        args: Command line arguments, by default the process's own.
     """
 
     package: str  # the experiment's name, and its part of the default run folder
     shown_as_written = False  # whether ``predict`` shows its results token by token
 
-    # Key, class, and what is only known later, of those parts that can be checked each by itself.
+    # Key, class, and arguments known only later, of the parts that can be checked separately.
     parts: Sequence[tuple[str, type, dict[str, Any]]] = ()
 
     def __init__(
@@ -98,8 +98,8 @@ class ExperimentCLI(LightningCLI):
     # options
 
     def subcommands(self) -> dict[str, set[str]]:
-        """The arguments of the Trainer's methods that are not its to ask for, of the command that was given: each
-        parser takes 0.05 s. Of all of them where it is none."""
+        """Arguments of the Trainer's methods that are no options, for the given command only, since each parser takes
+        0.05 s; for all commands if none is given."""
         skipped = {"ckpt_path", "weights_only", "return_predictions"}
         commands = {name: methods | skipped for name, methods in LightningCLI.subcommands().items()}
         named = next(iter(configs_first(self.arguments)[0]), None)
@@ -135,24 +135,24 @@ class ExperimentCLI(LightningCLI):
         parser.add_lightning_class_args(BestCheckpoint, "best")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
-        """As Lightning's, without its warning where a caller gives the arguments: the tests and tables do."""
-        # Text that the locale could not read, but no name of a file, whose bytes must stay as they are.
+        """As Lightning's, without its warning if the caller passes arguments, as tests and tables do."""
+        # Repair text that the locale could not decode, but not file names, whose bytes must not change.
         given = [argument if _names_file(argument) else repaired(argument) for argument in args]
-        if any(name.startswith("TINYLAB_") and "__" in name for name in os.environ):  # which nobody refuses
+        if any(name.startswith("TINYLAB_") and "__" in name for name in os.environ):  # which nothing else rejects
             from experiment.renamed import rename_environment
 
             rename_environment([f"TINYLAB_{name.upper()}__" for name in DESCRIPTIONS])
         try:
             self._parse(parser, given)
-        except (ArgumentError, InputError):  # perhaps of a name of the last release
+        except (ArgumentError, InputError):  # perhaps a name from the last release
             from experiment.renamed import accept_old_names, current_arguments
 
             accept_old_names()
             self._parse(parser, current_arguments(given))
         config = self.config[self.config.subcommand]
-        # Lightning would take the checkpoint's hyperparameters over the user's flags, did it see this.
+        # If Lightning saw this, the checkpoint's hyperparameters would override the user's flags.
         self.ckpt_path = config.pop("ckpt_path")
-        if config.seed_everything is True:  # Lightning would take 0
+        if config.seed_everything is True:  # Lightning would use 0
             config.seed_everything = int(agreed("seed", _drawn_seed))
         if not 0 <= config.seed_everything < 2**32:
             raise InputError(f"seed_everything {config.seed_everything}: expected 0 to {2**32 - 1}, true or false")
@@ -161,10 +161,10 @@ class ExperimentCLI(LightningCLI):
         self.flags = {flag.removeprefix("--").partition("=")[0] for flag in given if flag.startswith("--")}
         ordered, configs = configs_first(given)
         for file in configs:
-            read_configuration(file)  # names the file and line of a mistake, which the parser does not
+            read_configuration(file)  # reports file and line of a mistake, unlike the parser
         try:
             self.config = parser.parse_args(ordered)
-        except ValueError as error:  # of a default that jsonargparse cannot combine with what is given
+        except ValueError as error:  # from a default that jsonargparse cannot merge with the given value
             raise InputError(str(error)) from error
 
     # instances
@@ -189,7 +189,7 @@ class ExperimentCLI(LightningCLI):
         self.adjust(config)
 
     def stored(self, part: Literal["weights", "outline"] = "outline") -> dict[str, Any]:
-        """What the checkpoint holds; nothing where there is none."""
+        """The checkpoint's contents; empty without a checkpoint."""
         if self.checkpoint is None:
             return {}
         from experiment.runs.reading import read_checkpoint
@@ -200,13 +200,13 @@ class ExperimentCLI(LightningCLI):
         """Fill in values for the run's config.yaml."""
 
     def adjust(self, config: Namespace) -> None:
-        """Fill in values for this call alone, such as places that may change."""
+        """Fill in values for this call only, such as paths that can change."""
 
     def instantiate_classes(self) -> None:
         try:
             with self.weights_device():
                 super().instantiate_classes()
-        except ValueError as error:  # a configuration that a dataclass or a constructor refuses
+        except ValueError as error:  # a configuration rejected by a dataclass or a constructor
             from experiment.commands.mistakes import mistakes
 
             found = [str(error), *mistakes(self.config[self.subcommand], self.parts)]
@@ -219,7 +219,7 @@ class ExperimentCLI(LightningCLI):
             console.print("note: without --ckpt_path the model has its initial weights")
 
     def weights_device(self) -> AbstractContextManager:
-        """Where the weights of the model are made, which is the CPU."""
+        """The device on which the model is created: the CPU."""
         return nullcontext()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -232,25 +232,25 @@ class ExperimentCLI(LightningCLI):
         loggers: list[Logger] | bool = False
         if self.subcommand == "fit":
             loggers = [MetricsFile(self.run_dir), *(one for one in _as_list(config.logger) if isinstance(one, Logger))]
-        if self.subcommand == "predict":  # one process writes the one file, whatever the training was configured for
+        if self.subcommand == "predict":  # one process writes the one file, however the training was configured
             kwargs |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}
         kwargs |= {"logger": loggers, "callbacks": callbacks, "default_root_dir": str(self.run_dir)}
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError, TypeError) as error:  # such as an accelerator that is not there
+        except (MisconfigurationException, ValueError, TypeError) as error:  # such as a missing accelerator
             raise InputError(f"trainer: {error}") from error
         leave_sigterm_alone(trainer)
         validate_by_steps(trainer)
         given = trainer.accumulate_grad_batches
         trainer.accumulate_grad_batches = self.datamodule.accumulation(trainer.world_size, given)
-        if isinstance(trainer.strategy, DDPStrategy):  # all buffers here are constants: positions, rotary tables
+        if isinstance(trainer.strategy, DDPStrategy):  # all our buffers are constants: positions, rotary tables
             keep_buffers_local(trainer)
         return trainer
 
     # commands
 
     def check_fit(self) -> None:
-        """Refuse what cannot be trained, before anything is written."""
+        """Reject what cannot be trained, before anything is written."""
         for name in ("max_steps", "max_epochs", "limit_train_batches"):
             if self.checkpoint is None and getattr(self.trainer, name) == 0:
                 raise InputError(f"trainer.{name} 0: nothing would be trained; give a larger number, or leave it out")
@@ -301,7 +301,7 @@ class ExperimentCLI(LightningCLI):
 
     @rank_zero_only
     def _save_config(self) -> None:
-        """Write config.yaml: everything that was really used, except for what belongs to this one call."""
+        """Write config.yaml: all values used, except those of this call only."""
         config = yaml.safe_load(self.parser.dump(self.kept_config, skip_none=False))["fit"]
         for name in ("config", "run_dir", "ckpt_path", "debug"):
             config.pop(name, None)
@@ -313,7 +313,7 @@ class ExperimentCLI(LightningCLI):
             self.trainer.fit(**arguments, ckpt_path=self.checkpoint and str(self.checkpoint))
         finally:
             if self.trainer.is_global_zero:
-                with suppress(OSError):  # a full disk, which others tell
+                with suppress(OSError):  # a full disk, which is reported elsewhere
                     self.record.end(self.trainer.global_step)
 
     def validate(self, **arguments: Any) -> None:
@@ -330,7 +330,7 @@ class ExperimentCLI(LightningCLI):
             print_figures(self.trainer.callback_metrics, explained=True)
 
     def predict(self, **arguments: Any) -> None:
-        # Predictions are written as they come, and else all kept in memory.
+        # Predictions are written as they come; otherwise all would be kept in memory.
         self.trainer.predict(**arguments, ckpt_path=self.checkpoint and str(self.checkpoint), return_predictions=False)
 
     def after_fit(self) -> None:
@@ -345,7 +345,7 @@ class ExperimentCLI(LightningCLI):
             console.print(f"next: {self.next_command(kept)}")
 
     def next_command(self, kept: str) -> str:
-        """How to use what was trained; `kept` is the name of the checkpoint that there is, best or last."""
+        """The command to use the trained model; `kept` is the available checkpoint, best or last."""
         return f"{command(self.package)} predict --config {shlex.quote(str(self.run_dir / CONFIG))} --ckpt_path {kept}"
 
 
@@ -360,7 +360,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _drawn_seed() -> str:
-    """A seed by chance; that of the first process in those that Lightning starts beside it."""
+    """A random seed; in processes that Lightning starts, the first process's."""
     if os.environ.get("LOCAL_RANK", "0") != "0" and "PL_GLOBAL_SEED" in os.environ:
         return os.environ["PL_GLOBAL_SEED"]
     return str(secrets.randbelow(2**32))

@@ -1,4 +1,4 @@
-"""What the terminal says when fit has ended."""
+"""The terminal output at the end of fit."""
 
 from pathlib import Path
 from statistics import fmean
@@ -12,23 +12,23 @@ from experiment.runs.checkpoints import BestCheckpoint
 
 
 def training_loss(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The mean training loss of the logged steps between the last two validations; of all before the only one."""
+    """The mean training loss of the steps logged between the last two validations, or before the only one."""
     validated = [0, 0, *(row["step"] for row in rows if "val/loss" in row)]
     losses = [row["train/loss"] for row in rows if "train/loss" in row and row["step"] > validated[-2]]
     return {"train/loss": fmean(losses)} if losses else {}
 
 
 def tell_ending(trainer: Trainer, run_dir: Path, report: bool) -> str | None:
-    """Print what was reached, and write and name the report where one is wanted.
+    """Print the results, and write the report if requested.
 
     Returns:
-        Which checkpoint to use, best or last; None where the run has none.
+        The checkpoint to use, best or last; None if the run has none.
     """
     console.print(f"\nfinished after {trainer.global_step:,} steps; everything is in {run_dir}")
     logged = (run_dir / "metrics.csv").exists()
     print_figures((training_loss(read_metrics(run_dir)) if logged else {}) | validation_results(trainer))
     if report and logged:
-        from experiment.pages.report import write_report  # brings plotting, which takes a second to import
+        from experiment.pages.report import write_report  # imports plotting, which takes a second
 
         with console.status("writing the report"):
             page = write_report([run_dir])

@@ -27,19 +27,19 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> ExperimentCLI:
     """Run an experiment's command line.
 
-    Bad input ends with one line on stderr and exit code 2; ``--debug`` shows the traceback as well. So does a disk
-    that is full or cannot be written. Ctrl-C ends with exit code 130 and SIGTERM with 143, as shells have it. Every
-    other exception is a bug and passes.
+    Bad input ends with one line on stderr and exit code 2 (``--debug`` adds the traceback), and so does a disk
+    that is full or not writable. Ctrl-C ends with exit code 130 and SIGTERM with 143, as in shells. Every
+    other exception is a bug and propagates.
 
     Args:
         cli: The experiment's own subclass of ExperimentCLI, which takes ``args`` alone.
-        args: Command line arguments, by default those of the process.
+        args: Command line arguments, by default the process's own.
     """
     given = sys.argv[1:] if args is None else list(args)
-    debug, resume = "--debug" in given, os.environ.get("TINYLAB_RESUME")  # how a caller, such as make, goes on
+    debug, resume = "--debug" in given, os.environ.get("TINYLAB_RESUME")  # how a caller, such as make, resumes
     quiet_libraries(debug)
     leave_slurm_alone()
-    console.quiet = rank_zero_only.rank != 0  # of several processes one speaks
+    console.quiet = rank_zero_only.rank != 0  # only one process prints
     try:
         with ended_by_signals():
             return cli(args)

@@ -1,4 +1,4 @@
-"""What is wrong with a command, looked for once something was refused, so that it is told all at once."""
+"""All mistakes in a command, collected after the first error so that they are reported together."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -24,14 +24,14 @@ def mistakes(config: Namespace, parts: Sequence[tuple[str, type, dict[str, Any]]
         except ValueError as error:
             yield str(error)
     numbers = {name: value for name, value in config.trainer.as_dict().items() if isinstance(value, int | float)}
-    try:  # nothing but its numbers: what else it takes may not have been made
+    try:  # only its numbers: its other arguments may not exist yet
         Trainer(**{**numbers, "accelerator": "cpu", "devices": 1, "num_nodes": 1, "logger": False})
     except (MisconfigurationException, ValueError, TypeError) as error:
         yield f"trainer: {error}"
 
 
 def run_of_another_package(package: str, args: Sequence[str]) -> str | None:
-    """What to say where a command line, its command first, names a run of another package; None where it does not."""
+    """The message if a command line (command first) names a run of the other package; else None."""
     words, configs = configs_first(args)
     parts = [part for word in words for part in word.split("=", 1)]
     runs = [config.parent for config in configs]

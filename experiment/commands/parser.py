@@ -14,8 +14,8 @@ set_loader("yaml", load_yaml, (yaml.YAMLError,))
 
 
 def configs_first(args: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """The arguments with each ``--config`` before the flags, in their order: a flag wins wherever it stands. And the
-    files that are named so."""
+    """The arguments with every ``--config`` before the flags, in order, so that flags always win; and the
+    configuration files."""
     configs: list[str] = []
     others: list[str] = []
     left = list(args)
@@ -28,11 +28,11 @@ def configs_first(args: Sequence[str]) -> tuple[list[str], list[Path]]:
         else:
             others.append(argument)
     files = [Path(config.removeprefix("--config=")) for config in configs]
-    return [*others[:1], *configs, *others[1:]], files  # the first of the others is the command
+    return [*others[:1], *configs, *others[1:]], files  # the first other word is the command
 
 
 class ExperimentParser(LightningArgumentParser):
-    """Lightning's parser, whose help shows the Trainer's many options after those of the experiment, as plain text."""
+    """Lightning's parser, with plain-text help that lists the Trainer's many options after the experiment's."""
 
     def format_help(self) -> str:
         from experiment.compat.jsonargparse import move_group_last
@@ -41,7 +41,7 @@ class ExperimentParser(LightningArgumentParser):
         if trainer := self.groups.get("trainer"):
             trainer.title = "Lightning's Trainer"
             move_group_last(self, trainer)
-        self.default_env = False  # else each option would name its variable
+        self.default_env = False  # else the help of each option would show its variable
         return plain_help(super().format_help())
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Signals that end a process wherever it is: also in a collective, in which Python runs no handler of its own."""
+"""Signals that end a process anywhere, even inside a collective, where Python runs no signal handlers."""
 
 import os
 import select
@@ -15,15 +15,15 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from experiment.runs.stopping import StopRequest
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
-GRACE = 5.0  # seconds that a process has to end by itself
-PULSE = 1.0  # seconds between two looks at the clock
+GRACE = 5.0  # seconds for a process to end on its own
+PULSE = 1.0  # seconds between two checks
 
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Within it SIGTERM raises an exception, as Ctrl-C does, and a thread ends the process where that does not help.
+    """In this context SIGTERM raises an exception, as Ctrl-C does, and a thread ends the process if that has no effect.
 
-    It ends it at the second signal, and `GRACE` seconds after the first one unless a training has taken that as a
+    The thread ends it at the second signal, or `GRACE` seconds after the first unless a training treats that as a
     request to stop.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -59,4 +59,4 @@ def _watch(read: int) -> None:
             received, number = received + 1, byte[0]
             if getattr(signal.getsignal(number), "__func__", None) is not StopRequest.ask:
                 deadline = time.monotonic() + GRACE
-    os._exit(128 + number)  # every file is written beside its place and renamed: nothing is left half-written
+    os._exit(128 + number)  # files are written under a temporary name and renamed: none is left half-written

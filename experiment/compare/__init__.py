@@ -1,1 +1,1 @@
-"""Runs side by side: rows of configurations with several seeds, made one by one and put in tables. Imports pages."""
+"""Comparisons: rows of configurations with several seeds, run one by one and put in tables. Imports pages."""

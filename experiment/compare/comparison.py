@@ -1,9 +1,9 @@
-"""Configurations side by side: a run of `fit` for each row of a comparison's file and each seed, and tables of them.
+"""Compare configurations: one run of `fit` for each row of a comparison file and each seed, and tables of the results.
 
     tinylab compare FILE [--only ROW ...] [--seeds 1 2 3] [--budget seconds=1200] [flags of fit]
 
 A finished run is not repeated, an interrupted one is resumed, and several processes share the runs. To use the runs of
-another machine, copy its results.jsonl to results-NAME.jsonl beside yours. docs/configuration.md explains the file.
+another machine, copy its results.jsonl to results-NAME.jsonl next to yours. docs/configuration.md explains the file.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from experiment.sources.keys import MAPPINGS, NUMBER, NUMBERS, TEXTS, check_keys
 from experiment.wording import MEANINGS, hint, listed
 
 Values = Mapping[str, Any]
-Line = dict[str, Any]  # what a run left: its key, configuration, machine and figures
+Line = dict[str, Any]  # the record of a run: its key, configuration, machine and metrics
 OWN_FLAGS = {"run_dir", "ckpt_path", "seed_everything"}  # each run has its own
 BUDGET_FLAGS = {"checkpoint.every_n_steps", "trainer.max_steps", "trainer.max_epochs", "trainer.max_time"}
 BUDGET_FLAGS |= {"trainer.val_check_interval", "trainer.check_val_every_n_epoch", "trainer.log_every_n_steps"}
@@ -42,7 +42,7 @@ FIGURES = (*OF_RUNS, *(f"{split}/{name}" for split in ("val", "test") for name i
 
 @dataclass(frozen=True)
 class Run:
-    """A row with one of the seeds: configurations over each other and flags over these; `shows` says what for."""
+    """A row with one seed: stacked configurations, and flags on top; `shows` says what it shows."""
 
     name: str
     seed: int
@@ -56,24 +56,24 @@ class Run:
 
     @property
     def unit(self) -> str | None:
-        """What the budget is of; None where it is the configurations'."""
+        """The unit of the budget; None if the configurations set it."""
         return next((name for name in self.budget if name != "points"), None)
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """All configurations and flags as one."""
+        """All configurations and flags, merged."""
         return merged(self.configs, self.flags)
 
     @cached_property
     def key(self) -> str:
-        """Equal for the runs of all comparisons that are equal in configuration, budget and seed."""
+        """Identifies a run across comparisons by its configuration, budget and seed."""
         content = json.dumps([self.package, self.config, self.budget, self.seed], sort_keys=True, default=str)
         stem = Path(self.configs[0] if self.configs else str(self.package)).stem  # None where no file names one
         return f"{stem}-seed{self.seed}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
 
     @property
     def arguments(self) -> list[str]:
-        """What follows `fit` on its command line, but for the budget's flags."""
+        """The arguments of `fit`, except the budget's flags."""
         given = [("config", config) for config in self.configs] + [*self.flags.items()]
         words = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given]
         return [*words, f"--seed_everything={self.seed}"]
@@ -81,7 +81,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a file asks for: rows, each to be run with every seed; `quoted` has figures of others by their title."""
+    """A comparison file: rows, each run with every seed; `quoted` has published results by title."""
 
     name: str
     rows: Sequence[Run]
@@ -95,7 +95,7 @@ class Comparison:
 
 
 def read_comparison(args: Sequence[str] | None) -> tuple[Comparison, Path]:
-    """What a command line asks for, and the folder of all comparisons; an InputError names what cannot be run."""
+    """The comparison of a command line, and the folder of all comparisons; an InputError names what cannot be run."""
     parser = CommandParser("tinylab compare", __doc__, whole=True)
     parser.add_argument("file", type=Path, help="such as configs/comparisons/recipes.yaml, or a `wandb sweep` file")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="rows to run; default: all")
@@ -143,7 +143,7 @@ def read_comparison(args: Sequence[str] | None) -> tuple[Comparison, Path]:
             if name not in (None, *found):
                 raise InputError(f"{option} {name}: there is no such row{hint(name, found)}; expected {listed(found)}")
         ours = all(row.package.partition(".")[0] in ("lm", "classify") for row in found.values())
-        for name in content["report"]:  # another module, or a callback, may log others
+        for name in content["report"]:  # another module, or a callback, can log others
             near = hint(name, FIGURES)
             if name not in FIGURES and ("/" not in name or (near and ours)):
                 raise InputError(f"{name}: there is no such metric{near}; expected {listed(FIGURES)}")
@@ -154,7 +154,7 @@ def read_comparison(args: Sequence[str] | None) -> tuple[Comparison, Path]:
 
 
 def from_sweep(content: Values) -> dict[str, Any]:
-    """A file of `wandb sweep` in our terms; the best validation counts."""
+    """Convert a `wandb sweep` file to a comparison; the best validation counts."""
     words = [*map(str, given)] if isinstance(given := content["command"], list) else [str(given)]
     if not {"-m", "fit", "${args}"} <= set(words):
         raise InputError(f"command {' '.join(words)}: expected -m, a package, fit and ${{args}} in it")
@@ -164,7 +164,7 @@ def from_sweep(content: Values) -> dict[str, Any]:
 
 
 def expand(parameters: Values, method: str, run_cap: int) -> dict[str, Values]:
-    """Every combination, or draw, of `wandb sweep`'s parameters: flags by a name; of no parameters the empty one."""
+    """Every combination or draw of `wandb sweep` parameters, as flags by name; one empty set without parameters."""
     dice = random.Random(0) if method == "random" else None  # the same draws every time
     rounds = [[choices(*one, dice) for one in parameters.items()] for _ in range(run_cap if dice else 1)]
     drawn = [dict(zip(parameters, values, strict=True)) for one in rounds for values in itertools.product(*one)]
@@ -174,7 +174,7 @@ def expand(parameters: Values, method: str, run_cap: int) -> dict[str, Values]:
 
 
 def choices(name: str, choice: Values, dice: random.Random | None) -> Sequence[Any]:
-    """All values of a parameter; with dice one of them, by wandb's distributions."""
+    """All values of a parameter; with `dice` a random one, using wandb's distributions."""
     match {"distribution": None} | choice if isinstance(choice, dict) else None:
         case {"value": value}:
             return [value]

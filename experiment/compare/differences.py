@@ -1,4 +1,4 @@
-"""What the rows of a comparison gave: tables, differences paired over seeds, a plot, and the page of the runs."""
+"""The results of a comparison: tables, differences paired over seeds, a plot, and the page of the runs."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ from experiment.pages.report import write_report
 
 
 def collect(comparison: Comparison, lines: Sequence[Line]) -> pd.DataFrame:
-    """What is shown of each run and each that is quoted: texts and figures, NaN for a figure that it lacks."""
+    """The table's values for each run and each quoted result: texts and metrics, NaN if missing."""
     names, runs = {*comparison.report, "parameters", "tokens"}, []
     rows = {row.name: vars(row) for row in comparison.rows}
     for line in lines:
@@ -36,16 +36,16 @@ def collect(comparison: Comparison, lines: Sequence[Line]) -> pd.DataFrame:
 
 
 def spread(values: pd.Series) -> str:
-    """Mean ± standard deviation, which is left out where all seeds agree; nothing of no values."""
+    """Mean ± standard deviation, which is omitted if all seeds agree; empty without values."""
     form = ".3g" if values.name == "compute" else ".4f" if "/" in values.name else ",.0f"
     mean, deviation = values.mean(), values.std()
     return "" if np.isnan(mean) else f"{mean:{form}}" + (f" ± {deviation:{form}}" if deviation > 0 else "")
 
 
 def differences(frame: pd.DataFrame, metric: str, baseline: str) -> dict[str, str]:
-    """Of each row, its metric less the baseline's: the mean of the pairs of equal seed and its standard error, and
-    whether it may be chance, as where the interval that holds the true difference in 95 of 100 cases (Student's t)
-    holds 0."""
+    """For each row, its metric minus the baseline's: the mean over pairs with equal seeds, its standard error, and
+    whether it is within the noise, which means that its 95 % confidence interval (Student's t)
+    contains 0."""
     of_seeds, texts = frame.pivot(index="seed", columns="row", values=metric), {}
     for row, pairs in of_seeds.drop(columns=baseline).sub(of_seeds[baseline], axis=0).items():
         pairs, middle, error = pairs.dropna(), pairs.mean(), pairs.sem()
@@ -56,7 +56,7 @@ def differences(frame: pd.DataFrame, metric: str, baseline: str) -> dict[str, st
 
 
 def table(comparison: Comparison, frame: pd.DataFrame) -> pd.DataFrame:
-    """Figures with their spread, the difference from the baseline, and what each row shows, all as text."""
+    """Metrics with their spread, the difference from the baseline, and what each row shows, all as text."""
     columns = {"group": "first", "title": "first", **dict.fromkeys(comparison.report, spread)}
     shown = frame.groupby("row", sort=False).agg({**columns, "seeds": ", ".join, "shows": "first"})
     if base := comparison.baseline:
@@ -67,7 +67,7 @@ def table(comparison: Comparison, frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def show(comparison: Comparison, lines: Sequence[Line], out: Path) -> None:
-    """Print the table, and write it as Markdown, CSV and JSON lines beside a plot and the page of the runs."""
+    """Print the table, and write it as Markdown, CSV and JSON lines, with a plot and the page of the runs."""
     folder, frame = out / comparison.name, collect(comparison, lines)
     folder.mkdir(parents=True, exist_ok=True)
     shown, file = table(comparison, frame), folder / f"{comparison.name}.md"
@@ -102,12 +102,12 @@ def show(comparison: Comparison, lines: Sequence[Line], out: Path) -> None:
 
 
 def draw(comparison: Comparison, frame: pd.DataFrame, file: Path) -> None:
-    """The metric: of each row with every seed, or against compute with the line of a power law."""
+    """Plot the metric of each row and seed, or the metric against compute with a fitted power law."""
     metric, by_row = comparison.metric["name"], comparison.plot == "rows"
     x, y = (metric, "title") if by_row else ("compute", metric)
     axes = axes_on_white(9, 0.3 * frame["row"].nunique() + 1.2 if by_row else 4.2)
     if by_row:
-        axes.yaxis.update_units(frame["title"])  # in their order, also those that failed
+        axes.yaxis.update_units(frame["title"])  # in order, including failed ones
         axes.invert_yaxis()
         axes.axvline(frame[frame["row"] == comparison.baseline][metric].mean(), color="gray", linewidth=0.8)
         axes.set_xlabel(metric)

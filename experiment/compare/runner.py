@@ -28,19 +28,19 @@ from experiment.quiet import quiet_libraries
 from experiment.runs.provenance import read_record
 from experiment.runs.run import holds_run
 
-TIMED_STEPS, SKIPPED = 20, 5  # for the time of a step; the first are slower than those that follow
+TIMED_STEPS, SKIPPED = 20, 5  # to time a step; the first steps are slower than the rest
 
 
 def read_results(out: Path, tested: bool = False) -> dict[str, Line]:
-    """The lines of the runs that ended well, by key; with `tested`, of those that the test split has judged."""
+    """The lines of successful runs, by key; with `tested`, only those evaluated on the test split."""
     lines = [line for file in sorted(out.glob("results*.jsonl")) for line in read_lines(file)]
     return {line["key"]: line for line in lines if "failed" not in line and ("test" in line or not tested)}
 
 
 def make_runs(runs: Sequence[Run], out: Path, variables: Mapping[str, str], tested: bool = False) -> dict[str, Line]:
-    """Make the runs that no line in `out` tells of yet, and give all lines by key. The environment has the `variables`
-    that the user has not set. With `tested`, the best checkpoint is judged on the test split, too. The line of a run
-    that failed has `failed`, the exit code, and is not kept: the next call tries it again."""
+    """Make the runs that have no line in `out` yet, and return all lines by key. The environment has the `variables`
+    that the user has not set. With `tested`, the best checkpoint is also evaluated on the test split. The line of a run
+    that failed has `failed`, the exit code, and is not saved: the next call retries it."""
     before, made = read_results(out, tested), {}
     left = {run.name: run for run in runs if run.key not in before}  # one of each row
     facts = {name: prepare(run) for name, run in left.items()}
@@ -53,7 +53,7 @@ def make_runs(runs: Sequence[Run], out: Path, variables: Mapping[str, str], test
             clock = replace(run, name=f"time of {name}", seed=runs[0].seed, budget=budget, flags=training)
             facts[name]["seconds_per_step"] = make_runs([clock], out, variables)[clock.key].get("seconds_per_step")
     flags = {name: budget_flags(run, facts[name]) for name, run in left.items()}
-    for patience in (0, -1):  # first what no other process makes; then what others make, or have left
+    for patience in (0, -1):  # first the runs no other process works on; then those that others made or abandoned
         for number, run in enumerate(runs, 1):
             with suppress(Timeout), FileLock(out / "locks" / run.key, timeout=patience):
                 if run.key in made | read_results(out, tested):
@@ -64,16 +64,16 @@ def make_runs(runs: Sequence[Run], out: Path, variables: Mapping[str, str], test
                 line |= facts[run.name] | {"config": run.config, "arguments": words}
                 made[run.key] = line | make(run, words, out / "runs" / run.key, variables, tested)
                 if "failed" not in made[run.key]:
-                    with (out / "results.jsonl").open("ab", buffering=0) as file:  # in one piece, for others write too
+                    with (out / "results.jsonl").open("ab", buffering=0) as file:  # in one write: others write too
                         file.write(f"\n{json.dumps(made[run.key])}".encode())
     return made | read_results(out, tested)
 
 
 def prepare(run: Run) -> Line:
-    """Let fit make all of a run but its training, so that it refuses what it would refuse; what a budget needs and who
-    compares wants to know, which is nothing of a module that is no package of ours."""
+    """Prepare a run as fit does, without training, so that mistakes are found early. Returns what a budget and the
+    comparison need to know; nothing for a module outside our packages."""
     try:
-        parser = importlib.import_module(f"{run.package}.cli").CLI  # brings Lightning, which --help need not wait for
+        parser = importlib.import_module(f"{run.package}.cli").CLI  # imports Lightning, which --help does not need
     except ModuleNotFoundError as error:
         if error.name == f"{run.package}.cli":
             return {}
@@ -81,7 +81,7 @@ def prepare(run: Run) -> Line:
     skipped = dict.fromkeys(("fit", "after_fit"), lambda self, **_: None)
     checked = type("Checked", (parser,), {"before_fit": parser.check_fit, **skipped})
     try:
-        ending = ["--trainer.max_epochs=-1", "--trainer.max_steps=1"] if run.unit else []  # so long as it is unknown
+        ending = ["--trainer.max_epochs=-1", "--trainer.max_steps=1"] if run.unit else []  # while it is unknown
         cli = checked(["fit", *run.arguments, *ending])
         facts = {**getattr(cli.datamodule, "facts", {})}
     except (InputError, ArgumentError) as error:
@@ -94,7 +94,7 @@ def prepare(run: Run) -> Line:
 
 
 def budget_flags(run: Run, facts: Line) -> list[str]:
-    """The flags that end a run with its budget, where its schedule ends too, and validate it `points` times."""
+    """The flags that end a run and its schedule at the budget, and validate it `points` times."""
     if run.unit is None:
         return []
     number, tokens = run.budget[run.unit], facts.get("tokens_per_step")
@@ -113,8 +113,8 @@ def budget_flags(run: Run, facts: Line) -> list[str]:
 
 
 def make(run: Run, arguments: Sequence[str], folder: Path, variables: Mapping[str, str], tested: bool) -> Line:
-    """Train in a process of its own, or go on where a training stopped, and see what it left."""
-    with FileLock(folder / ".lock"):  # a run whose comparison was killed is waited for
+    """Train in a separate process, resuming an interrupted run, and collect the results."""
+    with FileLock(folder / ".lock"):  # wait for a run whose comparison was killed
         pass
     command = [sys.executable, "-m", run.package, "fit", *arguments, f"--run_dir={folder}"]
     command += ["--ckpt_path=last"] if holds_run(folder) else []
@@ -122,10 +122,10 @@ def make(run: Run, arguments: Sequence[str], folder: Path, variables: Mapping[st
     try:
         code = process.wait()
     except BaseException as ending:
-        if not isinstance(ending, KeyboardInterrupt):  # Ctrl-C has reached it already; told twice, it would not save
+        if not isinstance(ending, KeyboardInterrupt):  # it got Ctrl-C too; a second signal would stop its saving
             process.terminate()
         sys.exit(process.wait())
-    if code in (130, 143):  # stopped, and has told how to go on
+    if code in (130, 143):  # stopped, and has printed how to resume
         sys.exit(code)
     if code != 0:
         console.print(f"{run.name}, seed {run.seed}, failed with exit code {code}: see above", style="red")
@@ -134,7 +134,7 @@ def make(run: Run, arguments: Sequence[str], folder: Path, variables: Mapping[st
 
 
 def measure(run: Run, folder: Path) -> Line:
-    """Validations of a run, with tokens and seconds of training until each; what it cost, and on what machine."""
+    """The validations of a run, with tokens and training seconds at each; its cost and its machine."""
     frame, record = pd.DataFrame(read_metrics(folder)), read_record(folder)
     steps = frame.reindex(columns=["train/tokens", "train/tokens_per_second"]).dropna()
     seconds = steps["train/tokens"].diff().fillna(steps["train/tokens"]) / steps["train/tokens_per_second"]
@@ -153,7 +153,7 @@ def measure(run: Run, folder: Path) -> Line:
 
 
 def test(run: Run, folder: Path) -> dict[str, float]:
-    """What the best checkpoint has on the test split; of a module without checkpoints, what its metrics say."""
+    """The best checkpoint's test metrics; for a module without checkpoints, those it logged."""
     figures = read_metrics(folder)[-1]
     if (folder / "checkpoints").is_dir():
         main = importlib.import_module(f"{run.package}.__main__").main
@@ -164,14 +164,14 @@ def test(run: Run, folder: Path) -> dict[str, float]:
 
 @one_line_errors()
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a comparison. Exit code 1 where a run failed, 2 and one line on stderr where the input is bad; SIGTERM and
-    Ctrl-C let the run in progress save and tell how to go on."""
+    """Run a comparison. Exit code 1 if a run failed, 2 and one line on stderr if the input is bad; SIGTERM and
+    Ctrl-C let the current run save and print how to resume."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     comparison, out = read_comparison(args)
     quiet_libraries()
     runs = [replace(row, seed=seed) for seed in comparison.seeds for row in comparison.rows]
     again = f"{command('compare')} {shlex.join(sys.argv[1:] if args is None else args)}"
-    variables = {"WANDB_RUN_GROUP": comparison.name, "TINYLAB_RESUME": again}  # what a run that is stopped tells
+    variables = {"WANDB_RUN_GROUP": comparison.name, "TINYLAB_RESUME": again}  # what a stopped run prints
     found = make_runs(runs, out, variables, any(name.startswith("test/") for name in comparison.report))
     lines = [found[run.key] | {"row": run.name} for run in runs]
     show(comparison, lines, out)

@@ -7,8 +7,8 @@ from gguf import GGUFReader
 
 
 class BoundedReader(GGUFReader):
-    """Refuses a file that claims to hold more than it does: gguf takes what is missing for an empty array, and tries to
-    make room for 2^60 values."""
+    """Rejects a file that claims to hold more than it does: gguf treats missing data as an empty array, and tries to
+    allocate 2^60 values."""
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
         if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def move_group_last(parser: ArgumentParser, group: Any) -> None:
-    """Let ``--help`` show a group of options after all others."""
+    """Make ``--help`` show a group of options after all others."""
     parser._action_groups.sort(key=lambda other: other is group)  # stable: the others keep their order
 
 

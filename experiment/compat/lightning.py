@@ -7,7 +7,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 
 def is_accumulating(trainer: Trainer) -> bool:
-    """Whether more micro-batches of the optimizer step are to come after this one."""
+    """Whether the optimizer step has more micro-batches after this one."""
     return trainer.fit_loop._should_accumulate()
 
 
@@ -17,7 +17,7 @@ def log_by_optimizer_steps(trainer: Trainer) -> None:
 
 
 def validate_by_steps(trainer: Trainer) -> None:
-    """Have ``val_check_interval`` count optimizer steps, as all other intervals do; Lightning counts batches."""
+    """Make ``val_check_interval`` count optimizer steps, as all other intervals do; Lightning counts batches."""
     loop = trainer.fit_loop.epoch_loop
     by_batches = loop._should_check_val_fx
 
@@ -44,12 +44,12 @@ def validate_within_fit(trainer: Trainer) -> None:
 
 
 def leave_sigterm_alone(trainer: Trainer) -> None:
-    """Keep Lightning from answering SIGTERM with a collective, from which a process that alone got it never returns."""
+    """Keep Lightning from answering SIGTERM with a collective, which hangs if only one process got the signal."""
     trainer._signal_connector._sigterm_notifier_fn = lambda number, frame: None
 
 
 def ask_for_no_sigterm(trainer: Trainer) -> None:
-    """Spare the collective before each batch that asks whether the first process got a SIGTERM."""
+    """Skip the collective before each batch that checks whether the first process got a SIGTERM."""
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
 

@@ -13,27 +13,27 @@ def foreach(name: str, *arguments: Any, **options: Any) -> Any:
 
 
 def softmax_backward(grad: Tensor, probs: Tensor) -> Tensor:
-    """Gradient of the scores of a softmax over the last dimension. By public operations it takes two passes more."""
+    """Gradient of a softmax over the last dimension w.r.t. its input. Public operations take two more passes."""
     return torch._softmax_backward_data(grad, probs, -1, probs.dtype)
 
 
 def mark_static(tensor: Tensor, dims: int | list[int]) -> None:
-    """Sizes that code from torch.compile may rely on."""
+    """Mark sizes as static for torch.compile."""
     torch._dynamo.mark_static(tensor, dims)
 
 
 def mark_dynamic(tensor: Tensor, dim: int) -> None:
-    """A size that code from torch.compile must not rely on."""
+    """Mark a size as dynamic for torch.compile."""
     torch._dynamo.mark_dynamic(tensor, dim)
 
 
 def maybe_mark_dynamic(tensor: Tensor, dim: int) -> None:
-    """As `mark_dynamic`, but torch.compile may decide otherwise, as it does for a size of 1."""
+    """As `mark_dynamic`, but torch.compile can still specialize, as it does for a size of 1."""
     torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 def compiler_errors() -> tuple[type[Exception], ...]:
-    """What torch.compile and AOTInductor raise where there is no working compiler."""
+    """The exceptions of torch.compile and AOTInductor if there is no working compiler."""
     import torch._dynamo.exc
     import torch._inductor.exc
 
@@ -49,7 +49,7 @@ def build_package(program: torch.export.ExportedProgram, package: Path, options:
 
 
 def load_package(package: Path) -> Any:
-    """What `build_package` has written, as its loader: ``boxed_run``, ``load_constants``, ``get_constant_fqns``."""
+    """The loader of a package from `build_package`: ``boxed_run``, ``load_constants``, ``get_constant_fqns``."""
     import torch._inductor
 
     return torch._inductor.aoti_load_package(str(package)).loader

@@ -5,7 +5,7 @@ def is_logged_in(server: str) -> bool:
     """Whether a key for this server is known. ``wandb.login`` would ask for one.
 
     Raises:
-        wandb.errors.Error: The key has a form that no key has.
+        wandb.errors.Error: The key is malformed.
     """
     from wandb.sdk.lib import wbauth
 

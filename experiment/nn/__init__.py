@@ -1,1 +1,1 @@
-"""Pieces of networks that both experiments use. Imports torch only."""
+"""Network parts that both experiments use. Imports torch only."""

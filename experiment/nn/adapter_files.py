@@ -1,4 +1,4 @@
-"""Adapters as files, in PEFT's own format: what we save `PeftModel.from_pretrained` reads, and what PEFT saves we read.
+"""Adapter files in PEFT's format: `PeftModel.from_pretrained` reads what we save, and we read what PEFT saves.
 
 A folder with adapter_config.json (a LoRAConfig, whose fields have PEFT's names) and adapter_model.safetensors (the
 low-rank weights and the modules trained in full).
@@ -36,7 +36,7 @@ def save_adapter(
     base_model: str | None = None,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write the adapter of a classifier that `inject_lora` adapted with this config; the rest as in `write_adapter`."""
+    """Write the adapter of a classifier adapted by `inject_lora` with this config; see `write_adapter`."""
     write_adapter(adapter_state_dict(model, config.modules_to_save), config, folder, base_model, metadata)
 
 
@@ -51,8 +51,8 @@ def write_adapter(
     """Write adapter_config.json and adapter_model.safetensors; `PeftModel.from_pretrained` reads them.
 
     Args:
-        weights: the adapters' and those of the modules saved whole, under PEFT's keys.
-        config: what was adapted; `modules_to_save` names every module saved whole.
+        weights: the adapters' weights and those of modules saved whole, under PEFT's keys.
+        config: the adapter's config; `modules_to_save` names every module saved whole.
         folder: made if it is missing.
         base_model: name or folder of the model that was adapted.
         metadata: strings kept in the head of the safetensors file.
@@ -71,7 +71,7 @@ def read_adapter_config(folder: str | Path) -> LoRAConfig:
     """The LoRAConfig of an adapter's folder, PEFT's or ours.
 
     Raises:
-        ValueError: no adapter there, or one that uses what this file does not implement.
+        ValueError: there is no adapter, or it uses a feature that is not implemented here.
     """
     path = Path(folder) / "adapter_config.json"
     try:
@@ -84,7 +84,7 @@ def read_adapter_config(folder: str | Path) -> LoRAConfig:
     known = {f.name for f in fields(LoRAConfig)}
     harmless = {"peft_type", "task_type", "base_model_name_or_path"}
     harmless |= {"inference_mode", "peft_version", "revision"}
-    # PEFT's other fields switch on variants; each is off while it is empty or at one of these values.
+    # PEFT's other fields turn on variants; each is off if it is empty or has one of these values.
     off = {"bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}
     foreign = {k: v for k, v in content.items() if k not in known | harmless and v and off.get(k) != v}
     if foreign:
@@ -92,7 +92,7 @@ def read_adapter_config(folder: str | Path) -> LoRAConfig:
     values = {key: content[key] for key in known & content.keys()}
     values["modules_to_save"] = values.get("modules_to_save") or []
     if not isinstance(values.get("init_lora_weights", True), bool):
-        # PEFT's other ways to start end in the same form.
+        # PEFT's other initializations result in the same form.
         values["init_lora_weights"] = True
     try:
         return LoRAConfig(**values)
@@ -104,7 +104,7 @@ def read_adapter(folder: str | Path) -> tuple[LoRAConfig, dict[str, Tensor], dic
     """An adapter in PEFT's format: how it was trained, its weights under PEFT's keys, and their file's metadata.
 
     Raises:
-        ValueError: no adapter there, one that cannot be read, or one whose files disagree.
+        ValueError: there is no adapter, it cannot be read, or its files disagree.
     """
     folder = Path(folder)
     config = read_adapter_config(folder)
@@ -118,15 +118,15 @@ def read_adapter(folder: str | Path) -> tuple[LoRAConfig, dict[str, Tensor], dic
     ranks = {value.shape[0] for key, value in weights.items() if key.endswith(("lora_A.weight", "lora_embedding_A"))}
     if ranks != {config.r}:
         raise ValueError(f"{path} holds weights of rank {sorted(ranks)}; adapter_config.json says {config.r}")
-    # PEFT saves an embedding that it has adapted a second time, as it was.
+    # PEFT saves the original weights of an adapted embedding, too.
     return config, {key: value for key, value in weights.items() if ".base_layer." not in key}, metadata
 
 
 def check_adapter(weights: dict[str, Tensor], expected: dict[str, Tensor], folder: str | Path) -> None:
-    """Check that an adapter's weights are those that a model needs; both under PEFT's keys.
+    """Check that an adapter has exactly the weights that a model needs; both under PEFT's keys.
 
     Raises:
-        ValueError: one is missing, left over, or of another shape.
+        ValueError: a weight is missing, unexpected, or of another shape.
     """
     path = Path(folder) / "adapter_model.safetensors"
     if missing := sorted(expected.keys() - weights.keys()):
@@ -142,7 +142,7 @@ def check_adapter(weights: dict[str, Tensor], expected: dict[str, Tensor], folde
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, str]:
-    """Read an adapter in PEFT's format into a model, adapting it first where it is still plain.
+    """Load an adapter in PEFT's format into a model; a plain model is adapted first.
 
     Returns:
         The metadata of the weights' file.

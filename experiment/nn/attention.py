@@ -1,9 +1,9 @@
 """Attention of short sequences in bfloat16 on a CPU, with its gradient written out.
 
-`scaled_dot_product_attention` is the fast kernel everywhere but there: its backward pass in bfloat16 takes up to four
-times as long as the same in plain products (one core with AVX512-BF16, 32 x 6 heads of 128 tokens: 70 ms forward and
+`scaled_dot_product_attention` is the fast kernel everywhere else; there, its backward pass in bfloat16 takes up to four
+times as long as plain matrix products (one core with AVX512-BF16, 32 x 6 heads of 128 tokens: 70 ms forward and
 backward against 18). Here the probabilities are kept for the backward pass, (batch, heads, T, S) of them, so this is
-for sequences of up to `LONGEST` tokens; everything else, float32, GPUs and evaluation, goes to torch's kernel.
+only for sequences of up to `LONGEST` tokens; float32, GPUs and evaluation use torch's kernel.
 """
 
 import torch
@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LONGEST = 512  # tokens; twice as many would keep four times the probabilities
+LONGEST = 512  # tokens; doubling it would quadruple the probabilities
 
 
 def uses_manual_backward(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `attention` of these takes the written-out gradient; else it is torch's kernel."""
+    """Whether `attention` uses the manual gradient for these inputs; otherwise torch's kernel."""
     return (
         query.dtype == key.dtype == value.dtype == torch.bfloat16
         and query.device.type == "cpu"
@@ -28,14 +28,14 @@ def uses_manual_backward(query: Tensor, key: Tensor, value: Tensor) -> bool:
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """`softmax(query key^T / sqrt(head_dim)) value` (Vaswani et al. 2017, arXiv:1706.03762, equation 1).
 
-    By hand, scores are rounded to bfloat16 before their softmax, which is taken in float32.
+    In the manual version, scores are rounded to bfloat16 before the softmax, which runs in float32.
 
     Args:
         query: (B, heads, T, head_dim).
-        key: (B, kv_heads, S, head_dim), kv_heads a divisor of heads: so many queries share one key (arXiv:2305.13245).
+        key: (B, kv_heads, S, head_dim), kv_heads divides heads: groups of queries share a key (arXiv:2305.13245).
         value: As key.
-        mask: (1 or B, 1, 1 or T, S) bool, True where a token may look, which is somewhere; None: everywhere.
-        causal: Whether a token sees none after it; only without a mask.
+        mask: (1 or B, 1, 1 or T, S) bool, True where a token attends, at least once per row; None: everywhere.
+        causal: Whether a token sees no later ones; only without a mask.
 
     Returns:
         (B, heads, T, head_dim).
@@ -52,7 +52,7 @@ class _Attention(torch.autograd.Function):
         batch, heads, length, head_dim = query.shape
         kv_heads, seen = key.shape[1:3]
         ctx.scale = head_dim**-0.5
-        # Queries that share a key stand below each other: (B kv_heads, group T, head_dim).
+        # Queries that share a key are stacked: (B kv_heads, group T, head_dim).
         rows = query.reshape(batch * kv_heads, -1, head_dim)
         keys, values = (x.reshape(batch * kv_heads, seen, head_dim) for x in (key, value))
         if causal:

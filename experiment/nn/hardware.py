@@ -6,7 +6,7 @@ import torch
 
 
 def fast_bfloat16(accelerator: str = "auto") -> bool:
-    """Whether bfloat16 matrix products are faster than float32 ones where the training will run.
+    """Whether bfloat16 matrix products are faster than float32 on the training device.
 
     True for a CUDA GPU with native bfloat16 (Ampere and later), for a CPU with AMX, and for one with AVX512-BF16
     that is not Intel's. The one Intel CPU tried without AMX (an Emerald Rapids in a virtual machine that hides
@@ -22,21 +22,21 @@ def fast_bfloat16(accelerator: str = "auto") -> bool:
 
 
 def default_device() -> torch.device:
-    """Where a model is used when nothing else is asked for: on the CUDA GPU, else on the CPU."""
+    """The default device: the CUDA GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def default_precision(accelerator: str = "auto") -> str:
-    """The trainer's precision where the user names none: ``bf16-mixed`` where that is fast, else ``32-true``."""
+    """The trainer's default precision: ``bf16-mixed`` if that is fast here, else ``32-true``."""
     return "bf16-mixed" if fast_bfloat16(accelerator) else "32-true"
 
 
 @functools.cache
 def can_compile(device_type: str) -> bool:
-    """Whether torch.compile finds what it needs here: a C++ compiler and Python's headers for a CPU, Triton for a
-    GPU. It is tried, which takes some seconds the first time."""
+    """Whether torch.compile works here: it needs a C++ compiler and Python's headers for a CPU, Triton for a
+    GPU. This tries it, which takes some seconds the first time."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device_type))
-    except Exception:  # no compiler, no Triton, a GPU too old for it: each has an exception of its own
+    except Exception:  # no compiler, no Triton, a GPU too old for it: each raises a different exception
         return False
     return True

@@ -1,12 +1,12 @@
-"""LoRA by hand: low-rank adapters for any model made of `nn.Linear`, in plain torch.
+"""LoRA in plain torch: low-rank adapters for any model made of `nn.Linear`.
 
 A frozen layer `y = x W^T + b` gets a trainable update of low rank (Hu et al. 2021, https://arxiv.org/abs/2106.09685):
 
     y = x W^T + b + s (dropout(x) A^T) B^T      A: (r, in), B: (out, r), s = lora_alpha / r
 
 B starts at zero, so training begins at the pretrained model; r (in + out) numbers are trained instead of
-in x out. The product is taken through the r-dimensional middle: B A is never formed while training, and no
-gradient is computed for W. Two refinements by option:
+in x out. The product goes through the r-dimensional bottleneck: B A is never formed while training, and no
+gradient is computed for W. Two optional variants:
 
 - rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732): s = lora_alpha / sqrt(r), so that the size of
   the update does not shrink as r grows.
@@ -14,10 +14,10 @@ gradient is computed for W. Two refinements by option:
   taken over each output's row; m (out,) is trained and starts at ||W||. The norm counts as a constant in
   the gradient (their section 4.3).
 
-    inject_lora(model, LoRAConfig(r=8, target_modules=["query", "key", "value"]))   # freezes all the rest
+    inject_lora(model, LoRAConfig(r=8, target_modules=["query", "key", "value"]))   # freezes everything else
     ...train...
     save_adapter(model, config, "adapter")      # by adapter_files.py, for PeftModel.from_pretrained(base, "adapter")
-    merge(model)                                # W' takes the place of W: no cost at inference
+    merge(model)                                # replaces W by W': no cost at inference
 """
 
 import math
@@ -30,7 +30,7 @@ from experiment.nn.lora_config import LoRAConfig
 
 
 def add_product(x: Tensor, middle: Tensor, weight: Tensor) -> Tensor:
-    """x (..., out) + middle (..., r) weight (out, r)^T without a tensor for the product."""
+    """x (..., out) + middle (..., r) weight (out, r)^T without allocating the product."""
     rows = x.reshape(-1, x.shape[-1]), middle.reshape(-1, middle.shape[-1])
     return torch.addmm(*rows, weight.T).view(x.shape)
 
@@ -39,9 +39,9 @@ class LoRALinear(nn.Module):
     """A frozen linear layer with a trainable low-rank update: W' = W + (lora_alpha / r) B A.
 
     Args:
-        base_layer: the layer to adapt, weight W (out, in); it is kept as it is, and frozen.
+        base_layer: the layer to adapt, weight W (out, in); unchanged and frozen.
         config: rank, scale, dropout and variant.
-        rows: the rows of the layer's matrix that W is, where several matrices are stacked in it; by default all.
+        rows: the rows of the layer's matrix that form W if several matrices are stacked in it; by default all.
 
     Shapes: forward takes (..., in) and returns (..., out). `lora_A.weight` (r, in) is Kaiming-uniform,
     `lora_B.weight` (out, r) is zero, `lora_magnitude_vector` (out,) exists with DoRA only.
@@ -60,7 +60,7 @@ class LoRALinear(nn.Module):
         self.enabled = True
         self._base_weight: Tensor | None = None  # W itself, while the update is merged into base_layer
         self.lora_dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        # Random numbers are drawn on the CPU and in PEFT's order (A, B, A again): one seed, one A, in both.
+        # Random numbers are drawn on the CPU and in PEFT's order (A, B, A again), so the same seed gives the same A.
         self.lora_A = nn.Linear(base_layer.in_features, config.r, bias=False)
         self.lora_B = nn.Linear(config.r, self.rows.stop - self.rows.start, bias=False)
         if config.init_lora_weights:
@@ -80,7 +80,7 @@ class LoRALinear(nn.Module):
         return self.adapt(x, self.base_layer(x))
 
     def adapt(self, x: Tensor, result: Tensor) -> Tensor:
-        """The base layer's result (..., out) of x (..., in), with the update added."""
+        """The base layer's output (..., out) for x (..., in), plus the update."""
         if self.merged or not self.enabled:
             return result
         dropped = self.lora_dropout(x)
@@ -88,7 +88,7 @@ class LoRALinear(nn.Module):
         if self.lora_magnitude_vector is None:
             return result + update * self.scaling  # in PEFT's order, for the same bits
         # y = m / ||W + s B A|| (x W^T + s x A^T B^T) + b, written as an addition to the base layer's result.
-        # With dropout, PEFT lets the rescaled x W^T see the dropped input too; so do we.
+        # With dropout, PEFT also applies it to the input of the rescaled x W^T; so do we.
         scale = (self.lora_magnitude_vector / self._row_norm()).view(1, -1)
         if self.training and not isinstance(self.lora_dropout, nn.Identity):
             projected = F.linear(dropped, self.base_layer.weight[self.rows])
@@ -105,14 +105,14 @@ class LoRALinear(nn.Module):
         return weight
 
     def merge(self) -> None:
-        """Put W' in the place of W. Merging twice is merging once; costs a copy of W, kept to restore it."""
+        """Replace W by W'. Idempotent; keeps a copy of W to restore it."""
         if not self.merged:
             merged, weight = self.adapted_weight(), self.base_layer.weight.data[self.rows]
             self._base_weight = weight.clone()
             weight.copy_(merged)
 
     def unmerge(self) -> None:
-        """Put W back, the same to the bit. Unmerging twice is unmerging once."""
+        """Restore W, bit-identical. Idempotent."""
         if self.merged:
             self.base_layer.weight.data[self.rows].copy_(self._base_weight)
             self._base_weight = None
@@ -127,14 +127,14 @@ class LoRALinear(nn.Module):
 
 
 class StackedLoRALinear(nn.Module):
-    """A frozen linear layer in which several matrices are stacked, such as query, key and value, with a low-rank
-    update of their own for each or some of them.
+    """A frozen linear layer of several stacked matrices, such as query, key and value, with a separate low-rank
+    update for each or some of them.
 
     Args:
         base_layer: the layer, without bias.
         config: rank, scale, dropout and variant.
-        rows: how many rows of it each matrix has, by name, in their order.
-        adapted: the names of those that are adapted; each becomes a `LoRALinear` of that name.
+        rows: the number of rows of each matrix, by name, in order.
+        adapted: the names of the adapted matrices; each becomes a `LoRALinear` of that name.
     """
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig, rows: dict[str, int], adapted: list[str]) -> None:
@@ -155,7 +155,7 @@ class StackedLoRALinear(nn.Module):
         if not active:
             return result
         if self.one_product:
-            # All updates at once: the As under one another, the Bs in a block-diagonal matrix.
+            # All updates at once: stacked As, and Bs in a block-diagonal matrix.
             middle = F.linear(x, torch.cat([part.lora_A.weight for part in active])) * active[0].scaling
             blocks = [
                 part.lora_B.weight if part in active else x.new_zeros(size, 0)
@@ -177,11 +177,11 @@ class StackedLoRALinear(nn.Module):
 
 
 class LoRAEmbedding(nn.Module):
-    """A frozen embedding with a trainable low-rank update: W' = W + s (B A)^T, as PEFT has it.
+    """A frozen embedding with a trainable low-rank update: W' = W + s (B A)^T, as in PEFT.
 
     Args:
         base_layer: the embedding to adapt, weight W (tokens, width).
-        config: rank and scale; dropout does not concern an embedding.
+        config: rank and scale; dropout does not apply to an embedding.
 
     Shapes: `lora_embedding_A` (r, tokens) is zero, `lora_embedding_B` (width, r) normal.
 
@@ -205,7 +205,7 @@ class LoRAEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W (tokens, width): what a head shares that is tied to the embedding is not adapted."""
+        """W (tokens, width), without the update: a tied head is not adapted."""
         return self.base_layer.weight
 
     def forward(self, input_ids: Tensor) -> Tensor:

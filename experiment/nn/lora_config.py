@@ -1,4 +1,4 @@
-"""What of a model is adapted by LoRA, and how."""
+"""The configuration of LoRA."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,19 +8,19 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What is adapted, and how; the field names are PEFT's.
+    """What LoRA adapts, and how; the field names are PEFT's.
 
     Args:
         r: rank of the update, at least 1.
         lora_alpha: numerator of the scale s; above 0.
         lora_dropout: probability of dropping an element of the adapter's input, in [0, 1).
         target_modules: linear layers to adapt: names or dotted suffixes of names, one regular expression that
-            matches whole names, or all-linear, which is every linear layer but a language model's head.
-        modules_to_save: modules trained in full beside the adapters: whatever ends in one of these names.
+            matches whole names, or all-linear, which is every linear layer except a language model's head.
+        modules_to_save: modules trained in full besides the adapters, by name suffix.
         use_rslora: scale by lora_alpha / sqrt(r).
-        use_dora: train direction and magnitude of the weights apart.
+        use_dora: train direction and magnitude of the weights separately.
         init_lora_weights: True: B is zero. False: B is random as A is, which disturbs the pretrained model
-            from the first step; here for the comparison.
+            from the first step; for the ablation only.
 
     Raises:
         ValueError: a value out of range.

@@ -12,7 +12,7 @@ from experiment.nn.lora_config import ALL_LINEAR, LoRAConfig
 
 
 def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Put a LoRALinear in the place of every targeted layer and freeze all but adapters and modules to save.
+    """Replace every targeted layer by a LoRALinear and freeze everything except adapters and modules_to_save.
 
     Args:
         model: any module; changed in place.
@@ -23,11 +23,11 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
         The names of the adapted layers, in the model's order.
 
     Raises:
-        ValueError: a target matches nothing, or no `nn.Linear`; the model is adapted already.
+        ValueError: a target matches nothing, or not an `nn.Linear`; the model is adapted already.
     """
     if lora_layers(model):
         raise ValueError("the model has LoRA adapters already: inject them once, into the plain model")
-    whole = saved_whole(model, config.modules_to_save)  # as PEFT has it, what trains in full gets no adapter
+    whole = saved_whole(model, config.modules_to_save)  # as in PEFT, modules trained in full get no adapter
     names = [name for name in target_names(model, config.target_modules) if name not in whole]
     if not names:
         raise ValueError("modules_to_save trains all of target_modules in full: nothing is left to adapt")
@@ -45,7 +45,7 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 
 def target_names(model: nn.Module, targets: list[str] | str) -> list[str]:
-    """The names, in the model's order, of the modules that are targets: by name, dotted suffix, or one pattern.
+    """The names of the target modules in the model's order: matched by name, dotted suffix, or one pattern.
 
     Raises:
         ValueError: a target matches nothing.
@@ -58,12 +58,12 @@ def target_names(model: nn.Module, targets: list[str] | str) -> list[str]:
 
 
 def matching(names: Sequence[str], targets: list[str] | str, there: str) -> list[str]:
-    """Those of the names that are targets: by name, dotted suffix, or one pattern.
+    """The names that are targets: matched by name, dotted suffix, or one pattern.
 
     Args:
         names: Names of modules.
-        targets: As in `LoRAConfig`, but for all-linear.
-        there: Of what they are the names, and what could have been named, for the message.
+        targets: As in `LoRAConfig`, except all-linear.
+        there: For the message: what the names belong to, and the available names.
 
     Raises:
         ValueError: a target matches nothing.
@@ -89,7 +89,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def train_only(model: nn.Module, modules_to_save: list[str]) -> None:
-    """Freeze everything but the adapters' own weights and the named modules.
+    """Freeze everything except the adapters' weights and the named modules.
 
     Raises:
         ValueError: a name that matches no module.
@@ -103,12 +103,12 @@ def train_only(model: nn.Module, modules_to_save: list[str]) -> None:
 
 
 def saved_whole(model: nn.Module, modules_to_save: list[str]) -> set[str]:
-    """Names of the modules that train and are saved in full, and of all within them.
+    """Names of the modules that are trained and saved in full, and of their submodules.
 
     A name ends in one of `modules_to_save`, as in PEFT: DistilBERT's `pre_classifier` goes with its `classifier`.
 
     Raises:
-        ValueError: one that matches no module.
+        ValueError: a name matches no module.
     """
     names = [name for name, _ in model.named_modules()]
     whole: set[str] = set()
@@ -128,7 +128,7 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undo `merge`, to the bit."""
+    """Undo `merge`, bit-identically."""
     for layer in lora_layers(model).values():
         layer.unmerge()
 
@@ -160,7 +160,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def is_named(name: str, target: str) -> bool:
-    """Whether a module's name is the target, whole or as a dotted suffix."""
+    """Whether a module's name equals the target or ends in it as a dotted suffix."""
     return name == target or name.endswith("." + target)
 
 
@@ -170,7 +170,7 @@ def _linear_suffixes(model: nn.Module) -> str:
 
 
 def fingerprint(parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
-    """What tells one set of frozen weights from another, from the first values of each of them."""
+    """A fingerprint of the frozen weights, from the first values of each."""
     digest = hashlib.sha256()
     for name, parameter in sorted(parameters):
         digest.update(f"{name} {tuple(parameter.shape)} ".encode())

@@ -1,4 +1,4 @@
-"""How many operations a second GPUs can do."""
+"""Peak FLOP/s of GPUs."""
 
 # Of dense bfloat16 and float16 products, in TFLOP/s, as NVIDIA's data sheets have them; the first name that fits.
 # (Lightning's own table takes an L40S for an L4, and does not find an H200.)
@@ -17,7 +17,7 @@ PEAKS = {
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """The most operations a second of a GPU; None where it is not known, or the products are not of 16 bits."""
+    """A GPU's peak FLOP/s; None if unknown, or if the products are not in 16 bits."""
     if not precision.startswith(("bf16", "16")):
         return None
     return next((1e12 * peak for name, peak in PEAKS.items() if name in device_name), None)

@@ -1,1 +1,1 @@
-"""What people look at: report, play page, summary and dashboard. Imports runs."""
+"""Output for people: report, play page, summary and dashboards. Imports runs."""

@@ -1,4 +1,4 @@
-"""The curves of a run or of several over each other: as Plotly figures for the report, as PNGs for papers."""
+"""The curves of one or several runs: as Plotly figures for the report, as PNGs for papers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
 
 Rows = list[dict[str, float]]
 
-# Readable on white and on near-black, and told apart by people with colour blindness.
+# Readable on white and near-black, and distinguishable with color blindness.
 COLORS = ("#2f7fe0", "#e0700c", "#14996b", "#c2459b", "#8a63d2", "#a88400", "#d64545", "#0e95a7")
-# Runs that are equal would hide each other, but for these.
+# So that equal runs do not hide each other.
 DASHES = (("solid", "-"), ("dash", "--"), ("dot", ":"), ("dashdot", "-."))  # of Plotly, of matplotlib
-SMOOTHED = 40  # windows of a curve: so many parts of it are averaged
-MOST_POINTS = 2_000  # of one curve; more cannot be seen, and make the page heavy
+SMOOTHED = 40  # number of averaging windows per curve
+MOST_POINTS = 2_000  # points per curve; more are not visible and bloat the page
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One plot: which metrics it shows, where a run has them."""
+    """One plot: the metrics it shows, if a run has them."""
 
     key: str  # names the PNG
     title: str
     metrics: tuple[str, ...]
     form: str  # of a value, as d3 and Python both understand it
-    log: bool = False  # where the values span enough
+    log: bool = False  # if the values span enough
     paper: bool = False  # drawn as a PNG too
 
 
@@ -61,7 +61,7 @@ class Series:
     steps: np.ndarray
     values: np.ndarray
     tokens: np.ndarray | None  # seen at these steps, where the run counted them
-    label: str = ""  # its metric, or its run where there are several, or both
+    label: str = ""  # its metric, its run if there are several, or both
     background: bool = False  # behind the validation curve of the same colour
 
     @property
@@ -70,12 +70,12 @@ class Series:
 
     @property
     def noisy(self) -> bool:
-        """Whether its course is hidden, for batches differ: it is drawn faint, and its running mean over it."""
+        """Whether it is noisy, since batches differ: drawn faintly, with its running mean on top."""
         return self.metric in ("train/loss", "train/accuracy") and len(self.values) >= 2 * SMOOTHED
 
 
 def find_series(runs: dict[str, Rows], chart: Chart) -> list[Series]:
-    """The curves of a chart. Colours tell runs apart, or the metrics of a single run."""
+    """The curves of a chart. Colors distinguish runs, or the metrics of a single run."""
     found = []
     for place, (run, rows) in enumerate(runs.items()):
         counted = [(row["step"], row["train/tokens"]) for row in rows if "train/tokens" in row]
@@ -141,13 +141,13 @@ def draw_interactive(series: Sequence[Series], chart: Chart) -> "go.Figure":
 
 
 def is_log(series: Sequence[Series], chart: Chart) -> bool:
-    """Whether the values span so much that a linear axis would show their beginning only."""
+    """Whether the values span so much that a linear axis would show only the beginning."""
     values = np.concatenate([one.values[np.isfinite(one.values) & (one.values > 0)] for one in series])
     return chart.log and len(values) > 0 and values.max() > 5 * values.min()
 
 
 def axes_on_white(width: float, height: float, grid: bool = True) -> "Axes":
-    """Axes, by matplotlib, of a figure of so many inches."""
+    """Matplotlib axes in a figure of the given size in inches."""
     from matplotlib.figure import Figure
 
     axes = Figure(figsize=(width, height), layout="constrained").subplots()

@@ -1,7 +1,7 @@
 """``tinylab play [RUN …]``: a page on this machine to try what runs have learned.
 
 Each package brings its own tab, `lm.play` and `classify.play`; a run's checkpoint says which.
-The page is for whoever sits at this machine: it listens on 127.0.0.1 alone, and nothing of it comes from a network.
+The page is local: it listens on 127.0.0.1 only and loads nothing from a network.
 """
 
 import os
@@ -27,7 +27,7 @@ FONTS = ("system-ui", "-apple-system", "'Segoe UI'", "Roboto", "'DejaVu Sans'", 
 
 
 def newest_demo() -> list[Path]:
-    """The runs of the newest `make demo` that holds any.
+    """The runs of the newest `make demo` that has any.
 
     Raises:
         InputError: There is none.
@@ -39,7 +39,7 @@ def newest_demo() -> list[Path]:
 
 
 def find_tabs(runs: Sequence[Path]) -> dict[str, dict[str, Path]]:
-    """By package, in the order of PACKAGES, the checkpoints of its runs, each under a name that tells it apart.
+    """The checkpoints by package, in the order of PACKAGES, each under a unique name.
 
     Raises:
         InputError: A folder has no checkpoint, or one that no package knows.
@@ -62,16 +62,16 @@ def open_page(runs: Sequence[Path], port: int | None = None) -> tuple["gr.Blocks
         port: On 127.0.0.1; by default the first free one from PORT.
 
     Returns:
-        The page, to be closed in the end, and its address.
+        The page, which the caller closes, and its address.
 
     Raises:
         InputError: A run cannot be read, the port is taken, or Gradio is not installed.
     """
     require("gradio", "play")
-    # Both are read when the libraries are imported. The base model of a run was fetched when it was trained.
+    # Both are read when the libraries are imported. A run's base model was downloaded when it was trained.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # Gradio asks its own server whether it is up, and a proxy would look for that on its own machine.
+    # Gradio checks that its own server is up; a proxy would look for it on the proxy's machine.
     for variable in ("no_proxy", "NO_PROXY"):
         os.environ[variable] = ",".join(filter(None, (os.environ.get(variable), "127.0.0.1", "localhost")))
     tabs = find_tabs(runs)
@@ -79,7 +79,7 @@ def open_page(runs: Sequence[Path], port: int | None = None) -> tuple["gr.Blocks
     import torch
 
     torch.set_num_threads(1)  # visitors share the cores: several threads for each would only wait for each other
-    # Quiet text in a grey that can be read; the theme's own is too pale.
+    # A readable gray for quiet text; the theme's own is too pale.
     quiet = dict.fromkeys(("body_text_color_subdued", "block_info_text_color"), "*neutral_500")
     with gr.Blocks(title="tinylab", analytics_enabled=False) as page:
         gr.HTML('<h1>tinylab</h1><p class="quiet">Try what the runs have learned.</p>', elem_classes="head")

@@ -1,4 +1,4 @@
-"""How a classifier judged texts whose labels are known: confusion, calibration, and its most confident mistakes."""
+"""A classifier's predictions on labelled texts: confusion, calibration, and its most confident mistakes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
     from matplotlib.figure import Figure
 
-# The first that a run has: how its best validation judged the reviews, else what predict was asked.
+# The first that exists: the predictions of the best validation, else those of predict.
 SOURCES = ("evaluation.jsonl", "predictions.jsonl")
 BINS = 10
 
 
 @dataclass
 class Verdicts:
-    """Judgements of n texts among c classes."""
+    """Predictions for n texts and c classes."""
 
     names: list[str]  # of the classes
     texts: list[str]
@@ -32,12 +32,12 @@ class Verdicts:
 
     @property
     def predicted(self) -> np.ndarray:
-        """(n,) int, the likeliest class."""
+        """(n,) int, the most likely class."""
         return self.probabilities.argmax(axis=1)
 
     @property
     def confidence(self) -> np.ndarray:
-        """(n,) the probability of the likeliest class."""
+        """(n,) the probability of the most likely class."""
         return self.probabilities.max(axis=1)
 
     @property
@@ -62,22 +62,22 @@ class Verdicts:
         return confusion_matrix(self.truth, self.predicted, labels=range(len(self.names)))
 
     def calibration(self) -> pd.DataFrame:
-        """Mean confidence, accuracy and number of texts of each of ten equal bins of confidence that holds any.
+        """Mean confidence, accuracy and number of texts for each non-empty one of ten equal bins of confidence.
 
-        By hand: torchmetrics' CalibrationError does not give the bins, and scikit-learn's not their numbers.
+        Our own: torchmetrics' CalibrationError does not return the bins, nor scikit-learn's their counts.
         """
         bins = np.minimum((self.confidence * BINS).astype(int), BINS - 1)
         texts = pd.DataFrame({"confidence": self.confidence, "accuracy": self.correct, "texts": 1})
         return texts.groupby(bins).agg({"confidence": "mean", "accuracy": "mean", "texts": "sum"})
 
     def calibration_error(self) -> float:
-        """The expected calibration error: the mean distance of confidence and accuracy over the bins, weighted by
+        """The expected calibration error: the mean gap between confidence and accuracy over the bins, weighted by
         their numbers of texts (Guo et al. 2017, arXiv:1706.04599)."""
         bins = self.calibration()
         return float(np.average(abs(bins["confidence"] - bins["accuracy"]), weights=bins["texts"]))
 
     def mistakes(self, most: int = 10) -> list[dict[str, Any]]:
-        """The wrong verdicts, the most confident first."""
+        """The wrong predictions, most confident first."""
         columns, rows = self.table()
         frame = pd.DataFrame(rows, columns=columns)[["text", "label", "true_label"]].assign(confidence=self.confidence)
         wrong = frame[~self.correct].sort_values("confidence", ascending=False, kind="stable").head(most)
@@ -85,7 +85,7 @@ class Verdicts:
 
 
 def read_verdicts(run: Path, sources: Sequence[str] = SOURCES) -> Verdicts | None:
-    """The judged texts of a run, where a file of its holds some.
+    """The predictions of a run, if it has a file with some.
 
     A line is ``{"text": …, "label": …, "probabilities": {name: p, …}, "true_label": …}``; lines without
     ``true_label`` are left out.
@@ -110,7 +110,7 @@ def _counts_and_shares(verdicts: Verdicts) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_confusion(verdicts: Verdicts) -> "go.Figure":
-    """Counts, coloured by their share of the true class."""
+    """Counts, colored by their share of the true class."""
     import plotly.graph_objects as go
 
     counts, shares = _counts_and_shares(verdicts)
@@ -144,7 +144,7 @@ def draw_calibration(verdicts: Verdicts) -> "go.Figure":
     import plotly.graph_objects as go
 
     bins, figure = verdicts.calibration(), go.Figure()
-    low = 1 / len(verdicts.names)  # the likeliest of c classes has at least 1 / c
+    low = 1 / len(verdicts.names)  # the most likely of c classes has at least 1 / c
     figure.add_scatter(
         x=[low, 1], y=[low, 1], mode="lines", line={"color": "#8a8f98", "dash": "dot", "width": 1.5},
         name="calibrated", hoverinfo="skip",
@@ -168,7 +168,7 @@ def draw_calibration(verdicts: Verdicts) -> "go.Figure":
 
 
 def draw_confusion_png(verdicts: Verdicts) -> "Figure":
-    """The same on white, by matplotlib."""
+    """The same on white, with matplotlib."""
     names, (counts, shares) = verdicts.names, _counts_and_shares(verdicts)
     axes = axes_on_white(4, 3.6, grid=False)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.3)

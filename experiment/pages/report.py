@@ -1,8 +1,8 @@
 """``tinylab report RUN [RUN …]``: a page that shows what a run did, or how several compare.
 
-The page is one file that needs no network: curves to hover over (Plotly, whose script is inside), samples along the
-training, verdicts of a classifier, the configuration, the commands and the machine. PNGs of the main curves are written
-beside it.
+The page is one file that works offline: curves to hover over (Plotly, with its script embedded), samples during
+training, a classifier's predictions, the configuration, the commands and the machine. PNGs of the main curves are
+written next to it.
 """
 
 import base64
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 PAGE = "report.html"
-ROUNDS = 6  # of samples that are shown at once; the others unfold
+ROUNDS = 6  # samples shown at first; the others unfold
 # Plotly's template, and the page's own colours for text, lines and cards.
 THEMES = {
     "light": ("plotly_white", "#1f2328", "#d9dde3", "#ffffff"),
@@ -37,7 +37,7 @@ THEMES = {
 
 
 class Run:
-    """What a run's folder holds, as the page shows it; an InputError where the folder is no run."""
+    """A run folder's contents, as shown on the page; an InputError if the folder is not a run."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
@@ -45,7 +45,7 @@ class Run:
         self.record, self.verdicts = read_record(folder), read_verdicts(folder)
         config, decoding = folder / "config.yaml", folder / "decoding.json"
         self.config_text = config.read_text(encoding="utf-8") if config.is_file() else ""
-        # What `tinylab decoding` has measured, where it was asked to.
+        # The results of `tinylab decoding`, if it was run.
         self.decoding = json.loads(decoding.read_text(encoding="utf-8")) if decoding.is_file() else []
 
     @property
@@ -81,7 +81,7 @@ class Run:
 
     @property
     def samples(self) -> dict[str, list[dict[str, Any]]]:
-        """By prompt, the stories in the order of their steps."""
+        """The stories by prompt, in the order of their steps."""
         found: dict[str, list[dict[str, Any]]] = {}
         for sample in read_lines(self.folder / "samples.jsonl"):
             rest = sample["story"].removeprefix(sample["prompt"])
@@ -114,14 +114,14 @@ def duration(seconds: float) -> str:
 
 
 def spread(items: Sequence[Any], most: int = ROUNDS) -> list[Any]:
-    """At most so many of the items, evenly chosen, with the first and the last."""
+    """At most `most` of the items, evenly spaced, including the first and the last."""
     if len(items) <= most:
         return list(items)
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def read_runs(folders: Sequence[Path], names: Sequence[str] = ()) -> list[Run]:
-    """The runs under the names given, or under names that tell them apart.
+    """The runs under the given names, or under unique ones.
 
     Raises:
         InputError: A folder is no run, or was given twice.
@@ -136,7 +136,7 @@ def read_runs(folders: Sequence[Path], names: Sequence[str] = ()) -> list[Run]:
 
 
 def write_report(folders: Sequence[Path], folder: Path | None = None, names: Sequence[str] = ()) -> Path:
-    """Write the page and the PNGs of one run into its folder, or of several into a folder beside the first.
+    """Write the page and the PNGs of one run to its folder, or of several to a folder next to the first.
 
     Args:
         folders: Of the runs.
@@ -210,14 +210,14 @@ def render(runs: list[Run], charts: Sequence[Any], figures: dict[str, "go.Figure
         names=names,
         meanings={name: MEANINGS[figure] for name in names if (figure := name.partition("/")[2]) in MEANINGS},
         prompts=list(dict.fromkeys(prompt for run in runs for prompt in run.samples)),
-        plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode(),  # 4.7 MB, 1.9 so
+        plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode(),  # 4.7 MB, compressed to 1.9
         figures={key: Markup(_json(figure)) for key, figure in figures.items()},
         themes={name: Markup(_theme(*look)) for name, look in THEMES.items()},
     )
 
 
 def _json(figure: "go.Figure") -> str:
-    """Plotly's JSON of data and layout, without its default template, safe inside of a script element."""
+    """Plotly's JSON of data and layout, without its default template, safe inside a script element."""
     figure.layout.template = None
     return figure.to_json(remove_uids=True).replace("<", "\\u003c")
 

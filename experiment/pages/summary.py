@@ -1,4 +1,4 @@
-"""``tinylab summary RUN [RUN …]``: what runs did, in a table, and where everything lies."""
+"""``tinylab summary RUN [RUN …]``: a table of runs and their results, and where their files are."""
 
 import csv
 import json
@@ -14,14 +14,14 @@ from experiment.command_parser import CommandParser, one_line_errors
 from experiment.console import console
 from experiment.runs.provenance import missing_run
 
-# What is shown of a run, where it has it: the better direction decides which value is its best.
+# The metrics shown if a run has them; the direction decides which value is best.
 FIGURES = {"val/loss": min, "val/perplexity": min, "val/bits_per_byte": min, "val/accuracy": max, "val/f1": max}
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
     """The rows of a run's metrics.csv, each with the values that were logged at its step.
 
-    A last row that is still being written, or that a kill has cut off, is left out.
+    An incomplete last row, being written or cut off by a kill, is left out.
 
     Raises:
         InputError: The folder holds no metrics.csv.
@@ -35,7 +35,7 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, but for a line that a kill has cut off; none where there is no such file."""
+    """The objects of a JSON lines file, without a line cut off by a kill; empty if there is no file."""
     found = []
     for line in file.read_text(encoding="utf-8").split("\n") if file.is_file() else ():
         with suppress(ValueError):
@@ -44,7 +44,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def best(rows: list[dict[str, float]], name: str) -> float | None:
-    """The best value of a validation metric over a run; None where it was never logged."""
+    """The best value of a validation metric over a run; None if it was never logged."""
     values = [row[name] for row in rows if math.isfinite(row.get(name, math.nan))]
     return FIGURES[name](values) if values else None
 

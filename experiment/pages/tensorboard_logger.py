@@ -15,7 +15,7 @@ MOST_ROWS = 100  # of a table
 
 
 class TensorBoardRunLogger(RunLogger):
-    """Writes events into the folder tensorboard of the run, by optimizer steps; a resumed run continues the same
+    """Writes events to the run's tensorboard folder, by optimizer step; a resumed run continues the same
     curves."""
 
     def check(self) -> None:
@@ -26,7 +26,7 @@ class TensorBoardRunLogger(RunLogger):
         from torch.utils.tensorboard import SummaryWriter
 
         super().begin(trainer, run, package, record, step)
-        # What a killed run has logged after its checkpoint is hidden.
+        # Hide what a killed run logged after its checkpoint.
         self.experiment = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self.experiment.add_text("command", f"    {record['calls'][-1]['command']}", step)
         config = (run / "config.yaml").read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Coloured words on a page, each with a card that unfolds where one points at it; HTML that no text breaks.
+"""Renders tokens as colored spans with hover cards; all text is escaped.
 
-By hand, since Gradio's HighlightedText has neither cards nor a place for text that was not read."""
+Our own, since Gradio's HighlightedText has neither cards nor a way to show text that was not read."""
 
 import html
 import json
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """One line of a card: a name, a bar of a share in [0, 1], its figures, and whether it is the one that was taken."""
+    """One line of a card: a name, a bar for a share in [0, 1], its numbers, and whether it is the chosen one."""
 
     name: str
     share: float
@@ -18,14 +18,14 @@ class Row(NamedTuple):
 
 
 def escaped(text: str) -> str:
-    """Text as HTML. Gradio reads what it shows as a template, and HTML a bare return as a line's end."""
+    """Escape text for HTML, Gradio's templates, and bare carriage returns."""
     return html.escape(text).translate({ord(character): f"&#{ord(character)};" for character in "{}$`\r"})
 
 
 def word(text: str, tone: str, strength: float, title: str, rows: Sequence[Row] = ()) -> str:
-    """A word on a ground of its tone (rare, for or against), as strong as `strength` in [0, 1], with its card.
+    """A word highlighted in its tone (rare, for or against) with `strength` in [0, 1], with its card.
 
-    The space before it stays without a ground.
+    The space before it is not highlighted.
     """
     card = json.dumps({"title": title, "rows": rows}, ensure_ascii=False, separators=(",", ":"))
     space = text[: len(text) - len(text.lstrip())] if text.strip() else ""
@@ -36,5 +36,5 @@ def word(text: str, tone: str, strength: float, title: str, rows: Sequence[Row] 
 
 
 def message(text: str) -> str:
-    """What stands in place of an answer that cannot be given."""
+    """A message shown instead of an answer."""
     return f'<p class="message" role="alert">{escaped(text)}</p>'

@@ -28,10 +28,10 @@ RUN_ID = "wandb/run-id.txt"  # in the run's folder: a resumed training continues
 class WandbLogger(RunLogger):
     """One row for each optimizer step and one W&B run for each run.
 
-    Lightning's own logger lets W&B count its calls, so that training and validation figures of a step stand in
-    different rows, and a resumed run begins anew (pytorch-lightning#5469, #13163). Here a row of W&B's history is an
+    Lightning's own logger lets W&B count its calls, so that training and validation metrics of a step are in
+    different rows, and a resumed run starts over (pytorch-lightning#5469, #13163). Here a row of W&B's history is an
     optimizer step and also holds the tokens seen so far, for the other axis. A resumed run continues after the step it
-    resumed from; what the killed part had logged past it is not logged again, since it would be the same.
+    resumed from; what the killed part logged after it is not logged again, since it would be identical.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class WandbLogger(RunLogger):
             name: Of the run; by default the package and the run's folder, such as lm/demo.
             group: Runs that belong together, such as the seeds of a comparison.
             tags: To find the run by.
-            offline: Keep everything in the run's folder; `wandb sync` sends it later. null: where nobody is logged in.
-            log_model: Keep the best checkpoint, and the adapter where there is one, as artifacts.
+            offline: Keep everything in the run's folder for `wandb sync`. null: offline unless logged in.
+            log_model: Save the best checkpoint, and the adapter if there is one, as artifacts.
             save_dir: Where W&B's files go; by default the run's folder.
-            id: Of the W&B run; by default a new one, or that of the run which is resumed.
+            id: Of the W&B run; by default a new one, or the resumed run's.
         """
         super().__init__()
         self.options = {"project": project, "group": group, "tags": tags}
@@ -65,7 +65,7 @@ class WandbLogger(RunLogger):
 
     @rank_zero_only
     def check(self) -> None:
-        """Find out whether somebody is logged in at the server, a private one too."""
+        """Check whether the user is logged in at the server, including a private one."""
         require("wandb", "wandb")
         if self.mode != "offline":
             self.mode = os.environ.get("WANDB_MODE", self.mode)
@@ -76,7 +76,7 @@ class WandbLogger(RunLogger):
         server = wandb.setup().settings.base_url
         try:
             logged_in = is_logged_in(server)
-        except wandb.errors.Error as error:  # a key of a form that none has
+        except wandb.errors.Error as error:  # a malformed key
             raise InputError(f"W&B at {server}: {error}; log in with: wandb login --relogin") from error
         if not logged_in and self.mode == "online":
             cure = "log in with: wandb login, or set WANDB_MODE=offline"
@@ -88,7 +88,7 @@ class WandbLogger(RunLogger):
         import wandb
 
         super().begin(trainer, run, package, record, step)
-        os.environ.pop("WANDB_SERVICE", None)  # of the process that started this one, which may have ended since
+        os.environ.pop("WANDB_SERVICE", None)  # of the parent process, which may have ended
         (run / "wandb").mkdir(parents=True, exist_ok=True)  # else wandb falls back to a temporary folder
         file = run / RUN_ID
         if self.run_id is None:
@@ -96,7 +96,7 @@ class WandbLogger(RunLogger):
             self.run_id = os.environ.get("WANDB_RUN_ID", known)  # which the agent of a sweep sets
         file.write_text(f"{self.run_id}\n", encoding="utf-8")
         if self.mode in ("offline", "dryrun"):
-            # To resume is for the server; `wandb sync` joins the parts by their id. One line at the end says how.
+            # Resuming needs the server; `wandb sync` joins the parts by their id. A line at the end says how.
             how = {"mode": "offline", "settings": wandb.Settings(silent=True)}
         else:
             how = {"mode": self.mode, "resume": "allow"}
@@ -128,7 +128,7 @@ class WandbLogger(RunLogger):
 
     @rank_zero_only
     def end(self, run: Path) -> None:
-        """Log a classifier's predictions and by option the weights, and finish."""
+        """Log a classifier's predictions and, if requested, the weights, and finish."""
         import wandb
 
         if (verdicts := read_verdicts(run, SOURCES[:1])) is not None:
@@ -142,7 +142,7 @@ class WandbLogger(RunLogger):
                     artifact = wandb.Artifact(f"{kind}-{self.run_id}", type=kind)
                     artifact.add_dir(str(path)) if path.is_dir() else artifact.add_file(str(path))
                     self.experiment.log_artifact(artifact)
-        # Of a resumed run W&B has summed up the last part alone. The row in progress would be summed up after this.
+        # W&B has summarized only the last part of a resumed run. The row in progress would be summarized after this.
         self.experiment.log({}, commit=True)
         rows = read_metrics(run)
         for metric, better in FIGURES.items():

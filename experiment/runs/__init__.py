@@ -1,1 +1,1 @@
-"""A run's folder, its checkpoints, what it records and how it stops. Imports nn and sources."""
+"""A run's folder, checkpoints, records and stopping. Imports nn and sources."""

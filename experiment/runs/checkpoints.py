@@ -1,7 +1,7 @@
-"""Checkpoints from which a run resumes exactly, under names that do not change.
+"""Checkpoints that a run resumes from exactly, under fixed names.
 
-``last.ckpt`` is the newest, ``best.ckpt`` that of the best validation. Both are written beside their place and renamed,
-so that a kill at any moment leaves the last complete one there.
+``last.ckpt`` is the newest, ``best.ckpt`` that of the best validation. Both are written under another name and renamed,
+so that a kill at any moment leaves the last complete one in place.
 """
 
 import math
@@ -25,16 +25,16 @@ from experiment.sources.paths import remove
 
 
 def save_atomically(trainer: Trainer, file: Path) -> None:
-    """Write a checkpoint to ``file`` whole or not at all. Call it in all processes.
+    """Write a checkpoint to ``file`` atomically. Call it in all processes.
 
     Raises:
-        InputError: It cannot be written; what lay there before is left as it was.
+        InputError: It cannot be written; an existing file is left unchanged.
     """
     partial = file.with_name(f"{file.name}.partial")
     with trainer.lightning_module.stopwatch:
         check_weights(trainer)
         try:
-            trainer.save_checkpoint(partial, weights_only=False)  # None would be told each time
+            trainer.save_checkpoint(partial, weights_only=False)  # None would warn each time
             if trainer.is_global_zero:
                 if partial.is_dir():
                     from experiment.runs.sharding import put_folder
@@ -42,14 +42,14 @@ def save_atomically(trainer: Trainer, file: Path) -> None:
                     put_folder(partial, file, trainer.global_step)
                 else:
                     with partial.open("r+b") as stream:
-                        os.fsync(stream.fileno())  # else a machine that loses power has the new name and no content
-                    if file.is_dir() and not file.is_symlink():  # of several processes
+                        os.fsync(stream.fileno())  # else a power loss could leave the new name without content
+                    if file.is_dir() and not file.is_symlink():  # written by several processes
                         remove(file)
                     partial.replace(file)
         except Exception as error:
             with suppress(OSError):
                 remove(partial)
-            # torch reports a full disk as a RuntimeError of its writer; any other, such as a lack of memory, is not.
+            # torch reports a full disk as a RuntimeError of its writer; others, such as out of memory, are not.
             if not isinstance(error, OSError) and "inline_container" not in str(error):
                 raise
             cause = getattr(error, "strerror", None) or error
@@ -60,8 +60,8 @@ def save_atomically(trainer: Trainer, file: Path) -> None:
 
 
 class FileCheckpointIO(TorchCheckpointIO):
-    """Writes straight to the file. Lightning's own makes a copy in memory and one among the system's temporary files,
-    where a kill leaves it. Reads what one process or several have written, checked once."""
+    """Writes directly to the file. Lightning's own makes a copy in memory and another in the temporary folder,
+    which a kill leaves behind. Reads checkpoints of one or several processes, verified once."""
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         from experiment.runs.reading import read_checkpoint
@@ -74,17 +74,17 @@ class FileCheckpointIO(TorchCheckpointIO):
 
 
 class StepCheckpoint(Checkpoint):
-    """Saves the model, the optimizer and the position in the data every so many steps and when fit ends or is ended.
+    """Saves the model, the optimizer and the position in the data at intervals and when fit ends or is stopped.
 
     Lightning's ModelCheckpoint saves before the step's metrics are logged and its validation is done, so that a run
-    killed in between would miss them; this one saves when all that belongs to a step has happened.
+    killed in between would miss them; this one saves after everything in a step is done.
     """
 
     def __init__(self, every_n_steps: int = 500, keep: int = 1) -> None:
         """
         Args:
             every_n_steps: Optimizer steps between two checkpoints.
-            keep: How many of these checkpoints stay on disk, the newest ones; -1 keeps all.
+            keep: Number of newest checkpoints to keep on disk; -1 keeps all.
         """
         if every_n_steps < 1:
             raise InputError(f"checkpoint.every_n_steps {every_n_steps}: expected 1 or more")
@@ -94,14 +94,14 @@ class StepCheckpoint(Checkpoint):
         self.keep = keep
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # none that the user has chosen
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one chosen by the user
             trainer.strategy.checkpoint_io = FileCheckpointIO()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
         stop_request.listen(trainer)
         if trainer.is_global_zero:
-            for left in (Path(trainer.default_root_dir) / "checkpoints").glob("*.partial"):  # by a killed run
+            for left in (Path(trainer.default_root_dir) / "checkpoints").glob("*.partial"):  # left by a killed run
                 remove(left)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -131,7 +131,7 @@ class StepCheckpoint(Checkpoint):
                 shutil.copyfile(file, last)
             last.replace(folder / "last.ckpt")
             if self.keep > 0:
-                # By age, not by step: a run resumed from an earlier checkpoint reaches the same steps again.
+                # By age, not step: a run resumed from an earlier checkpoint repeats steps.
                 others = sorted(set(folder.glob("step-*.ckpt")) - {file}, key=lambda old: old.stat().st_mtime_ns)
                 for old in others[: max(0, len(others) - (self.keep - 1))]:
                     remove(old)
@@ -144,7 +144,7 @@ class BestCheckpoint(Checkpoint):
         """
         Args:
             monitor: The validation metric that decides.
-            mode: Whether its smallest or its largest value is the best.
+            mode: Whether its smallest or largest value is best.
         """
         self.monitor, self.mode = monitor, mode
         self.best_score: float | None = None
@@ -154,7 +154,7 @@ class BestCheckpoint(Checkpoint):
         return {"monitor": self.monitor, "best_score": self.best_score}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # By ModelCheckpoint, on which this class was once built, the key is longer and the score best_model_score.
+        # ModelCheckpoint, the former base class, used a longer key and best_model_score.
         states = [state for key, state in checkpoint["callbacks"].items() if key.startswith(type(self).__name__)]
         for state in states:
             score = state.get("best_score", state.get("best_model_score"))
@@ -162,10 +162,10 @@ class BestCheckpoint(Checkpoint):
                 self.best_score = float(score)
 
     def is_better(self, trainer: Trainer) -> bool:
-        """Whether the validation that has just ended is better than all before.
+        """Whether the latest validation is the best so far.
 
         Raises:
-            InputError: The metric that decides was not logged.
+            InputError: The monitored metric was not logged.
         """
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(trainer.callback_metrics))
@@ -187,12 +187,12 @@ class BestCheckpoint(Checkpoint):
 
 
 class ExactResume(Callback):
-    """Carries through a resume what Lightning leaves out: the random numbers, and the count of logged steps.
+    """Saves and restores what Lightning leaves out: random states, and the count of logged steps.
 
-    What is configured wins over what the checkpoint stores: learning rates, decay, betas and whatever else a parameter
-    group has, the patience of EarlyStopping, the seed. Where nothing was changed, these are equal to the bit.
+    Configured values override the checkpoint's: learning rates, decay, betas and whatever else a parameter
+    group has, the patience of EarlyStopping, the seed. Unchanged ones are bit-identical.
 
-    It also has the model validated after the last step of a run, where the interval does not hit that step.
+    It also validates after the last step of a run if the interval does not include that step.
     """
 
     def __init__(self) -> None:
@@ -217,7 +217,7 @@ class ExactResume(Callback):
         self._patience = [callback.patience for callback in trainer.early_stopping_callbacks]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The checkpoint's callbacks are restored by now, its optimizers are not.
+        # By now the checkpoint's callbacks are restored, but not its optimizers.
         for callback, patience in zip(trainer.early_stopping_callbacks, self._patience, strict=True):
             callback.patience = patience
         self._groups = [
@@ -226,7 +226,7 @@ class ExactResume(Callback):
         ]
 
     def _configure(self, trainer: Trainer) -> None:
-        """Give the restored optimizers and schedules what is configured."""
+        """Apply the configured values to the restored optimizers and schedules."""
         for optimizer, configured in zip(trainer.optimizers, self._groups, strict=True):
             for group, options in zip(optimizer.param_groups, configured, strict=True):
                 group.update(options)
@@ -239,9 +239,9 @@ class ExactResume(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
-            torch.manual_seed(torch.initial_seed() + trainer.global_rank)  # else all would drop out the same neurons
+            torch.manual_seed(torch.initial_seed() + trainer.global_rank)  # else all drop the same neurons
         if self._random_states is not None:
-            # A batch that had begun when the checkpoint was written comes again; counted twice, it would shift every
+            # A batch in progress when the checkpoint was written is repeated; counted twice, it would shift every
             # later validation.
             progress = trainer.fit_loop.epoch_loop.batch_progress
             batches = progress.total
@@ -254,9 +254,9 @@ class ExactResume(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         log_by_optimizer_steps(trainer)
         if self._random_states is not None:
-            if len(self._random_states) == trainer.world_size:  # with other processes it is another run anyway
+            if len(self._random_states) == trainer.world_size:  # with another number of processes it differs anyway
                 states = self._random_states[trainer.global_rank]
-                if states.get("seed", torch.initial_seed()) == torch.initial_seed():  # else another was given
+                if states.get("seed", torch.initial_seed()) == torch.initial_seed():  # else a different one was given
                     torch.set_rng_state(states["cpu"].cpu())
                     if "cuda" in states and torch.cuda.is_available():
                         torch.cuda.set_rng_state(states["cuda"].cpu())

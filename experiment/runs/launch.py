@@ -1,4 +1,4 @@
-"""Processes that torchrun or a cluster starts side by side agree on what only one of them can decide."""
+"""How processes started by torchrun or a cluster agree on what only one of them can decide."""
 
 import os
 import sys
@@ -15,17 +15,17 @@ from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 from experiment.errors import InputError
 
 _PATIENCE = timedelta(minutes=10)  # the first process may have to read a large configuration from a slow disk
-_store: TCPStore | None = None  # lives as long as the process, for others may still ask
+_store: TCPStore | None = None  # lives as long as the process, since others may still ask
 
 
 def agreed(what: str, decide: Callable[[], str]) -> str:
-    """What ``decide`` says in the process of rank 0, in every process of this launch.
+    """The result of ``decide`` in the rank 0 process, in every process of this launch.
 
     A process that was started alone, or by Lightning as the first of several, decides for itself. Each thing to agree
-    on has a name of its own, and is asked for by every process.
+    on has its own name, and every process asks for it.
 
     Raises:
-        InputError: The process of rank 0 is not heard of.
+        InputError: The rank 0 process cannot be reached.
     """
     place = _place()
     if place is None:
@@ -35,7 +35,7 @@ def agreed(what: str, decide: Callable[[], str]) -> str:
     try:
         if _store is None:
             host_it = hosts_store and rank == 0
-            # The port is the one at which torch meets later on: in this process it will go on with the store it finds.
+            # torch uses the same port later: in this process it will reuse this store.
             _store = TCPStore(
                 host, port, is_master=host_it, wait_for_workers=False, timeout=_PATIENCE, multi_tenant=True
             )
@@ -45,7 +45,7 @@ def agreed(what: str, decide: Callable[[], str]) -> str:
             try:
                 choice = decide()
             finally:
-                _store.set(key, choice)  # nothing, where rank 0 has found an error and reports it
+                _store.set(key, choice)  # empty if rank 0 found an error, which it reports
         else:
             choice = _store.get(key).decode()
     except DistNetworkError as error:
@@ -63,12 +63,12 @@ def agreed(what: str, decide: Callable[[], str]) -> str:
 
 
 def is_child() -> bool:
-    """Whether Lightning has started this process beside the first of its machine, which has decided everything."""
+    """Whether Lightning started this process next to the first one of its machine, which decides everything."""
     return _place() is None and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def waited_in_vain(error: RuntimeError) -> str | None:
-    """One line for the error of a collective in which the other processes did not come; None for any other error."""
+    """A one-line message if a collective failed because other processes did not join; None for other errors."""
     if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
         return None
     rank, world = rank_zero_only.rank, "several"
@@ -85,7 +85,7 @@ def waited_in_vain(error: RuntimeError) -> str | None:
 
 
 def _place() -> tuple[int, str, int, bool, str] | None:
-    """Rank, the address of a store, whether rank 0 must open it, and a key of this launch; None where alone."""
+    """Rank, address of a store, whether rank 0 must open it, and a key of this launch; None if alone."""
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:
         restart = env.get("TORCHELASTIC_RESTART_COUNT", "0")

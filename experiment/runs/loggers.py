@@ -1,4 +1,4 @@
-"""What every logger of a run has in common, and the one that is always there: metrics.csv."""
+"""The base class of a run's loggers, and the one that is always active: metrics.csv."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from experiment.errors import InputError
 
 
 class RunLogger(Logger):
-    """A logger that belongs to one run, counts its optimizer steps, and takes tables."""
+    """A logger that belongs to one run, counts its optimizer steps, and accepts tables."""
 
     trainer: Trainer | None = None  # whose steps are counted; Lightning's own count begins at 0
 
@@ -26,7 +26,7 @@ class RunLogger(Logger):
         return ""
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The run's config.yaml holds them already."""
+        """Nothing: the run's config.yaml already has them."""
 
     def check(self) -> None:
         """Called before anything is written.
@@ -39,27 +39,27 @@ class RunLogger(Logger):
         """Start or continue; called in the first process, before training.
 
         Args:
-            trainer: Whose steps are counted.
+            trainer: The trainer whose steps are counted.
             run: The run's folder, with its config.yaml.
             package: lm or classify.
             record: Of run.json: parameter counts, environment and commands.
-            step: Optimizer steps of the checkpoint that the run continues from; what was logged after it comes again.
+            step: Optimizer steps of the checkpoint that the run continues from; later rows will be logged again.
         """
         self.trainer = trainer
 
     def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Show a table in the place of an earlier one of this key."""
+        """Show a table, replacing an earlier one with this key."""
 
     def end(self, run: Path) -> None:
         """Finish; called in the first process, after training."""
 
 
 class MetricsFile(RunLogger):
-    """Writes ``metrics.csv`` into the run's folder: a ``step`` column (optimizer steps done), one row a logged step.
+    """Writes ``metrics.csv`` to the run's folder: a ``step`` column (optimizer steps done), one row per logged step.
 
-    Lightning's CSVLogger writes one row for each call, so that training and validation figures of the same step
-    stand apart, and starts the file anew when a run is resumed. Here they share a row, and a resumed run continues
-    after the step of its checkpoint: what the killed run had written past it is dropped and comes again.
+    Lightning's CSVLogger writes one row for each call, so that training and validation metrics of the same step
+    are in different rows, and restarts the file on a resume. Here they share a row, and a resumed run continues
+    after the step of its checkpoint: later rows of the killed run are dropped and written again.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""run.json: by which commands a run came about, on what machine, with which versions."""
+"""run.json: the commands, machine and versions that produced a run."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from experiment.runs.run import is_run
 from experiment.sources.paths import repaired, write_text
 from experiment.wording import hint
 
-if TYPE_CHECKING:  # the report reads run.json without waiting for torch
+if TYPE_CHECKING:  # the report reads run.json without importing torch
     from lightning.pytorch import LightningModule, Trainer
 
 RECORD = "run.json"
@@ -29,13 +29,13 @@ PACKAGES = ("lightning", "transformers", "peft", "datasets", "tokenizers", "torc
 
 
 def command_line(package: str, args: Sequence[str], resumed: bool = True) -> str:
-    """The command as it can be pasted into a shell, on whatever machine, without asking to resume what was not."""
+    """The command, ready to paste into a shell on any machine, without --ckpt_path last if nothing was resumed."""
     line = repaired(f"tinylab {package} {shlex.join(args)}")
     return line if resumed else re.sub(" --ckpt_path[= ]last(?= |$)", "", line)
 
 
 def cpu_name() -> str:
-    """The CPU's own name where the system tells it."""
+    """The CPU's name if the system reports it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text(errors="replace", encoding="utf-8").splitlines():
@@ -45,7 +45,7 @@ def cpu_name() -> str:
 
 
 def source_version() -> str | None:
-    """The commit of this source, with ``-dirty`` where files differ from it; None outside of a git checkout."""
+    """The commit of this source, with ``-dirty`` if files differ from it; None outside a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
@@ -54,7 +54,7 @@ def source_version() -> str | None:
 
 
 def environment(trainer: "Trainer") -> dict[str, Any]:
-    """What the figures of a run, above all its speed, depend on beside its configuration."""
+    """What a run's metrics, especially its speed, depend on besides its configuration."""
     import torch
 
     found: dict[str, Any] = {
@@ -66,7 +66,7 @@ def environment(trainer: "Trainer") -> dict[str, Any]:
         "precision": str(trainer.precision),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "torch": str(torch.__version__),  # which names its CUDA, as the package's version need not
+        "torch": str(torch.__version__),  # includes the CUDA version, unlike the package's version
     }
     if trainer.strategy.root_device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(trainer.strategy.root_device)
@@ -81,7 +81,7 @@ def environment(trainer: "Trainer") -> dict[str, Any]:
 
 
 def missing_run(run: Path, lacks: str) -> InputError:
-    """What to say of a folder that is no run, for it is not there or `lacks` something."""
+    """The message for a folder that is not a run: it does not exist or `lacks` something."""
     state = f"holds no {lacks}" if run.exists() else "does not exist"
     runs = sorted({str(folder) for folder in (*run.parent.glob("*"), *Path("runs").glob("*/*")) if is_run(folder)})
     near = hint(str(run), runs) or (f" (there are {', '.join(runs[:5])})" if runs else "")
@@ -89,7 +89,7 @@ def missing_run(run: Path, lacks: str) -> InputError:
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """The run.json of a run; empty where it has none, as imported weights have."""
+    """The run.json of a run; empty if it has none, as for imported weights."""
     try:
         return json.loads((run / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -128,7 +128,7 @@ class RunRecord:
         self._write()
 
     def end(self, to_step: int) -> None:
-        """Note how far this call came. One that is killed has no ``to_step`` until the run is resumed."""
+        """Record how far this call got. A killed call has no ``to_step`` until the run is resumed."""
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
         self.record["calls"][-1] |= {
             "to_step": to_step,

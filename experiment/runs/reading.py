@@ -1,4 +1,4 @@
-"""Checkpoints: which one is meant, whether it fits, and what it holds, read without running code."""
+"""Checkpoints: finding them, checking that they fit, and reading them without running code."""
 
 import pickle
 import zipfile
@@ -19,19 +19,19 @@ from experiment.runs.run import is_run
 from experiment.sources.paths import user_path
 from experiment.wording import hint
 
-PACKAGES = {"decoder": "lm", "adapter": "classify"}  # by a hyperparameter that only this package's checkpoints have
-_verified: set[tuple[Path, int]] = set()  # checkpoints, as they were written at that time
+PACKAGES = {"decoder": "lm", "adapter": "classify"}  # by a hyperparameter unique to the package's checkpoints
+_verified: set[tuple[Path, int]] = set()  # checkpoints, by file and time of writing
 
 
 def resolve_checkpoint(subcommand: str, run_dir: Path, ckpt_path: str) -> Path | None:
     """The checkpoint file that ``--ckpt_path`` means; ``last`` and ``best`` are those of the run's own folder.
 
-    A copy of a run may lack the link last.ckpt: the newest whole checkpoint stands in for it. A training that is
-    resumed from ``last`` before anything was saved starts at the beginning, so that the same command works whenever a
-    machine was taken away.
+    A copy of a run may lack the link last.ckpt: the newest whole checkpoint is used instead. A training that is
+    resumed from ``last`` before anything was saved starts from scratch, so that the same command works whenever a
+    machine was lost.
 
     Raises:
-        InputError: There is no such file, or none that is whole.
+        InputError: There is no such file, or no complete one.
     """
     named = ckpt_path in ("last", "best")
     file = run_dir / "checkpoints" / f"{ckpt_path}.ckpt" if named else user_path(ckpt_path)
@@ -53,9 +53,9 @@ def resolve_checkpoint(subcommand: str, run_dir: Path, ckpt_path: str) -> Path |
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step among those of fit in a folder that can be read."""
+    """The readable checkpoint with the highest step among fit's own in a folder."""
     steps = {}
-    # Names have the steps in order, so that only one of them is read, and the best, which may be newer.
+    # Names sort by step, so only one of them is read, and the best, which may be newer.
     for pattern in ("step-*.ckpt", "best.ckpt"):
         for file in sorted(folder.glob(pattern), reverse=True):
             with suppress(InputError):
@@ -65,7 +65,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def find_checkpoint(run: Path) -> Path:
-    """The best checkpoint of a run's folder, or the last; a file is itself.
+    """The best checkpoint of a run's folder, or else the last; a file is returned unchanged.
 
     Raises:
         InputError: There is none.
@@ -80,7 +80,7 @@ def find_checkpoint(run: Path) -> Path:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether there is a file, or the folder that several processes write together."""
+    """Whether the path is a file, or a folder written by several processes."""
     if path.is_dir():
         from experiment.runs.sharding import is_sharded
 
@@ -89,11 +89,11 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def verify(file: Path) -> None:
-    """Check that a checkpoint holds what was written. A process reads it whole for that once; one that Lightning has
-    started leaves it to the first.
+    """Check that a checkpoint is undamaged. Each process reads it completely once; one started by Lightning
+    leaves it to the first.
 
     Raises:
-        ValueError: It is damaged; and what the reader of zip files raises.
+        ValueError: It is damaged; also whatever zipfile raises.
     """
     key = _as_written(file)
     if key in _verified or is_child():
@@ -110,7 +110,7 @@ def verify(file: Path) -> None:
 
 
 def verify_together(file: Path) -> None:
-    """`verify` in the first of the processes of a launch, for all of them.
+    """Run `verify` in the first process of a launch, for all processes.
 
     Raises:
         InputError: As `read_checkpoint`.
@@ -130,15 +130,15 @@ def _as_written(file: Path) -> tuple[Path, int]:
 
 
 def read_checkpoint(file: Path, part: Literal["all", "weights", "outline"] = "weights") -> dict[str, Any]:
-    """A Lightning checkpoint, mapped into memory; nothing but tensors and plain values is ever unpickled.
+    """A Lightning checkpoint, memory-mapped; only tensors and plain values are ever unpickled.
 
     Args:
-        file: The file, or the folder that several processes have written.
-        part: How much of a folder is read: ``weights`` leaves the optimizers' states empty, ``outline`` gives the
-            shapes of the weights alone, as tensors on the meta device. Of a file it is always all.
+        file: The file, or the folder written by several processes.
+        part: How much of a folder to read: ``weights`` leaves optimizer states empty, ``outline`` gives only the
+            shapes of the weights, as tensors on the meta device. A file is always read completely.
 
     Raises:
-        InputError: The file is missing or truncated, is no checkpoint, or would have to run code to be loaded.
+        InputError: The file is missing or truncated, is not a checkpoint, or would run code when loaded.
     """
     if not is_checkpoint(file):
         raise InputError(f"there is no checkpoint {file}: expected a file written by fit")
@@ -157,7 +157,7 @@ def read_checkpoint(file: Path, part: Literal["all", "weights", "outline"] = "we
             f"ckpt_path {file} is refused: it is not a checkpoint, or holds objects that would run code when loaded; "
             "expected a file written by fit"
         ) from error
-    except Exception as error:  # what a damaged file makes the readers of zip and pickle raise has no bounds
+    except Exception as error:  # zip and pickle readers can raise anything on a damaged file
         others = sorted(other.name for other in file.parent.glob("*.ckpt") if other.resolve() != file.resolve())
         raise InputError(
             f"ckpt_path {file} cannot be read: it is truncated or not a checkpoint; use another one"
@@ -174,10 +174,10 @@ def read_checkpoint(file: Path, part: Literal["all", "weights", "outline"] = "we
 
 
 def package_of(file: Path) -> str:
-    """The package whose `fit` has written a checkpoint: lm or classify.
+    """The package that wrote a checkpoint: lm or classify.
 
     Raises:
-        InputError: The file cannot be read, or is of neither.
+        InputError: The file cannot be read, or belongs to neither.
     """
     hyperparameters = read_checkpoint(file, part="outline").get("hyper_parameters", {})
     package = next((package for key, package in PACKAGES.items() if key in hyperparameters), None)
@@ -187,10 +187,10 @@ def package_of(file: Path) -> str:
 
 
 def check_fits(module: LightningModule, file: Path) -> None:
-    """Check that a checkpoint is one of this model before anything is changed.
+    """Check that a checkpoint fits this model before anything is changed.
 
     Raises:
-        InputError: A weight is missing, left over, or of another shape.
+        InputError: A weight is missing, unexpected, or of another shape.
     """
     weights = read_checkpoint(file, part="outline")["state_dict"], module.state_dict()
     stored, expected = ({name: tuple(weight.shape) for name, weight in one.items()} for one in weights)
@@ -203,10 +203,10 @@ def check_fits(module: LightningModule, file: Path) -> None:
 
 
 def check_resume(trainer: Trainer, module: LightningModule, stored: Mapping[str, Any], file: Path) -> str | None:
-    """The option by which nothing is left to train from a checkpoint on; None where something is.
+    """The option that leaves nothing to train from this checkpoint; None if there is something left.
 
     Raises:
-        InputError: The checkpoint is of another optimizer.
+        InputError: The checkpoint is from another optimizer.
     """
     try:
         epochs = stored["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]

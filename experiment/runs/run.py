@@ -1,4 +1,4 @@
-"""The folder of a run: where it is, and who may write into it.
+"""The run folder: where it is, and which process may write to it.
 
 runs/lm/demo/            config.yaml  metrics.csv  samples.jsonl  predictions.jsonl
 runs/lm/demo/checkpoints last.ckpt  best.ckpt  step-000500.ckpt …
@@ -19,27 +19,27 @@ from experiment.startup import is_alone
 
 CONFIG = "config.yaml"
 LOCK_PATIENCE = 6.0  # seconds
-RUN_DIR_VARIABLE = "TINYLAB_RUN_DIR"  # tells the folder to the processes that Lightning starts beside the first
+RUN_DIR_VARIABLE = "TINYLAB_RUN_DIR"  # passes the folder to the processes that Lightning starts
 
 
 def is_run(folder: Path) -> bool:
-    """Whether fit has written into this folder; a config.yaml alone may be anybody's."""
+    """Whether fit has written to this folder; a config.yaml alone is not enough."""
     return any((folder / name).exists() for name in ("checkpoints", "metrics.csv"))
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a new run would write over something in this folder."""
+    """Whether a new run would overwrite something in this folder."""
     return is_run(folder) or (folder / CONFIG).exists()
 
 
 def run_name(configs: list[Path]) -> str:
-    """The name of a run: its first config's, or of the folder that holds a config.yaml."""
+    """The name of a run: its first config's, or that of a config.yaml's folder."""
     first = configs[0].absolute() if configs else Path()
     return (first.parent.name if first.name == CONFIG else first.stem) or "default"
 
 
 def default_run_dirs(package: str, configs: list[Path]) -> tuple[Path | None, Path]:
-    """The newest existing folder of this configuration's runs, and the first that is free."""
+    """The newest existing folder of this configuration's runs, and the next free one."""
     if configs and configs[0].name == CONFIG and is_run(configs[0].parent):
         base = configs[0].parent if configs[0].parent.name else configs[0].absolute().parent
         newest = base
@@ -54,7 +54,7 @@ def default_run_dirs(package: str, configs: list[Path]) -> tuple[Path | None, Pa
 
 
 def agreed(what: str, decide: Callable[[], str]) -> str:
-    """What ``decide`` says in the first process of this launch, in all of them: see experiment/runs/launch.py."""
+    """The first process's result of ``decide``, in all processes: see experiment/runs/launch.py."""
     if is_alone():
         return decide()
     from experiment.runs import launch
@@ -68,10 +68,10 @@ def resolve_run_dir(
     """The folder that this command reads and writes.
 
     A new training takes ``run_dir``, or by default ``runs/<package>/<config's name>``, ``-2``, ``-3`` … where
-    taken. The other commands, and a training that is resumed, use the folder of their checkpoint.
+    taken. The other commands, and resumed trainings, use the folder of their checkpoint.
 
     Raises:
-        InputError: A new training would write into the folder of another.
+        InputError: A new training would write to the folder of another run.
     """
 
     def decide() -> str:
@@ -101,7 +101,7 @@ def _choose_run_dir(
 
 
 def recorded(run: Path, key: str) -> Any:
-    """What the config.yaml of a run says of ``key``, such as data.path; None where there is none or it says nothing."""
+    """The value of ``key``, such as data.path, in a run's config.yaml; None if the file or the key is missing."""
     try:
         value = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
         for name in key.split("."):
@@ -112,10 +112,10 @@ def recorded(run: Path, key: str) -> Any:
 
 
 def check_free(folder: Path, resumed: bool) -> None:
-    """Check that a training would write over nothing.
+    """Check that a training would not overwrite anything.
 
     Raises:
-        InputError: The folder holds a run that is not resumed, or a config.yaml that fit has not written.
+        InputError: The folder holds a run that is not being resumed, or a config.yaml not written by fit.
     """
     if is_run(folder) and not resumed:
         raise InputError(
@@ -129,12 +129,12 @@ def check_free(folder: Path, resumed: bool) -> None:
 
 @contextmanager
 def hold_run_dir(folder: Path, resumed: bool) -> Iterator[None]:
-    """Make a run's folder and hold it, so that no other training writes into it.
+    """Create and lock a run's folder, so that no other training writes to it.
 
     Raises:
-        InputError: Another training holds it, it cannot be written, or it is not free.
+        InputError: Another training has locked it, it is not writable, or it is not free.
     """
-    # The workers of a training that was killed hold its lock for some seconds more.
+    # The workers of a killed training hold its lock for a few more seconds.
     lock = FileLock(folder / ".lock", timeout=LOCK_PATIENCE)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ def hold_run_dir(folder: Path, resumed: bool) -> Iterator[None]:
         cure = "choose another with --run_dir"
         raise InputError(f"run_dir {folder} cannot be written ({error.strerror}): {cure}") from error
     try:
-        check_free(folder, resumed)  # another may have been quicker
+        check_free(folder, resumed)  # another process may have been faster
         yield
     finally:
         lock.release()

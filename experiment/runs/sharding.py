@@ -1,6 +1,6 @@
-"""Weights divided among processes, and checkpoints to which each of them writes its share.
+"""Weights sharded across processes, and checkpoints to which each process writes its shard.
 
-Such a checkpoint is a folder of PyTorch's distributed checkpoint, with Lightning's own part and checksums beside it:
+Such a checkpoint is a PyTorch distributed checkpoint folder, plus Lightning's own part and checksums:
 
 step-000500.ckpt  .metadata  __0_0.distcp  __1_0.distcp  …  meta.pt  checksums.json
 """
@@ -33,7 +33,7 @@ from experiment.startup import give_back_large_blocks
 
 Part = Literal["all", "weights", "outline"]
 CHECKSUMS, META = "checksums.json", "meta.pt"
-RECORDS = {  # what .metadata consists of beside plain values
+RECORDS = {  # the classes in .metadata besides plain values
     "torch": ("Size",),
     "torch.serialization": ("_get_layout",),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
@@ -45,7 +45,7 @@ RECORDS = {  # what .metadata consists of beside plain values
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
-    """PyTorch's fully_shard over all processes: each holds a share of every weight, gradient and optimizer state."""
+    """PyTorch's fully_shard over all processes: each holds a shard of every weight, gradient and optimizer state."""
 
     def __init__(
         self,
@@ -55,9 +55,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
     ) -> None:
         """
         Args:
-            save_distributed_checkpoint: A checkpoint is a folder to which each process writes its share; false gathers
-                all of it in one process, which must have the memory for it, and writes one file.
-            timeout: The longest that one process waits for another before it reports where.
+            save_distributed_checkpoint: A checkpoint is a folder to which each process writes its shard; false gathers
+                everything in one process, which needs the memory for it, and writes one file.
+            timeout: How long a process waits for another before it reports where.
             process_group_backend: Of torch.distributed; by default NCCL on GPUs and gloo elsewhere.
         """
         super().__init__(1, 1, save_distributed_checkpoint, process_group_backend, timeout)
@@ -90,13 +90,13 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether a folder is a checkpoint that was written to its end."""
+    """Whether a folder is a completely written checkpoint."""
     return (path / CHECKSUMS).is_file()
 
 
 def put_folder(partial: Path, file: Path, step: int) -> None:
-    """Give a folder its name. Where that is to be used again it is a link, since no folder can replace another in one
-    step."""
+    """Give a folder its name. A reusable name is a link, since a folder cannot replace another
+    atomically."""
     if file.name.startswith("step-"):
         remove(file)
         partial.rename(file)
@@ -114,7 +114,7 @@ def put_folder(partial: Path, file: Path, step: int) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Check that a sharded checkpoint is what was written.
+    """Check that a sharded checkpoint is undamaged.
 
     Raises:
         ValueError: A file is missing or damaged.
@@ -126,8 +126,8 @@ def verify(folder: Path) -> None:
 
 
 def read(folder: Path, part: Part) -> dict[str, Any]:
-    """A sharded checkpoint as one process would have written it, in memory: all of it, all but the optimizers' states,
-    or of the weights no more than their shapes, on the meta device."""
+    """A sharded checkpoint in memory, as one process would have written it: all of it, all except optimizer states,
+    or only the shapes of the weights, on the meta device."""
     metadata = _Reader(folder).read_metadata()
     flat: dict[str, Any] = {}
     for name, stored in metadata.state_dict_metadata.items():
@@ -136,7 +136,7 @@ def read(folder: Path, part: Part) -> dict[str, Any]:
             device = "meta" if part == "outline" else "cpu"
             flat[name] = torch.empty(stored.size, dtype=stored.properties.dtype, device=device) if is_tensor else None
     if part != "outline":
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that this is one process
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # about being a single process
             dcp.load(flat, storage_reader=_Reader(folder), planner=_Planner(), no_dist=True)
     state: dict[str, Any] = {name.partition(".")[0]: {} for name in metadata.state_dict_metadata}
     for name, value in flat.items():
@@ -151,7 +151,7 @@ def read(folder: Path, part: Part) -> dict[str, Any]:
 
 
 def _numbered(states: dict[str, Any]) -> dict[str, Any]:
-    """The state of an optimizer by the numbers of its parameters, as it is saved by one process, for that by names."""
+    """Convert an optimizer state from parameter names to parameter numbers, as a single process saves it."""
     groups = _with_lists(states["param_groups"])
     names = [name for group in groups for name in group["params"]]
     numbers = {name: number for number, name in enumerate(names)}
@@ -162,7 +162,7 @@ def _numbered(states: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_lists(value: Any) -> Any:
-    """Dictionaries whose keys are numbers, which is how lists are stored, as lists again."""
+    """Turn dictionaries with number keys back into lists, which are stored that way."""
     if not isinstance(value, dict):
         return value
     if value and all(isinstance(key, int) for key in value):
@@ -177,7 +177,7 @@ def _lightnings_part(folder: Path) -> dict[str, Any]:
 
 
 def _seal(folder: Path, rank: int, processes: int) -> None:
-    """Bring what was written to the disk, and note the checksums of all files, each taken by who has written it."""
+    """Flush all files to disk, and record their checksums, each computed by the process that wrote the file."""
     files = sorted(folder.glob(f"__{rank}_*.distcp"))
     if rank == 0:
         files += [folder / ".metadata", folder / META]
@@ -202,7 +202,7 @@ def _checksum(file: Path) -> int:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Makes nothing but the records that describe a distributed checkpoint."""
+    """Unpickles only the records that describe a distributed checkpoint."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name in RECORDS.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name), torch.dtype)):
@@ -213,7 +213,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads a folder without running code that it may hold."""
+    """Reads a folder without running any code in it."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
@@ -225,6 +225,6 @@ class _Reader(dcp.FileSystemReader):
 
 class _Planner(dcp.DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        torch.load(value, weights_only=True)  # which fails where there is more than plain values
+        torch.load(value, weights_only=True)  # fails if there is more than plain values
         value.seek(0)
         super().load_bytes(read_item, value)

@@ -1,7 +1,7 @@
-"""What an optimizer step adds up, on the device and over all processes, and when the host looks at it.
+"""Sums over an optimizer step, on the device and over all processes, and when the host reads them.
 
-A host that asks a device for a number waits until all work before it is done. So the sums of a step stay on the device,
-as one small tensor that processes add up by one all-reduce. The host reads those that have gathered at logged steps,
+Reading a number from a device waits until all earlier work is done. So the sums of a step stay on the device,
+as one small tensor that processes add up with one all-reduce. The host reads the pending ones at logged steps,
 before a validation and before a checkpoint; on a CPU, where there is nothing to wait for, after each step.
 """
 
@@ -21,25 +21,25 @@ from experiment.runs.stopping import stop_request
 from experiment.runs.throughput import Stopwatch
 from experiment.sources.batches import rank_and_processes
 
-UNIT = 4096.0  # what losses are divided by before their gradients are taken: these then suit half precision
-MOST_UNREAD = 100  # steps, which bounds the memory, and how late several processes with GPUs stop
+UNIT = 4096.0  # divides losses before backward, so that gradients fit half precision
+MOST_UNREAD = 100  # steps; bounds the memory, and how late several GPU processes stop
 
 
 class StepSums:
-    """Sums of each optimizer step over its micro-batches and processes, from which means and mean gradients follow.
+    """Sums of each optimizer step over its micro-batches and processes, to compute means and mean gradients.
 
     Attributes:
-        count: What was counted (tokens, examples) in all steps that were read.
-        steps: Their number.
-        means: Of the newest step that was read, by name.
+        count: Tokens or examples in all steps read so far.
+        steps: The number of steps read so far.
+        means: The means of the newest step read, by name.
         failed_step: The first step whose loss was not finite.
-        stop_wanted: Whether a process was asked to stop, as all know.
+        stop_wanted: Whether any process was asked to stop, the same in all processes.
     """
 
     def __init__(self, *names: str) -> None:
         """
         Args:
-            names: Of the sums; the loss first.
+            names: Names of the sums; the loss first.
         """
         self.names = names
         self.reset()
@@ -50,7 +50,7 @@ class StepSums:
         self.means: dict[str, float] = {}
         self.failed_step: int | None = None
         self.stop_wanted = False
-        self._window: Tensor | None = None  # sums of the micro-batches of the step so far: count, then as `names`
+        self._window: Tensor | None = None  # sums over the micro-batches of the current step: count, then as in `names`
         self._unread: list[tuple[int, Tensor]] = []
         self._losses: list[tuple[int, int, Tensor]] = []  # step, index of the batch, loss of this process
 
@@ -58,17 +58,17 @@ class StepSums:
         """Add a micro-batch.
 
         Args:
-            step: The optimizer step that it belongs to, from 1.
+            step: The optimizer step it belongs to, from 1.
             batch_idx: Lightning's number of the batch.
             count: Number of tokens or examples, a scalar.
-            sums: Over these, scalars; the loss first.
+            sums: Sums over these, scalars; the loss first.
         """
         own = torch.stack([part.detach().float() for part in (count, *sums)])
         self._window = own if self._window is None else self._window + own
         self._losses.append((step, batch_idx, own[1]))
 
     def finish(self, step: int) -> Tensor:
-        """End a step, and give its count over all processes. Call it in each, after the step's last micro-batch."""
+        """End a step and return its count over all processes. Call it in every process after the last micro-batch."""
         sums, self._window = self._window, None
         if rank_and_processes()[1] > 1:
             sums = F.pad(sums, (0, 1), value=float(stop_request.number != 0))
@@ -78,11 +78,11 @@ class StepSums:
 
     @property
     def is_full(self) -> bool:
-        """Whether it must be read, for the memory's sake."""
+        """Whether the sums must be read now to bound memory."""
         return len(self._unread) >= MOST_UNREAD
 
     def read(self) -> None:
-        """Bring what has gathered to the host, which waits for the device here, and only here."""
+        """Copy the pending sums to the host. This is the only place where the host waits for the device."""
         if not self._unread:
             return
         rows = torch.stack([sums for _, sums in self._unread]).tolist()
@@ -98,7 +98,7 @@ class StepSums:
             self._losses.clear()
 
     def failed_batch(self) -> tuple[int, float] | None:
-        """Index and loss of this process's first batch that was not finite, if there was one in the failed step."""
+        """Index and loss of this process's first non-finite batch in the failed step, if any."""
         for step, batch_idx, loss in self._losses:
             if step == self.failed_step and not math.isfinite(value := loss.item()):
                 return batch_idx, value
@@ -106,8 +106,8 @@ class StepSums:
 
 
 class StepModule(LightningModule):
-    """A LightningModule that trains by the mean over all tokens or examples of an optimizer step, whichever way these
-    are divided into micro-batches and among processes, and logs ``train/`` figures of logged steps.
+    """A LightningModule that trains on the mean over all tokens or examples of an optimizer step, however these
+    are split into micro-batches and processes, and logs ``train/`` metrics at logged steps.
 
     Any callback's ``on_before_optimizer_step`` sees the gradients of that mean, and ``outputs["loss"]`` is the mean of
     the micro-batch, which Lightning has divided by their number.
@@ -116,11 +116,11 @@ class StepModule(LightningModule):
     def __init__(self, *names: str) -> None:
         """
         Args:
-            names: Of the means that are logged; the loss first.
+            names: Names of the logged means; the loss first.
         """
         super().__init__()
         self.step_sums = StepSums(*names)
-        self.stopwatch = Stopwatch()  # paused by whoever does something else than train
+        self.stopwatch = Stopwatch()  # paused during anything but training
         self._gradient_norm: Tensor | None = None
 
     def on_fit_start(self) -> None:
@@ -128,15 +128,15 @@ class StepModule(LightningModule):
 
     @property
     def _parts(self) -> int:
-        """How many losses the gradients of a step are the mean of: Lightning divides by the number of micro-batches,
-        and a strategy by that of processes."""
+        """The number of losses that a step's gradients average: Lightning divides by the number of micro-batches,
+        and a strategy by the number of processes."""
         return self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def step_loss(self, batch_idx: int, count: Tensor, *sums: Tensor) -> Tensor:
-        """What ``training_step`` returns: the mean loss of a micro-batch, of ``count`` tokens or examples and their
+        """The result of ``training_step``: the mean loss of a micro-batch with ``count`` tokens or examples and their
         ``sums``, the loss first.
 
-        Its gradient is that of the mean over the whole step where it is all of that. Else it is that of the sum in
+        Its gradient is that of the mean over the step if the micro-batch is all of it, else that of the sum in
         units, so that micro-batches with more tokens weigh more, until `on_after_backward` knows how many there are.
         """
         self.step_sums.add(self.trainer.global_step + 1, batch_idx, count, *sums)
@@ -174,18 +174,18 @@ class StepModule(LightningModule):
 
     @property
     def is_logged_step(self) -> bool:
-        """Whether the step that has just ended is one whose figures are logged."""
+        """Whether the step that just ended is a logged one."""
         trainer, interval = self.trainer, self.trainer.log_every_n_steps
         due = interval > 0 and (trainer.global_step % interval == 0 or trainer.should_stop)
         return due and not is_accumulating(trainer)
 
     @property
     def reading_is_free(self) -> bool:
-        """Whether the host waits for nothing when it reads the sums."""
+        """Whether the host can read the sums without waiting."""
         return self.device.type == "cpu"
 
     def read_when_due(self) -> bool:
-        """Read the sums if the step that has just ended is a logged one, or if that costs nothing; and whether."""
+        """Read the sums if the step that just ended is logged, or if reading is free; returns whether it did."""
         if is_accumulating(self.trainer):
             return False
         due = self.reading_is_free or self.is_logged_step or self.step_sums.is_full
@@ -203,9 +203,9 @@ class StepModule(LightningModule):
             self.log_figures(figures, shown, to_loggers=self.is_logged_step)
 
     def log_figures(self, figures: Mapping[str, float], shown: Sequence[str], to_loggers: bool) -> None:
-        """Log numbers that the host knows to callbacks, ``shown`` to the progress bar, and perhaps to the loggers.
+        """Log numbers known to the host for callbacks, ``shown`` ones for the progress bar, and maybe for the loggers.
 
-        As Lightning's LearningRateMonitor does: ``self.log`` would send them to the device as float32 and ask for those
+        As in Lightning's LearningRateMonitor: ``self.log`` would send them to the device as float32 and read back those
         of the progress bar in each step.
         """
         trainer = self.trainer

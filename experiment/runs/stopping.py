@@ -1,7 +1,7 @@
 """What stops a training before its end.
 
-Ctrl-C and SIGTERM: the step that runs is finished and saved, then the run ends; the second time it ends at once.
-Numbers that go wrong end it at once, and never reach a checkpoint.
+Ctrl-C and SIGTERM: the current step is finished and saved, then the run ends; a second signal ends it at once.
+Non-finite numbers end it at once, and never reach a checkpoint.
 """
 
 import os
@@ -23,9 +23,9 @@ from experiment.sources.batches import ResumableDataModule
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop, and has saved where it is.
+    """The run was asked to stop, and has saved its state.
 
-    ``exit_code`` is what shells use for a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM.
+    ``exit_code`` follows the shell convention for signals: 130 for Ctrl-C, 143 for SIGTERM.
     """
 
     def __init__(self, number: int) -> None:
@@ -34,7 +34,7 @@ class Interrupted(BaseException):
 
 
 class StopRequest:
-    """Remembers that someone asked the training to stop; `stop_request` is the one of this process."""
+    """Remembers that the training was asked to stop; `stop_request` is this process's instance."""
 
     def __init__(self) -> None:
         self.number = 0  # the signal, 0 for none
@@ -45,18 +45,18 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self.ask)
             signal.signal(signal.SIGTERM, self.ask)
-            ask_for_no_sigterm(trainer)  # whose handler is gone
+            ask_for_no_sigterm(trainer)  # its handler was removed
 
     def ask(self, number: int, frame: FrameType | None) -> None:
         if self.number:
             os._exit(128 + number)  # every file is written beside its place and renamed: nothing is left half-written
         self.number = number
-        if rank_zero_only.rank == 0:  # not by print, which the signal may have come in the middle of
+        if rank_zero_only.rank == 0:  # not with print, which the signal may have interrupted
             os.write(2, b"\nstopping after this step; again to stop immediately\n")
 
     def agreed(self, trainer: Trainer) -> int:
-        """The signal to stop for, 0 for none. One process heeds its own at once; several stop together at the first
-        step after it whose sums they read: on a CPU each, on GPUs a logged one."""
+        """The signal to stop for, 0 for none. A single process stops at once; several stop together at the first
+        later step whose sums they read: on a CPU the next, on GPUs the next logged one."""
         if trainer.world_size == 1:
             return self.number
         return (self.number or signal.SIGTERM) if trainer.lightning_module.step_sums.stop_wanted else 0
@@ -66,7 +66,7 @@ stop_request = StopRequest()
 
 
 def newest_checkpoint(trainer: Trainer) -> str:
-    """The end of a sentence: where to resume from."""
+    """The end of a message: where to resume from."""
     file = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
     return f"the last good checkpoint is {file.resolve()}" if file.exists() else "no checkpoint was written yet"
 
@@ -75,7 +75,7 @@ def check_losses(trainer: Trainer) -> None:
     """Check that the loss of every step so far was finite. Call it in all processes.
 
     Raises:
-        InputError: One was not; it says which, and at which batch.
+        InputError: A loss was not finite; the message names the step and the batch.
     """
     sums = trainer.lightning_module.step_sums
     sums.read()
@@ -101,7 +101,7 @@ def check_weights(trainer: Trainer) -> None:
     """Check, before a checkpoint is written, that every loss so far and every weight is finite.
 
     Raises:
-        InputError: One is not, as after a step with a gradient that was not finite.
+        InputError: A loss or weight is not finite, for example after a non-finite gradient.
     """
     if trainer.training:
         check_losses(trainer)
@@ -109,7 +109,7 @@ def check_weights(trainer: Trainer) -> None:
     for name, weight in trainer.lightning_module.named_parameters():
         if weight.requires_grad:
             total = weight.detach().sum()
-            # Of weights that are divided among processes, that of all.
+            # For sharded weights, over all shards.
             totals.append(total.full_tensor() if isinstance(total, DTensor) else total)
             names.append(name)
     for name, finite in zip(names, torch.stack(totals).isfinite().tolist(), strict=True):
@@ -121,7 +121,7 @@ def check_weights(trainer: Trainer) -> None:
 
 
 class FiniteLoss(Callback):
-    """Ends a run at a training loss that is not a finite number, and says where it was: on a CPU at once; else when the
+    """Ends a run at a non-finite training loss, and reports where it occurred: on a CPU at once; else when the
     host reads the losses, at logged steps, before a validation and before a checkpoint."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -133,4 +133,4 @@ class FiniteLoss(Callback):
             check_losses(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_losses(trainer)  # while the data still knows the batches of the epoch
+        check_losses(trainer)  # while the data module still knows the epoch's batches

@@ -1,4 +1,4 @@
-"""How fast a training goes, what it waits for, and what share of a GPU it uses."""
+"""Training speed, waiting time, and GPU utilization."""
 
 import time
 from typing import Any
@@ -19,7 +19,7 @@ class Stopwatch:
         return time.perf_counter() - self._start - self._paused
 
     def pause(self) -> None:
-        """What the GPU was given before has still to be done: that is waited for, and is no pause."""
+        """Wait for the GPU's queued work first, since that is not a pause."""
         if self._pauses == 0:
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
@@ -39,20 +39,20 @@ class Stopwatch:
 
 
 class Throughput(Callback):
-    """Logs, at logged steps, what the steps since the last one took, over all devices.
+    """Logs, at logged steps, the cost of the steps since the last one, over all devices.
 
     | figure                    | meaning                                                                            |
     |---------------------------|------------------------------------------------------------------------------------|
-    | train/tokens              | all tokens trained on so far, pads excluded                                        |
-    | train/tokens_per_second   | by wall time, waiting for data included, without validation, samples and saving    |
-    | train/step_seconds        | the same time by optimizer steps                                                   |
-    | train/data_seconds        | of which the training process waited for batches                                   |
-    | train/peak_memory_gib     | the most memory that a GPU has held for tensors, of this process                   |
-    | train/mfu                 | share of the GPUs' peak (arXiv:2204.02311, appendix B), where that is known        |
+    | train/tokens              | all tokens trained on so far, without padding                                      |
+    | train/tokens_per_second   | of wall time, including waiting for data, without validation, samples and saving   |
+    | train/step_seconds        | the same time per optimizer step                                                   |
+    | train/data_seconds        | the part of it spent waiting for batches                                           |
+    | train/peak_memory_gib     | peak tensor memory of this process's GPU                                           |
+    | train/mfu                 | fraction of the GPUs' peak (arXiv:2204.02311, appendix B), if it is known          |
     """
 
     def __init__(self) -> None:
-        self._before = 0  # tokens of the runs that this one continues
+        self._before = 0  # tokens of the runs that this run continues
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._sums = pl_module.step_sums

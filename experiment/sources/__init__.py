@@ -1,1 +1,1 @@
-"""Where data comes from: files, the Hub, streams, caches and the order of batches. Imports nothing above it."""
+"""Where data comes from: files, the Hub, streams, caches and the order of batches. Imports no higher layer."""

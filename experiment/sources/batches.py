@@ -25,14 +25,14 @@ def rank_and_processes() -> tuple[int, int]:
 
 
 def rounded_width(longest: int, limit: int) -> int:
-    """The width of a batch whose longest row has ``longest`` tokens: a multiple of 16, beyond 256 of 32, and so on.
+    """The width of a batch whose longest row has ``longest`` tokens: a multiple of 16, above 256 of 32, and so on.
 
-    Batches of ever new widths cost memory and time: allocators find no block of the size again, and kernels are
-    chosen, or compiled, anew. There are eight widths from each power of two to the next; a twentieth is padding.
+    Ever-changing batch widths cost memory and time: allocators cannot reuse blocks, and kernels are
+    selected or compiled again. There are eight widths per power of two; padding is about a twentieth.
 
     Args:
         longest: At least 1, at most ``limit``.
-        limit: The greatest width, whatever it is a multiple of.
+        limit: The maximum width, which need not be such a multiple.
     """
     step = max(16, 1 << max(0, (longest - 1).bit_length() - 4))
     return min(-(-longest // step) * step, limit)
@@ -42,21 +42,21 @@ class EpochBatchSampler(SequentialSampler):
     """Yields the index lists of one epoch's batches; to be used as ``DataLoader(data, sampler=it, batch_size=None)``.
 
     Process r of w takes the batches r, r + w, r + 2w, … of an epoch, so w processes with batches of B take the
-    steps of one process with batches of w B. The processes for which no batch is left in the end get an
-    empty one: all take as many steps, since a step may be a collective, in which one that is alone waits for ever.
+    steps of one process with batches of w B. Processes without a batch at the end get an
+    empty one, so that all take the same number of steps: a collective would otherwise hang.
 
     Args:
-        epoch_batches: Gives all batches of an epoch: always the same, and as many in every epoch.
+        epoch_batches: Returns all batches of an epoch: deterministic, and equally many in every epoch.
 
-    For Lightning it is sequential: with ``overfit_batches`` any other sampler is replaced by one of single samples.
-    Epochs are counted here, one each time the sampler is gone through: Lightning's own count jumps where a run that
+    It counts as sequential: Lightning's ``overfit_batches`` replaces any other sampler by one of single samples.
+    Epochs are counted here, one per pass over the sampler: Lightning's own count jumps if a run that
     ended within an epoch is given more steps.
     """
 
     def __init__(self, epoch_batches: Callable[[int], Batches]) -> None:
         self.epoch_batches = epoch_batches
-        self.epoch = 0  # the one that is being, or will first be, gone through
-        self.start = 0  # batches of it that were done before a resume
+        self.epoch = 0  # the current epoch, or the first one
+        self.start = 0  # its batches done before a resume
         self.begun = False
 
     @property
@@ -79,12 +79,12 @@ class EpochBatchSampler(SequentialSampler):
 
 
 class DeviceLoader(DataLoader):
-    """A DataLoader of batches that are dictionaries, which knows how long it was waited for. For a GPU it is one batch
-    ahead: the copy of the next one, from pinned memory, is under way while this one is used.
+    """A DataLoader of dictionaries that measures how long training waits for it. For a GPU it is one batch
+    ahead: the next one is copied from pinned memory while this one is used.
 
     Attributes:
         device: The GPU that batches go to; None leaves them where they are.
-        seconds: That the training has waited for batches.
+        seconds: Time that training has waited for batches.
     """
 
     device: torch.device | None = None
@@ -104,7 +104,7 @@ class DeviceLoader(DataLoader):
             current.wait_stream(stream)
             for value in batch.values():
                 if isinstance(value, Tensor):
-                    value.record_stream(current)  # its memory is not used anew before this stream is done with it
+                    value.record_stream(current)  # its memory is not reused before this stream is done with it
             yield batch
 
     def _timed(self, fetch: Callable[[], Any]) -> Any:
@@ -126,16 +126,16 @@ class DeviceLoader(DataLoader):
 
 
 class ResumableDataModule(LightningDataModule):
-    """Remembers in the checkpoint how many batches of the current epoch were done, and continues from there.
+    """Stores in the checkpoint how many batches of the current epoch are done, and continues from there.
 
-    Lightning offers the same through loaders with a state, but forgets that state once the number of steps has been
-    asked for, which every cosine schedule does (pytorch-lightning#20550); the data module's own state it always
-    keeps. Subclasses set ``train_sampler`` in ``train_dataloader``.
+    Lightning offers the same with stateful loaders, but loses their state once the number of steps has been
+    requested, as every cosine schedule does (pytorch-lightning#20550); it always keeps the data module's own
+    state. Subclasses set ``train_sampler`` in ``train_dataloader``.
     """
 
     train_sampler: EpochBatchSampler | None = None
     step_parts: Mapping[str, int]  # what one process trains in one batch, such as 32 sequences of 128 tokens
-    global_batch: tuple[str, int | None]  # the option that sets what an optimizer step trains, and its value
+    global_batch: tuple[str, int | None]  # the option that sets the size of an optimizer step, and its value
 
     @property
     def on_gpu(self) -> bool:
@@ -143,21 +143,21 @@ class ResumableDataModule(LightningDataModule):
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def device_loader(self, data: Any, **options: Any) -> DeviceLoader:
-        """A loader of ``data``, whose items are whole batches, to where the trainer wants them."""
+        """A loader of ``data``, whose items are whole batches, onto the trainer's device."""
         loader = DeviceLoader(data, batch_size=None, pin_memory=self.on_gpu, **options)
         loader.device = self.trainer.strategy.root_device if self.on_gpu else None
         return loader
 
     _position: tuple[int, int] = (0, 0)  # epoch, and batches of it that were done
-    rescaled: int | None = None  # the latter, where an epoch now has another number of batches than it had
+    rescaled: int | None = None  # the latter, if the number of batches per epoch has changed
 
     def state_dict(self) -> dict[str, Any]:
         """The position to continue from: the epoch, and the batches of it that each process has done."""
         batches, epoch = self.trainer.fit_loop.epoch_loop.batch_progress, self.train_sampler.epoch
         epochs = self.trainer.fit_loop.epoch_progress.current
-        # A batch that has begun but is not processed yet comes again.
+        # A batch that has begun but is not done yet is repeated.
         done = batches.current.processed
-        # After the last batch Lightning continues with the next epoch, unless it has closed this one as fit ends.
+        # After the last batch Lightning continues with the next epoch, unless fit ended with this one.
         if batches.is_last_batch and done == batches.current.ready and epochs.processed < epochs.ready:
             epoch, done = epoch + 1, 0
         sizes = self._sizes(epoch)
@@ -166,14 +166,14 @@ class ResumableDataModule(LightningDataModule):
         return {"epoch": epoch, "batches_done": done, "batches": share, "samples_done": samples}
 
     def _sizes(self, epoch: int) -> list[int]:
-        """Samples in each batch of an epoch, those of all processes."""
+        """Samples in each batch of an epoch, over all processes."""
         return [len(batch) for batch in self.train_sampler.epoch_batches(epoch)]
 
     def accumulation(self, processes: int, given: int) -> int:
-        """Micro-batches of an optimizer step: as many as the global batch takes, ``given`` where it is not set.
+        """Micro-batches per optimizer step: as the global batch requires, or ``given`` if that is not set.
 
         Raises:
-            InputError: No number of them makes the global batch, or ``given`` is another one.
+            InputError: No number of them gives the global batch, or ``given`` contradicts it.
         """
         option, whole = self.global_batch
         if whole is None:
@@ -194,10 +194,10 @@ class ResumableDataModule(LightningDataModule):
         return whole // at_once
 
     def check(self, trainer: Trainer) -> None:
-        """Check, once it is set up, that epochs, processes, accumulation and validation go together.
+        """Check, after setup, that epochs, processes, accumulation and validation are consistent.
 
         Raises:
-            InputError: They do not; the message lists everything that was found.
+            InputError: They are not; the message lists all problems.
         """
         if problems := list(self._problems(trainer)):
             raise InputError("; ".join(problems))
@@ -234,7 +234,7 @@ class ResumableDataModule(LightningDataModule):
                 f"trainer.accumulate_grad_batches {accumulated} is more than the {batches} batches of an epoch: lower "
                 "it, or lower data.batch_size"
             )
-        # A Trainer that checks by time has none.
+        # None if the Trainer validates by time.
         interval, steps = getattr(trainer, "val_check_interval", None), -(-batches // accumulated)
         if trainer.check_val_every_n_epoch is not None and isinstance(interval, int) and steps < interval:
             yield (
@@ -243,7 +243,7 @@ class ResumableDataModule(LightningDataModule):
             )
 
     def describe_step(self, processes: int, accumulated: int) -> str:
-        """What an optimizer step trains, for people."""
+        """The size of an optimizer step, in words."""
         return f"each step trains {self._product(processes, accumulated)}"
 
     def _product(self, processes: int, accumulated: int) -> str:
@@ -254,7 +254,7 @@ class ResumableDataModule(LightningDataModule):
         return " x ".join(parts) + (f" = {total:,}" if len(parts) > 1 else "")
 
     def describe_batch(self, index: int) -> str:
-        """Which samples the batch of that number in the current epoch holds, for people."""
+        """The samples of the given batch in the current epoch, in words."""
         sampler = self.train_sampler
         if sampler is None:  # a stream, whose samples have no numbers
             return f"batch {index}"
@@ -267,7 +267,7 @@ class ResumableDataModule(LightningDataModule):
         if "epoch" not in state_dict:
             raise InputError("this run streamed its data: resume it with --data.streaming true")
         epoch, done = int(state_dict["epoch"]), int(state_dict["batches_done"])
-        if self.train_sampler is None:  # no training, or its loader is still to be made
+        if self.train_sampler is None:  # no training, or its loader does not exist yet
             self._position = epoch, done
             return
         before, sizes = state_dict.get("batches"), self._sizes(epoch)
@@ -285,7 +285,7 @@ class ResumableDataModule(LightningDataModule):
         self.train_sampler.epoch, self.train_sampler.start = self._position
 
     def resumable(self, sampler: EpochBatchSampler) -> EpochBatchSampler:
-        """Register the sampler of the training loader, so that it starts where the checkpoint left off, or continues
+        """Register the training loader's sampler, so that it starts where the checkpoint left off, or continues
         after the epochs of the loader that it replaces."""
         if self.trainer is not None and self.trainer.overfit_batches:
             always = sampler.epoch_batches(0)  # the same batches in each epoch

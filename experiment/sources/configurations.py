@@ -1,4 +1,4 @@
-"""Configurations in YAML, with one line for what is wrong with them."""
+"""YAML configurations, with one-line errors."""
 
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ _load_yaml = get_loader("yaml")
 
 
 class RepeatedKey(yaml.YAMLError):
-    """A mapping has a key twice, of which YAML's readers keep the last without a word."""
+    """A mapping has a duplicate key; YAML readers silently keep the last one."""
 
 
 def load_yaml(text: str) -> Any:
-    """As jsonargparse's loader, but a key that stands twice is an error that names its lines, and in a list no, yes, on
-    and off are words: to YAML 1.1 they are false and true, and classes of these names were lost."""
+    """As jsonargparse's loader, but a duplicate key is an error that names its lines, and in a list no, yes, on
+    and off are words: YAML 1.1 reads them as booleans, which would lose classes with these names."""
     words = []
     nodes = [yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))]
     while nodes:
@@ -43,10 +43,10 @@ def load_yaml(text: str) -> Any:
 
 
 def read_configuration(file: str | Path) -> dict[str, Any]:
-    """What a configuration says: options with their values, none of them twice.
+    """The options of a configuration and their values, without duplicates.
 
     Raises:
-        InputError: It cannot be read, or is something else; the message names the file and the line.
+        InputError: It cannot be read, or is not a configuration; the message names the file and the line.
     """
     try:
         options = load_yaml(user_path(file).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Where texts come from: a hub name, a local folder, a local file, or the embedded ``demo`` corpus.
+"""Sources of text: a hub name, a local folder, a local file, or the built-in ``demo`` corpus.
 
 Both experiments read through ``load_texts``, so that ``--data.path`` means the same everywhere.
 """
@@ -26,22 +26,22 @@ _WORDS = "|".join(SPLIT_WORDS)
 # train.jsonl, data/train-00000-of-00002.parquet, train/0000.parquet; and, where there is none, TinyStories-train.txt.
 _NAMED = re.compile(rf"(?P<split>{_WORDS})(-(?P<shard>\d+)-of-(?P<shards>\d+)(-\w+)?)?", re.IGNORECASE)
 _ENDING = re.compile(rf".*[-_.](?P<split>{_WORDS})", re.IGNORECASE)
-# Columns that must be there, or what chooses them from those that there are and the name of the source.
+# Required columns, or a function that selects them from the available ones and the source's name.
 Columns = Sequence[str] | Callable[[Sequence[str], str], Sequence[str]]
-READING = 1  # raise it when files are read in another way, so that the library does not take what it has cached
+READING = 1  # raise it when reading changes, so that the library does not reuse its cache
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 
 
 def local_files(path: str) -> dict[str, list[Path]] | None:
-    """The files of a local source by split, or None where ``path`` is no local path (``demo`` or a hub name).
+    """The files of a local source by split, or None if ``path`` is not local (``demo`` or a hub name).
 
     A folder holds ``train.*``, ``validation.*`` and ``test.*`` (``valid.*``, ``val.*`` and ``dev.*`` are understood),
-    itself or in one folder within it, whole or in shards as the hub has them (``data/train-00000-of-00002.parquet``),
+    directly or in one subfolder, whole or in shards as on the hub (``data/train-00000-of-00002.parquet``),
     or folders of these names with shards of any name. A file is a training split.
 
     Raises:
-        InputError: The path looks like a local one and does not exist, or holds nothing that can be read; or two files
-            claim to be the same split, or a shard is missing.
+        InputError: The path looks local but does not exist, or contains nothing readable; or two files
+            are the same split, or a shard is missing.
     """
     if path == "demo":
         return None
@@ -82,7 +82,7 @@ def _files_in(folder: Path) -> dict[str, list[Path]]:
 
 
 def _whole(split: str, matches: dict[Path, re.Match | None]) -> list[Path]:
-    """The one file of a split, or all its shards, which are of one folder, format and number, or fill a folder."""
+    """The file of a split, or all its shards, which share a folder, format and total, or fill a folder."""
     files = list(matches)
     totals = [match.groupdict().get("shards") if match else "any" for match in matches.values()]
     numbers = [int(match["shard"]) for match in matches.values() if match and match.groupdict().get("shard")]
@@ -101,8 +101,8 @@ def _whole(split: str, matches: dict[Path, re.Match | None]) -> list[Path]:
 
 
 def source_fingerprint(path: str, revision: str | None = None) -> str:
-    """What tells one source from another, without reading it: files by path, size and time, a data set of the hub by
-    its newest revision, else the name itself."""
+    """Identifies a source without reading it: files by path, size and time, a hub data set by
+    its newest revision, else by name."""
     files = local_files(path)
     if files is None:
         return path if path == "demo" else f"{path}@{newest_revision(path, revision)}"
@@ -121,17 +121,17 @@ def load_texts(
     demo: Callable[[str], "Dataset | None"] | None = None,
     revision: str | None = None,
 ) -> "Dataset | None":
-    """One split of a source of texts, memory-mapped, with the asked columns.
+    """One split of a source of texts, memory-mapped, with the requested columns.
 
     Args:
         path: A hub name, a local folder or file, or ``demo``.
         split: ``train``, ``validation`` or ``test``.
-        columns: Columns that must be there; the others are left out.
-        demo: Makes a split of the embedded corpus.
+        columns: Required columns; others are left out.
+        demo: Makes a split of the built-in corpus.
         revision: Branch, tag or commit of a data set of the hub; None for the newest.
 
     Returns:
-        The split, or None where this source has no such split.
+        The split, or None if the source does not have it.
 
     Raises:
         InputError: The path does not exist, the hub cannot be reached, a file is empty or cannot be read, or a
@@ -167,7 +167,7 @@ def datasets_library() -> ModuleType:
 
     if not console.is_terminal:
         datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong comes as an exception too
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # problems also raise exceptions
     return datasets
 
 
@@ -178,14 +178,14 @@ def _from_files(files: list[Path], columns: Sequence[str]) -> "Dataset":
         return datasets.Dataset.from_generator(
             read_rows, gen_kwargs=arguments, features=row_features(files, columns), split="train"
         )
-    except Exception as error:  # the library wraps what the reader raises in an error of its own
+    except Exception as error:  # the library wraps the reader's exceptions in its own
         if (known := _reading_error(error)) is error:
             raise
         raise known from error
 
 
 def _reading_error(error: BaseException) -> BaseException:
-    """The reader's own InputError where it is the cause; a cache that cannot be written in words; else as it is."""
+    """The reader's own InputError if that is the cause; one for a cache that is not writable; else the error itself."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, InputError):
@@ -202,7 +202,7 @@ def _reading_error(error: BaseException) -> BaseException:
 
 
 def row_features(files: Sequence[Path], columns: Sequence[str]) -> "Features":
-    """The types of the columns as `read_rows` gives them; parquet has its own, such as the names of classes."""
+    """The column types that `read_rows` gives; parquet has its own, such as class names."""
     datasets = datasets_library()
     features = dict.fromkeys(columns, datasets.Value("string"))
     if format_of(files[0]) == ".parquet":
@@ -210,14 +210,14 @@ def row_features(files: Sequence[Path], columns: Sequence[str]) -> "Features":
 
         try:
             found = datasets.Features.from_arrow_schema(read_schema(files[0]))
-        except Exception:  # damaged, which the reader tells
+        except Exception:  # damaged, which the reader will report
             return datasets.Features(features)
         features |= {column: found[column] for column in columns if column in found and column != MESSAGES}
     return datasets.Features(features)
 
 
 def load_from_hub(name: str, split: str, revision: str | None, streaming: bool = False) -> Any:
-    """A split of a data set of the hub; None where it lacks that split.
+    """A split of a hub data set; None if it lacks that split.
 
     Raises:
         InputError: It could not be downloaded, or the cache cannot be written.

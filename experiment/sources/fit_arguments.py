@@ -1,4 +1,4 @@
-"""Configurations and flags of a `fit`, read without its parser: by comparisons, and by bag of words."""
+"""Reads configurations and flags of `fit` without its parser, for comparisons and bag of words."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,14 +13,14 @@ from experiment.sources.configurations import read_configuration
 
 
 def as_value(word: Any) -> Any:
-    """The value that a word of the command line stands for, as `fit` reads it; 1.0 is 1."""
+    """The value of a command-line word, as `fit` reads it; 1.0 is 1."""
     with suppress(yaml.YAMLError):
         word = get_loader("yaml")(word) if isinstance(word, str) else word
     return int(word) if isinstance(word, float) and word.is_integer() else word
 
 
 def merged(configs: Sequence[str], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Configuration files over each other, and flags, named with dots, over these."""
+    """Configuration files merged in order, with flags (dotted names) on top."""
     whole = Namespace()
     for values in (*(dict_to_namespace(read_configuration(current_file(config))) for config in configs), flags):
         for name, value in values.items():  # of a namespace, with dots
@@ -29,7 +29,7 @@ def merged(configs: Sequence[str], flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_words(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Configurations and flags among the words that follow a `fit`; an InputError for a word that is neither."""
+    """The configurations and flags among the arguments of `fit`; an InputError for any other word."""
     rest, named = iter(words), []
     for word in rest:
         name, equals, value = word.partition("=")

@@ -1,14 +1,14 @@
-"""The Hugging Face hub: whether it can be reached is found out once, and soon."""
+"""The Hugging Face Hub: checks once, and quickly, whether it can be reached."""
 
 from functools import cache
 
 
 @cache
 def look_for_hub() -> None:
-    """Ask the hub's address once; where no connection comes about, the hub's libraries are set offline.
+    """Try to connect to the hub once; if that fails, set the hub's libraries offline.
 
-    They then take what they have cached, or fail at once, rather than try again for half a minute each. A slow answer
-    does not count: the libraries wait for it as they like.
+    They then use their cache, or fail at once, rather than retry for half a minute each. A slow answer
+    does not count as a failure: the libraries handle it.
     """
     from huggingface_hub import constants, get_session
 
@@ -16,7 +16,7 @@ def look_for_hub() -> None:
         return
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception as error:  # of the HTTP library, which is another in each version of the hub's
+    except Exception as error:  # of the HTTP library, which differs between versions of the hub's library
         if "Timeout" in type(error).__name__:
             return
         import datasets
@@ -27,14 +27,14 @@ def look_for_hub() -> None:
 
 @cache
 def newest_revision(name: str, revision: str | None = None) -> str | None:
-    """The commit of a data set of the hub that a branch, a tag or None (its main branch) stands for now.
+    """The current commit of a hub data set's branch or tag; None means its main branch.
 
-    Where the hub cannot be asked, the revision as it was given: what is cached is then taken.
+    If the hub cannot be reached, the given revision: the cache is then used.
     """
     from huggingface_hub import HfApi, constants
 
     look_for_hub()
     try:
         return HfApi(endpoint=constants.ENDPOINT).dataset_info(name, revision=revision, timeout=10).sha
-    except Exception:  # offline, no such name, no access: reading the data tells which
+    except Exception:  # offline, no such name, no access: reading the data will report which
         return revision

@@ -1,4 +1,4 @@
-"""What a mapping out of a file may hold: which keys, and what kind of value under each."""
+"""Checks a mapping read from a file: its keys, and the kind of value of each."""
 
 from collections.abc import Iterable, Mapping
 from types import GenericAlias
@@ -25,15 +25,15 @@ def check_keys(values: Any, kinds: Mapping[str, Any], where: str = "", required:
 
     Args:
         values: The mapping.
-        kinds: Of each key that it may have, one of KINDS or a tuple of the values that there are; null goes, too.
-        where: What a message begins with.
+        kinds: For each allowed key, one of KINDS or a tuple of the allowed values; null is always allowed.
+        where: The beginning of error messages.
         required: Keys that must have a value.
 
     Returns:
-        The mapping without what is null.
+        The mapping without null values.
 
     Raises:
-        InputError: Something else.
+        InputError: A key or value is not allowed, or missing.
     """
     if not isinstance(values, dict):
         raise InputError(f"{where}{values}: expected {KINDS[dict]}")

@@ -1,4 +1,4 @@
-"""Names and texts as people type them; files and folders that are there whole or not at all."""
+"""Names and texts as people type them; files and folders that are written atomically."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ def user_path(name: str | Path) -> Path:
     """The path of that name, ``~`` expanded; it need not exist.
 
     Raises:
-        InputError: No file can have this name: it is too long, of a user who is not there, or not to be looked at.
+        InputError: No file can have this name: it is too long, of an unknown user, or not accessible.
     """
     try:
         path = Path(name).expanduser()
@@ -31,7 +31,7 @@ def user_path(name: str | Path) -> Path:
 
 
 def existing_file(name: str) -> Path | None:
-    """The file of that name, or None where there is none, since ``name`` may as well be a text."""
+    """The file of that name, or None if there is none, since ``name`` may also be a text."""
     try:
         path = user_path(name)
         return path if path.is_file() else None
@@ -40,7 +40,7 @@ def existing_file(name: str) -> Path | None:
 
 
 def texts_of(given: str | Iterable[str]) -> list[str]:
-    """The texts of one that is alone, or of several.
+    """A list of texts, from one text or a list.
 
     Raises:
         TypeError: It is, or holds, something else.
@@ -53,12 +53,12 @@ def texts_of(given: str | Iterable[str]) -> list[str]:
 
 
 def shortened(text: str, most: int = 60) -> str:
-    """The text, or where it is longer its beginning, for a message of one line."""
+    """The text, or its beginning if it is long, for a one-line message."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file beside its place and rename it, so that a kill leaves the old one or the new one.
+    """Write a file under a temporary name and rename it, so that a kill leaves either the old or the new one.
 
     Raises:
         InputError: The folder or the disk does not allow it.
@@ -74,7 +74,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link or a whole folder, where there is one."""
+    """Delete a file, a link or a whole folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -82,8 +82,8 @@ def remove(path: Path) -> None:
 
 
 def repaired(text: str) -> str:
-    """The text as UTF-8 can hold it: U+FFFD for half of a UTF-16 pair, which JSON can spell; and the bytes of a command
-    line that the locale could not read are read as UTF-8."""
+    """The text as valid UTF-8: U+FFFD replaces a lone UTF-16 surrogate, which JSON allows; and bytes of a command
+    line that the locale could not decode are decoded as UTF-8."""
     try:
         text.encode()
         return text
@@ -96,7 +96,7 @@ def repaired(text: str) -> str:
 
 
 def cache_root() -> Path:
-    """Where tinylab keeps what it can make again: $TINYLAB_CACHE, or $XDG_CACHE_HOME/tinylab, or ~/.cache/tinylab."""
+    """Tinylab's cache folder: $TINYLAB_CACHE, or $XDG_CACHE_HOME/tinylab, or ~/.cache/tinylab."""
     if own := os.environ.get("TINYLAB_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinylab"
@@ -106,7 +106,7 @@ def cached_folder(kind: str, key: Mapping[str, Any], build: Callable[[Path], Non
     """The folder that ``build`` fills for this key, built at most once.
 
     Several processes may ask at the same time: one builds, under a file lock, the others wait and find it. The
-    folder is filled beside its final place and renamed, so that it is either complete or absent. The key is kept
+    folder is filled under a temporary name and renamed, so that it is either complete or absent. The key is kept
     in the folder as ``key.json``, for people who wonder what it is.
 
     Args:

@@ -1,7 +1,7 @@
 """The rows of data files: parquet, JSON, JSON lines, CSV and text, compressed or not.
 
-Text is UTF-8 whatever the locale, or UTF-16 where the first bytes say so. What is neither is replaced: one character
-does not end a run.
+Text is UTF-8 in any locale, or UTF-16 if it has a BOM. Invalid bytes are replaced: one character
+must not end a run.
 """
 
 import bz2
@@ -21,16 +21,16 @@ from typing import IO, Any, Literal, TextIO
 from experiment.errors import InputError
 from experiment.sources.paths import repaired
 
-END_MARKER = "<|endoftext|>"  # stands between the stories of the official TinyStories text files
-LABEL = "label"  # the one column that may hold numbers
-MESSAGES = "messages"  # the one column that may hold lists, which become JSON
+END_MARKER = "<|endoftext|>"  # separates the stories in the official TinyStories text files
+LABEL = "label"  # the only column that may contain numbers
+MESSAGES = "messages"  # the only column that may contain lists, which become JSON
 COMPRESSIONS: dict[str, Callable[[Path], IO[bytes]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 Row = dict[str, Any]
 Layout = Literal["end markers", "blank lines", "one text"]
 
 
 def format_of(file: Path) -> str | None:
-    """The ending that tells how to read a file, such as ``.jsonl`` of ``train.jsonl.gz``; None where it is unknown."""
+    """The extension that decides how to read a file, such as ``.jsonl`` of ``train.jsonl.gz``; None if unknown."""
     ending = Path(file.stem).suffix if file.suffix.lower() in COMPRESSIONS else file.suffix
     return ending.lower() if ending.lower() in _READERS else None
 
@@ -40,7 +40,7 @@ def formats() -> str:
 
 
 def columns_of(file: Path) -> list[str]:
-    """The columns that a file has by its first row; none where it cannot be read, which `read_rows` tells."""
+    """The columns of a file's first row; none if it cannot be read, which `read_rows` will report."""
     try:
         return list(next(_READERS[format_of(file)](file, [""]), (0, {}))[1])
     except Exception:
@@ -51,12 +51,12 @@ def read_rows(files: Sequence[Path], columns: Sequence[str], identity: Any = Non
     """These columns of every row of the files. Texts and labels are str, or None where they are missing.
 
     Args:
-        files: What `format_of` knows.
+        files: Files of a format that `format_of` knows.
         columns: All must be in the first row of each file, one in each row.
-        identity: What tells a file from one that has changed, for a cache that knows the arguments alone.
+        identity: Changes when a file changes, for a cache that sees only the arguments.
 
     Raises:
-        InputError: A file is damaged, lacks a column, or holds something else than text.
+        InputError: A file is damaged, lacks a column, or contains something other than text.
     """
     empty = True
     for file in files:
@@ -66,7 +66,7 @@ def read_rows(files: Sequence[Path], columns: Sequence[str], identity: Any = Non
                 yield row
         except InputError:
             raise
-        except Exception as error:  # what a damaged file makes its readers raise has no bounds
+        except Exception as error:  # readers can raise anything on a damaged file
             cause = " ".join(str(error).split())[:200]
             raise InputError(
                 f"{file} cannot be read as {format_of(file)[1:]} ({cause}): expected a whole file of that format"
@@ -101,11 +101,11 @@ def _checked(rows: Iterator[tuple[int, Row]], file: Path, columns: Sequence[str]
 
 
 def read_given(file: Path, column: str, where: str) -> list[str]:
-    """The texts of a file that a user wrote by hand: one a line, where it is no table; blank lines are none. JSON may
+    """The texts of a hand-written file: one per line unless it is a table; blank lines are skipped. JSON may
     hold strings rather than objects with the column.
 
     Raises:
-        InputError: The file cannot be read, or holds something else; it begins with ``where``.
+        InputError: The file cannot be read, or contains something else; the message begins with ``where``.
     """
     try:
         if format_of(file) in (".json", ".jsonl"):
@@ -152,13 +152,13 @@ def _json(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
     for place, row in _json_values(file):
         if not isinstance(row, dict):
             raise ValueError(f"row {place} is {json.dumps(row)[:40]}: expected an object")
-        if isinstance(row.get(LABEL), int | float):  # one column holds one type; numbers, true and words may mix
+        if isinstance(row.get(LABEL), int | float):  # a column has one type; numbers, booleans and words may be mixed
             row[LABEL] = json.dumps(row[LABEL])
         yield place, row
 
 
 def _json_values(file: Path) -> Iterator[tuple[int, Any]]:
-    """What the lines hold, each with its number, or what the one list holds."""
+    """The values of the lines with their numbers, or the items of the single list."""
     with open_text(file) as lines:
         filled = ((place, line) for place, line in enumerate(lines, start=1) if line.strip())
         first = next(filled, (0, ""))
@@ -190,7 +190,7 @@ def _csv(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
 
 
 def text_layout(file: Path) -> Layout:
-    """What separates the texts of a text file."""
+    """The separator of the texts in a text file."""
     layout, filled, gap = "one text", False, False
     with open_text(file) as lines:
         for line in lines:
@@ -204,7 +204,7 @@ def text_layout(file: Path) -> Layout:
 
 
 def layout_note(files: Sequence[Path]) -> str:
-    """What was assumed of text files that do not say where a text ends."""
+    """The assumptions about text files without end markers."""
     notes = {
         "blank lines": "a blank line ends a text",
         "one text": f"read as one text, since it has neither {END_MARKER} nor blank lines; for one text a line, "

@@ -1,4 +1,4 @@
-"""A source of texts read as it comes, for corpora that are larger than the disk."""
+"""A source of texts read as a stream, for corpora larger than the disk."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,10 @@ def stream_texts(
     demo: "Callable[[str], Dataset | None] | None" = None,
     revision: str | None = None,
 ) -> "IterableDataset | None":
-    """One split of a source, as `load_texts` has it, but neither downloaded nor cached.
+    """One split of a source, as from `load_texts`, but neither downloaded nor cached.
 
     Returns:
-        The split, or None where this source has no such split.
+        The split, or None if the source does not have it.
 
     Raises:
         InputError: The path does not exist, the hub cannot be reached, or the column is missing.
@@ -43,10 +43,10 @@ def stream_texts(
 def blocks(
     stream: "IterableDataset", size: int, where: str, columns: Columns = ("text",)
 ) -> Iterator[tuple[dict[str, Sequence[Any]], dict]]:
-    """The columns in lists of ``size`` values, each with the state of the stream after it, from which to go on.
+    """The columns in lists of ``size`` values, each with the stream's state after it, to resume from.
 
     Raises:
-        InputError: The source cannot be read on, or lacks a column.
+        InputError: Reading the source failed, or it lacks a column.
     """
     batches = stream.iter(batch_size=size)
     while True:
@@ -54,7 +54,7 @@ def blocks(
             batch = next(batches, None)
         except InputError:
             raise
-        except Exception as error:  # of the hub's data sets, every format has its own
+        except Exception as error:  # hub data sets raise different ones for each format
             cause = " ".join(str(error.__cause__ or error).split())[:200]
             raise InputError(f"{where} cannot be read ({cause}): expected whole files of one format") from error
         if batch is None:

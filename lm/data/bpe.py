@@ -1,11 +1,11 @@
 """Byte-fallback BPE tokenizers: made of scored pieces, or trained.
 
 A trained one has LLaMA's layout: <unk> 0, <s> 1, </s> 2, the 256 bytes <0x00> ... <0xFF> at 3 to 258, then the pieces
-in the order in which they were found. Text is encoded whole, with a space put before it; what no piece covers falls
-back to its UTF-8 bytes, so that any text comes back unchanged.
+in the order in which they were found. Text is encoded whole, with a space prepended; what no piece covers falls
+back to its UTF-8 bytes, so that any text round-trips.
 
 SentencePiece and llama2.c repeatedly join the adjacent pair whose union has the highest score. A `tokenizers` BPE has
-ranked pairs instead; `_merges` ranks every split of every piece by the piece's score, which gives the same ids. A
+ranked pairs instead; `_merges` ranks all splits of all pieces by the piece's score, which gives the same ids. A
 trained tokenizer needs one more thing: words are split by a rule that looks at two neighbouring characters only
 (`_WORDS`), so that no piece spans such a border, and no merge of the whole text can either.
 """
@@ -33,20 +33,20 @@ def from_pieces(
     name: str = "it",
     adds_bos: bool = True,
 ) -> StoryTokenizer:
-    """The tokenizer that joins, greedily, the adjacent pair whose union has the highest score, as SentencePiece's BPE
+    """The tokenizer that greedily joins the adjacent pair whose union has the highest score, as SentencePiece's BPE
     and llama2.c do.
 
     Args:
         pieces: the vocabulary in the order of its ids; the space is " " or U+2581, a byte is "<0x41>".
-        scores: a score for each piece; those of control tokens and bytes have no meaning.
+        scores: a score for each piece; ignored for control tokens and bytes.
         bos_id: the id that begins a text.
         eos_id: the id that ends it.
-        control_ids: the tokens that stand for no text; id 0 must be among them, it is the unknown token.
+        control_ids: the tokens that represent no text; they must include id 0, the unknown token.
         name: what to call it in messages.
         adds_bos: whether it puts bos before every text.
 
     Raises:
-        InputError: pieces that are not UTF-8, two that are equal, one of the 256 bytes missing.
+        InputError: a piece is not UTF-8, two are equal, or one of the 256 bytes is missing.
     """
     try:
         texts = [piece if isinstance(piece, str) else piece.decode() for piece in pieces]
@@ -99,7 +99,7 @@ def _merges(vocab: dict[str, int], scores: Sequence[float], outside: set[int]) -
 
 
 def piece_scores(tokenizer: StoryTokenizer) -> dict[str, float]:
-    """Scores by which the tokenizer's merges come in their order; what no merge makes (characters, bytes) has none."""
+    """Scores that reproduce the order of the tokenizer's merges; characters and bytes, made by no merge, have none."""
     scores: dict[str, float] = {}
     for left, right in json.loads(tokenizer.backend.to_str())["model"]["merges"]:
         scores.setdefault(left + right, -float(len(scores)))
@@ -108,13 +108,13 @@ def piece_scores(tokenizer: StoryTokenizer) -> dict[str, float]:
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> StoryTokenizer:
     """A byte-fallback BPE (Sennrich et al. 2016, arXiv:1508.07909) of `vocab_size` tokens, LLaMA's layout;
-    of fewer where the texts yield no more.
+    or fewer if the texts do not yield that many.
 
     A piece never crosses a word and never mixes letters, digits and other marks. Characters beyond the most frequent
-    (half of the pieces at most) are left to their bytes.
+    (at most half of the pieces) are encoded as bytes.
 
     Raises:
-        InputError: a vocab_size that is too small for the bytes.
+        InputError: vocab_size is too small for the bytes.
     """
     fixed = SPECIALS + BYTES
     if vocab_size <= len(fixed):
@@ -126,7 +126,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> StoryTokenizer:
         vocab_size=vocab_size,
         special_tokens=fixed,
         limit_alphabet=(vocab_size - len(fixed)) // 2,
-        show_progress=False,  # who gives the texts shows how far they are
+        show_progress=False,  # the caller shows the progress over the texts
     )
     trainee.train_from_iterator(texts, trainer)
     vocab = trainee.get_vocab()

@@ -21,7 +21,7 @@ def story_columns(names: Collection[str], where: str) -> Sequence[str]:
         where: What to call the source in messages.
 
     Raises:
-        InputError: There are those of several kinds, or a prompt without its completion.
+        InputError: There are columns of several kinds, or a prompt without its completion.
     """
     found = [layout for layout in LAYOUTS if set(layout) <= set(names)]
     if len(found) > 1:
@@ -33,19 +33,19 @@ def story_columns(names: Collection[str], where: str) -> Sequence[str]:
     if names and not found:
         kinds = "'text', no 'prompt' with its 'completion' and no 'messages'"
         raise InputError(f"{where} has no column {kinds}: it has {', '.join(names)}; rename the column that you mean")
-    return found[0] if found else LAYOUTS[0]  # what cannot be read, its reader tells
+    return found[0] if found else LAYOUTS[0]  # the reader reports files that cannot be read
 
 
 def encode_stories(
     rows: Rows, tokenizer: StoryTokenizer, where: str
 ) -> tuple[list[list[int]], list[list[bool]] | None]:
-    """The token ids of the stories that are not empty, each with what the tokenizer puts before a text and, but for
-    conversations, eos; and which of them are trained on, None for all.
+    """The token ids of the non-empty stories, each with what the tokenizer puts before a text and, except for
+    conversations, eos; and a mask of the tokens that are trained on, None for all.
 
-    Prompt and completion are tokenised apart, so that the prompt's ids are those that ``predict`` gives the model.
+    Prompt and completion are tokenized separately, so that the prompt's ids are those that ``predict`` gives the model.
 
     Raises:
-        InputError: A value is of another kind, a completion is empty, or the tokenizer knows no conversations.
+        InputError: A value has the wrong type, a completion is empty, or the tokenizer has no chat template.
     """
     if "messages" in rows:
         if not tokenizer.chat_template:
@@ -71,10 +71,10 @@ def encode_stories(
 
 
 def plain_texts(rows: Rows, where: str) -> list[str]:
-    """What a tokenizer is trained on.
+    """The texts that a tokenizer is trained on.
 
     Raises:
-        InputError: Messages are no text without a chat template, which a trained tokenizer does not have.
+        InputError: Messages need a chat template, which a trained tokenizer does not have.
     """
     if "messages" in rows:
         raise InputError(f"{where} holds messages: give --data.tokenizer one that has a chat template, not 'train'")

@@ -1,6 +1,6 @@
 """A split of stories as token ids in a memory-mapped file, and the windows that batches are gathered from.
 
-The file holds ``bos story eos bos story eos ...``; beside it are the offsets of its stories and, where not all of their
+The file contains ``bos story eos bos story eos ...``; next to it are the offsets of its stories and, if not all
 tokens are trained on, which these are. A sample is a window of that file, and a batch is gathered in one numpy indexing
 operation, so that the model never waits for the loader.
 """
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 class Corpus:
-    """The token ids of a split, memory-mapped; story i is ``tokens[offsets[i] : offsets[i + 1]]``, from bos, where the
-    tokenizer puts it before a text, to eos."""
+    """The token ids of a split, memory-mapped; story i is ``tokens[offsets[i] : offsets[i + 1]]``, from bos, if the
+    tokenizer adds it, to eos."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -37,25 +37,25 @@ class Corpus:
 
     @cached_property
     def learned(self) -> np.memmap | None:
-        """Whether each token is trained on; None where all are."""
+        """Whether each token is trained on; None if all are."""
         file = self.folder / "learned.bin"
         return np.memmap(file, dtype=np.bool_, mode="r") if file.stat().st_size else None
 
-    def __getstate__(self) -> dict[str, Any]:  # for workers that are spawned: they map the files, not copy them
+    def __getstate__(self) -> dict[str, Any]:  # so that spawned workers map the files instead of copying them
         return {name: value for name, value in self.__dict__.items() if name not in ("tokens", "learned")}
 
     def num_targets(self, windows: "Windows") -> np.ndarray:
-        """(n,) int64, targets of each window that are trained on."""
+        """(n,) int64, number of trained targets in each window."""
         if self.learned is None:
             return windows.length - 1
         before = np.concatenate(([0], np.cumsum(self.learned, dtype=np.int64)))
         return before[windows.start + windows.length] - before[windows.start + 1]
 
     def with_targets(self, windows: "Windows") -> "Windows":
-        """The windows that have a target that is trained on.
+        """The windows with at least one trained target.
 
         Raises:
-            InputError: none has.
+            InputError: there is none.
         """
         kept = self.num_targets(windows) > 0
         if not kept.any():
@@ -69,26 +69,26 @@ class Corpus:
 class Windows(NamedTuple):
     """Samples as pieces of the token file. Window i holds ``length[i] - 1`` inputs, and as many targets, one later."""
 
-    start: np.ndarray  # (n,) int64, place in the token file
+    start: np.ndarray  # (n,) int64, position in the token file
     length: np.ndarray  # (n,) int64, tokens, at most sequence_length + 1
-    skip: np.ndarray  # (n,) int64, first targets that do not count, since an earlier window has counted them
+    skip: np.ndarray  # (n,) int64, first targets to skip, since an earlier window counts them
 
 
 def first_windows(offsets: np.ndarray, sequence_length: int) -> Windows:
-    """One window a story: its first ``sequence_length + 1`` tokens, bos included."""
+    """One window per story: its first ``sequence_length + 1`` tokens, bos included."""
     length = np.minimum(np.diff(offsets), sequence_length + 1)
     return Windows(offsets[:-1], length, np.zeros_like(length))
 
 
 def packed_windows(total: int, sequence_length: int) -> Windows:
-    """The whole file in blocks: each of its tokens but the first is the target of exactly one window."""
+    """The whole file in blocks: each token except the first is the target of exactly one window."""
     start = np.arange(0, total - 1, sequence_length)
     return Windows(start, np.minimum(total - start, sequence_length + 1), np.zeros_like(start))
 
 
 def sliding_windows(offsets: np.ndarray, sequence_length: int) -> Windows:
-    """Every target of every story exactly once. Over stories that are longer than one window it slides by half of
-    it, so that all later targets have at least half of a window before them."""
+    """Every target of every story exactly once. For stories longer than a window, it slides by half
+    a window, so that later targets have at least half a window of context."""
     stride = sequence_length // 2
     targets = np.diff(offsets) - 1
     count = 1 + np.maximum(0, -(-(targets - sequence_length) // stride))
@@ -100,12 +100,12 @@ def sliding_windows(offsets: np.ndarray, sequence_length: int) -> Windows:
 
 
 def join_windows(*kinds: Windows) -> Windows:
-    """The windows of several kinds, one kind after the other."""
+    """Concatenate several kinds of windows."""
     return Windows(*map(np.concatenate, zip(*kinds, strict=True)))
 
 
 def positions_in(starts: np.ndarray) -> np.ndarray:
-    """Positions (B, T) that begin with 0 in each row and wherever ``starts`` (B, T) says that a story does."""
+    """Positions (B, T) that restart at 0 in each row and wherever ``starts`` (B, T) marks a story."""
     column = np.arange(starts.shape[1])
     return column - np.maximum.accumulate(np.where(starts, column, 0), axis=1)
 
@@ -114,11 +114,11 @@ class WindowBatches(Dataset):
     """``self[indices]`` is the batch of these windows, padded on the right; padding is identified by position.
 
     Args:
-        corpus: where the tokens are.
-        windows: what the samples are.
+        corpus: the tokens.
+        windows: the samples.
         tokenizer: for the id of pads and the bytes of tokens.
-        width: inputs of every row; None for those of the batch's longest row, rounded up to one of few widths.
-        with_bytes: add text_mask and bytes, which bits per byte need.
+        width: inputs per row; None for the batch's longest row, rounded up to one of a few widths.
+        with_bytes: add text_mask and bytes, needed for bits per byte.
         with_positions: add positions, which keep stories of one row apart.
     """
 
@@ -143,7 +143,7 @@ class WindowBatches(Dataset):
     def __getitem__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """tokens (B, T + 1) int32, T inputs and, one later, T targets; loss_mask (B, T) bool, whether a target counts.
         With bytes also text_mask (B, T) bool, which leaves out eos too, and bytes (B, T) int32 of each target in it;
-        with positions those of the inputs (B, T) int32, from 0 in each story or what of it is in the row. No indices
+        with positions those of the inputs (B, T) int32, from 0 in each story or part of a story. No indices
         give one row in which nothing counts."""
         empty = len(indices) == 0
         indices = np.asarray([0] if empty else indices, dtype=np.int64)
@@ -158,9 +158,9 @@ class WindowBatches(Dataset):
             counted &= self.corpus.learned[place[:, 1:]]
         batch = {"tokens": tokens, "loss_mask": counted}
         if self.with_bytes:
-            sizes = self.bytes_per_token[tokens]  # none of bos, eos and other special tokens
+            sizes = self.bytes_per_token[tokens]  # excludes bos, eos and other special tokens
             text = counted & (sizes[:, 1:] > 0)
-            sizes = sizes[:, 1:] - self.prefix_bytes * (sizes[:, :-1] == 0)  # a text begins after one of these
+            sizes = sizes[:, 1:] - self.prefix_bytes * (sizes[:, :-1] == 0)  # a text starts after one of these
             batch |= {"text_mask": text, "bytes": (sizes * text).astype(np.int32)}
         if self.with_positions:
             inputs = place[:, :-1]

@@ -1,4 +1,4 @@
-"""Another kind of story, for the demo's adapted model: letters that children write home, made like the demo's stories.
+"""Data for the demo's adapted model: letters that children write home, generated like the demo's stories.
 
 tinylab letters FOLDER        # train.jsonl and validation.jsonl, always the same
 """
@@ -21,9 +21,9 @@ def write_letters(split: str) -> list[str]:
 
 @one_line_errors()
 def main(args: Sequence[str] | None = None) -> None:
-    """Write both splits into a folder."""
+    """Write both splits to a folder."""
     parser = CommandParser("tinylab letters", __doc__)
-    parser.add_argument("folder", type=Path, help="made where there is none")
+    parser.add_argument("folder", type=Path, help="created if missing")
     folder = parser.parse_args(args).folder
     folder.mkdir(parents=True, exist_ok=True)
     for split in SIZES:

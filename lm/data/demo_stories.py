@@ -1,8 +1,8 @@
 """The demo's corpus: synthetic stories from a seeded generator, for machines without a network.
 
-Plots and word lists are in demo_stories.yaml, in the manner of TinyStories (Eldan & Li 2023, arXiv:2305.07759): a child
+Plots and word lists are in demo_stories.yaml, in the style of TinyStories (Eldan & Li 2023, arXiv:2305.07759): a child
 or an animal, a want, an obstacle, some talk, help, and a small lesson, in words that a four-year-old knows. They are
-not TinyStories; what a model learns from them says nothing about real text. They are regular enough for a small model
+not TinyStories; results on them say nothing about real text. They are regular enough for a small model
 to learn sentences, dialogue and plots within a minute, and too many (12,500 distinct ones) to be memorised.
 """
 
@@ -30,7 +30,7 @@ _MARKS = re.compile(r"([\[\]|]|\{\w+\})")
 
 @cache
 def _parse(text: str) -> Template:
-    levels: list[list[Template]] = [[[]]]  # of the open brackets: the alternatives so far
+    levels: list[list[Template]] = [[[]]]  # for each open bracket: its alternatives so far
     for part in _MARKS.split(text):
         if part == "[":
             levels.append([[]])
@@ -46,7 +46,7 @@ def _parse(text: str) -> Template:
 
 @cache
 def _plot(text: str) -> tuple[list[str], list[dict[str, str]], Template]:
-    """Who may act in a plot, the rows of its table, and its story with a line for each paragraph."""
+    """The possible actors of a plot, the rows of its table, and its story with a line per paragraph."""
     head, *paragraphs = text.split("\n\n")
     actors, names, *rows = head.split("\n")
     cells = ([cell.strip() for cell in row.split("|")] for row in (names, *rows))
@@ -88,23 +88,23 @@ def _tell(template: Template, words: dict[str, str], draw: random.Random) -> str
 
 
 def write_story(draw: random.Random, plots: Sequence[str] = PLOTS) -> str:
-    """One story of 80 to 200 words, a line for each paragraph; of other plots, what these tell."""
+    """One story of 80 to 200 words, a line per paragraph, from the demo's plots or the given ones."""
     actors, rows, story = _plot(draw.choice(plots))
     return _tell(story, DATA["phrases"] | _cast(draw.choice(actors), draw) | draw.choice(rows), draw)
 
 
 @cache
 def demo_texts(split: str) -> list[str]:
-    """The stories of ``train`` or ``validation``: always the same, all distinct, none in both."""
+    """The stories of ``train`` or ``validation``: deterministic, all distinct, none in both."""
     return draw_split(split, SEED, SIZES, PLOTS)
 
 
 def draw_split(split: str, seed: int, sizes: dict[str, int], plots: Sequence[str]) -> list[str]:
-    """The texts of one of the splits that are drawn, one after the other, from plots: all distinct, none in two."""
+    """The texts of one split; splits are drawn in order from the plots, all texts distinct, none in two splits."""
     draw, stories, drawn = random.Random(seed), {}, 0
     for name, size in sizes.items():
         drawn += size
-        while len(stories) < drawn:  # a dictionary keeps each story once, in order
+        while len(stories) < drawn:  # a dictionary drops duplicates and keeps the order
             stories[write_story(draw, plots)] = None
         if name == split:
             return list(stories)[drawn - size :]
@@ -112,7 +112,7 @@ def draw_split(split: str, seed: int, sizes: dict[str, int], plots: Sequence[str
 
 
 def demo_stories(split: str) -> "Dataset | None":
-    """`demo_texts` as a data set with the column ``text``; None for a split that the demo does not have."""
-    import datasets  # takes a second
+    """`demo_texts` as a data set with a ``text`` column; None for a split that the demo lacks."""
+    import datasets  # a slow import: one second
 
     return datasets.Dataset.from_dict({"text": demo_texts(split)}) if split in SIZES else None

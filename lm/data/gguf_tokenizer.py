@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file, read and written; the file itself is opened here for the model's sake, too."""
+"""Reads and writes the tokenizer of a GGUF file; also opens the file for the model's weights."""
 
 import json
 import re
@@ -136,8 +136,8 @@ def read_tokenizer(reader: "GGUFReader", path: Path) -> StoryTokenizer:
     bos_id, pad_id = field("bos_token_id", int, eos_id), field("padding_token_id", int, eos_id)
     kinds = field("token_type", list, [_NORMAL] * len(tokens))
     if len(kinds) != len(tokens) or not all(0 <= i < len(tokens) for i in (bos_id, eos_id, pad_id)):
-        raise InputError(f"{path}: the tokenizer's lists differ in length; copy the file again")
-    # Other kinds of tokens, such as those of a chat, are no text either.
+        raise InputError(f"{path}: the tokenizer's lists or ids do not agree; copy the file again")
+    # Other kinds of tokens, such as chat tokens, are not text either.
     special = [i for i, kind in enumerate(kinds) if kind not in (_NORMAL, _BYTE)]
     if model == "llama":
         if not field("add_space_prefix", bool, True):

@@ -1,7 +1,7 @@
 """Stories as batches of token ids.
 
-Each split is tokenised once, on all cores, into the cached, memory-mapped file of a `Corpus`; or it is read while
-training, by a `StoryStream`.
+Each split is tokenized once, on all cores, into the cached, memory-mapped file of a `Corpus`; or it is read during
+training by a `StoryStream`.
 """
 
 from functools import cached_property, lru_cache
@@ -25,45 +25,45 @@ if TYPE_CHECKING:
 
 Evaluation = Literal["full", "first_window"]
 _note = rank_zero_only(console.print)
-FORMAT = 3  # of the cached folders; raise it when their content changes
+FORMAT = 3  # of cached folders; raise it when their contents change
 
 
 class TextDataModule(ResumableDataModule):
-    """The stories, and how they become sequences of tokens.
+    """The stories, and how they are turned into token sequences.
 
     Args:
-        path: Where the stories are: a hub name, a local folder with train.* and validation.* files (parquet, JSON
-            lines, CSV, text), a local file, or ``demo`` for the embedded synthetic corpus. A column ``text`` is trained
-            on whole; of ``prompt`` and ``completion`` the completion, of ``messages`` what the assistant says.
+        path: Source of the stories: a hub name, a local folder with train.* and validation.* files (parquet, JSON
+            lines, CSV, text), a local file, or ``demo`` for the built-in synthetic corpus. A column ``text`` is trained
+            on completely; with ``prompt`` and ``completion`` only the completion, with ``messages`` only the assistant.
         tokenizer: A hub name, a local folder or file (tokenizer.json, SentencePiece .model, llama2.c .bin), or
             ``train`` to train one on the stories.
         vocab_size: Size of a trained tokenizer; a loaded one has its own.
         sequence_length: Tokens of a training sequence.
         packing: Join the training stories into full sequences. Otherwise each story is a sequence, truncated or padded.
-        document_mask: With packing, keep the stories of a sequence apart: none sees its neighbours, and the positions
-            begin with 0 in each.
+        document_mask: With packing, keep the stories of a sequence apart: none sees another, and positions
+            start at 0 in each.
         extra_first_windows: With packing, also train each story's first sequence_length tokens as a sequence of its
-            own: an epoch is the whole text, then once more what ``first_window`` evaluates; the second epoch begins
+            own: an epoch is the whole text, then again what ``first_window`` evaluates; the second epoch starts
             with the latter.
-        batch_size: Training sequences a step and process.
+        batch_size: Training sequences per step and process.
         global_batch_tokens: Tokens of an optimizer step, padding included: sequences x length x processes x
-            micro-batches. It sets trainer.accumulate_grad_batches: any number of processes makes the same steps.
-        eval_batch_size: Sequences a step and process of validation, test and prediction; results do not depend on it.
+            micro-batches. It sets trainer.accumulate_grad_batches: any number of processes takes the same steps.
+        eval_batch_size: Sequences per step and process in validation, test and prediction; does not affect results.
         evaluation: ``full``, every token of every story predicted exactly once, or ``first_window``, only the first
             sequence_length tokens of each story.
-        prompts: Beginnings of stories for ``predict``: a list, a text file with one a line, or a JSON or JSON lines
+        prompts: Beginnings of stories for ``predict``: a list, a text file with one per line, or a JSON or JSON lines
             file of strings or of objects with a ``prompt``.
         seed: Of the order of the training sequences.
         num_workers: Processes that prepare batches; 0 prepares them in the training process. By default 2 with a GPU,
             else 0.
-        streaming: Read the training stories while training, from the hub or from files, instead of tokenising them
-            first; for corpora larger than the disk. They are shuffled within blocks only, and need trainer.max_steps.
+        streaming: Read the training stories during training, from the hub or from files, instead of tokenizing them
+            first; for corpora larger than the disk. They are only shuffled within blocks, and need trainer.max_steps.
         revision: Branch, tag or commit of a data set of the hub; by default the newest.
-        second_path: Other texts, as ``path``, to validate on as well (``val/second_loss`` …): what an adapted model
+        second_path: Other texts, as ``path``, to also validate on (``val/second_loss`` …): shows what an adapted model
             forgets.
 
     Raises:
-        InputError: A value that is out of range.
+        InputError: A value is out of range.
     """
 
     def __init__(
@@ -116,14 +116,14 @@ class TextDataModule(ResumableDataModule):
 
     @cached_property
     def source(self) -> "StorySource":
-        """Where the stories are; a prediction needs none."""
+        """The source of the stories; prediction needs none."""
         from lm.data.source import StorySource
 
         return StorySource(self.path, self.revision, self.streaming)
 
     @cached_property
     def tokenizer(self) -> "StoryTokenizer":
-        """Loaded, or trained and cached, at first use."""
+        """The tokenizer: loaded, or trained and cached, at first use."""
         from lm.data.tokenizer_files import load_tokenizer
 
         if self.tokenizer_name != "train":
@@ -151,13 +151,13 @@ class TextDataModule(ResumableDataModule):
 
     @property
     def num_tokens(self) -> int:
-        """Size of the vocabulary, which the model's embedding must have."""
+        """Size of the vocabulary, and of the model's embedding."""
         return self.tokenizer.vocab_size
 
     @property
     def facts(self) -> dict[str, Any]:
-        """For comparisons: targets and batches of an epoch, unless streamed; what is evaluated, equal for runs whose
-        bits per byte are comparable; and the tokenizer, equal for those whose losses are."""
+        """For comparisons: targets and batches per epoch, unless streamed; the evaluated data, equal for runs whose
+        bits per byte are comparable; and the tokenizer, equal for runs whose losses are."""
         tokenizer = self.tokenizer.fingerprint[:12]
         first = f"the first {self.sequence_length} tokens of tokenizer {tokenizer} of each story"
         read = "every token of every story" if self.evaluation == "full" else first
@@ -217,7 +217,7 @@ class TextDataModule(ResumableDataModule):
         windows = join_windows(*kinds)
         data = WindowBatches(corpus, windows, self.tokenizer, self.sequence_length, with_positions=self.document_mask)
 
-        @lru_cache(maxsize=1)  # its length is needed often
+        @lru_cache(maxsize=1)  # its length is used often
         def shuffled(epoch: int) -> list[np.ndarray]:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(data))
             if self.extra_first_windows:  # in turns, so that a little more than one epoch still ends on first windows

@@ -1,4 +1,4 @@
-"""Prompts of ``predict``: read from a list or a file, and tokenised as batches."""
+"""Prompts of ``predict``: read from a list or a file, and tokenized in batches."""
 
 import json
 import shlex
@@ -29,7 +29,7 @@ class PromptBatches(Dataset):
 
 
 def flags_to_try(corpus: Corpus, tokenizer: StoryTokenizer) -> str | None:
-    """Flags of predict with a short prompt of the corpus, or the first words of a story; None for conversations."""
+    """Flags of predict with a short prompt from the corpus, or a story's first words; None for conversations."""
     if tokenizer.chat_template:
         return None
     prompts = [corpus.tokens[: corpus.offsets[1]]]
@@ -47,7 +47,7 @@ def read_prompts(prompts: list[str] | str | None) -> list[str]:
     table with a column ``prompt``).
 
     Raises:
-        InputError: there are none, or the file is missing or holds something else.
+        InputError: there are none, or the file is missing or has other contents.
     """
     if prompts is None:
         raise InputError("data.prompts is not given: expected a list of beginnings, or a file with one a line")

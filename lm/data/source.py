@@ -23,9 +23,9 @@ from lm.data.tokenizer import StoryTokenizer
 if TYPE_CHECKING:
     from datasets import Dataset as Texts
 
-CHUNK = 2_000  # stories tokenised at a time, which bounds the memory
-TRAINING_STORIES = 200_000  # that a tokenizer is trained on, at most
-HELD_OUT = 100  # one story in so many becomes validation where the source has none
+CHUNK = 2_000  # stories tokenized at a time; bounds the memory
+TRAINING_STORIES = 200_000  # maximum number to train a tokenizer on
+HELD_OUT = 100  # one story in this many becomes validation if the source has none
 
 
 class StorySource:
@@ -52,11 +52,11 @@ class StorySource:
         return hashlib.sha256(values.encode()).hexdigest()[:12]
 
     def layout_note(self, split: str) -> str:
-        """What a user should know about how the files of a split were read, or nothing."""
+        """Notes for the user on how a split's files were read, or nothing."""
         return layout_note((local_files(self.path) or {}).get(split, []))
 
     def texts(self, split: str) -> tuple["Texts", str]:
-        """The texts of a split, and what the user should know about where they are from."""
+        """The texts of a split, and a note for the user on where they come from."""
         texts = self._streamed(split) if self.streaming else self._loaded(split)
         if split == "test":
             if texts is None:
@@ -68,7 +68,7 @@ class StorySource:
             raise InputError(f"data.path {self.path!r} has no validation split, which data.streaming needs: add one")
         if split == "train" and self._loaded("validation") is not None:
             return texts, ""
-        # Independent of the run's seed: else a model would be validated on what it was trained on in an earlier run.
+        # Independent of the run's seed: else a model could be validated on what an earlier run trained it on.
         whole = self._loaded("train")
         if len(whole) < 2:
             kept, held = _divided(whole[0].get("text") or "")
@@ -89,7 +89,7 @@ class StorySource:
         return load_texts(self.path, split, story_columns, demo_stories, self.revision)
 
     def _streamed(self, split: str) -> "Texts | None":
-        """A split that is small enough for memory, without fetching the others."""
+        """A split that is small enough for memory, without downloading the others."""
         stream = stream_texts(self.path, split, story_columns, demo_stories, self.revision)
         if stream is None:
             return None
@@ -113,10 +113,10 @@ class StorySource:
 
 
 def write_corpus(texts: "Texts", tokenizer: StoryTokenizer, folder: Path, name: str, notes: Sequence[str] = ()) -> None:
-    """Tokenises stories, as `encode_stories`, into a folder that `Corpus` reads, in bounded memory.
+    """Tokenizes stories with `encode_stories` into a folder that `Corpus` reads, in bounded memory.
 
     Raises:
-        InputError: all stories are empty, or what `encode_stories` refuses.
+        InputError: all stories are empty, or `encode_stories` rejects them.
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     lengths, empty = [np.zeros(1, dtype=np.int64)], 0
@@ -146,14 +146,14 @@ def write_corpus(texts: "Texts", tokenizer: StoryTokenizer, folder: Path, name: 
 
 
 def _texts_of(chunks: Iterable[Rows], where: str, advance: Callable[[int], None]) -> Iterator[str]:
-    """The texts that are not empty; ``advance`` is called with the number of rows read."""
+    """The non-empty texts; ``advance`` is called with the number of rows read."""
     for rows in chunks:
         yield from plain_texts(rows, where)
         advance(len(next(iter(rows.values()))))
 
 
 def _divided(text: str) -> tuple[str, str]:
-    """The text and its last tenth, divided where a line ends, or a word."""
+    """The text split into its beginning and its last tenth, at the end of a line or word."""
     last = len(text) - len(text) // 10
     border = next((found for mark in "\n " if (found := text.rfind(mark, len(text) // 2, last)) > 0), last)
     return text[:border], text[border:]

@@ -1,6 +1,6 @@
-"""Training sequences made while the stories are read, for corpora that do not fit on the disk.
+"""Training sequences made while reading the stories, for corpora that do not fit on the disk.
 
-Stories come in blocks; within a block they are shuffled. After the last story the stream begins anew, with another
+Stories come in blocks and are shuffled within a block. After the last story the stream restarts, with another
 order within each block. A reader is one worker of one process; each has its own share of the stories.
 """
 
@@ -24,26 +24,26 @@ from lm.data.corpus import positions_in
 from lm.data.demo_stories import demo_stories
 from lm.data.tokenizer import StoryTokenizer
 
-BLOCK = 2_000  # stories; a resumed reader reads as many again at most
-GIVEN, START = 1 << 32, 1 << 33  # bits of a token that is not trained on; that begins a story
-Position = dict[str, Any]  # plain values: where a reader's next batch begins
+BLOCK = 2_000  # stories; a resumed reader rereads at most this many
+GIVEN, START = 1 << 32, 1 << 33  # bits of a token: not trained on; first of a story
+Position = dict[str, Any]  # plain values: where a reader's next batch starts
 
 
 @dataclass(eq=False)
 class StoryStream(IterableDataset):
-    """Endless batches as `WindowBatches` gives them, each with a ``reader`` and the ``position`` from which that reader
-    goes on after this batch.
+    """Endless batches as from `WindowBatches`, each with a ``reader`` and the ``position`` from which that reader
+    continues after this batch.
 
     Args:
         path: As ``--data.path``.
         tokenizer: Makes the token ids.
         sequence_length: T, targets of a sequence.
         batch_size: B, sequences of a batch.
-        packing: Join stories into full sequences; else one story a sequence, cut off or padded.
+        packing: Join stories into full sequences; else one story per sequence, truncated or padded.
         seed: Of the order within the blocks.
         rank: Of this process.
         processes: Their number.
-        progress: How far the readers of this process have come.
+        progress: The progress of this process's readers.
         revision: As ``--data.revision``.
         with_positions: Add them to the batches.
 
@@ -64,12 +64,12 @@ class StoryStream(IterableDataset):
     with_positions: bool = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        self.progress.finish()  # an epoch that trainer.limit_train_batches has ended
+        self.progress.finish()  # an epoch ended by trainer.limit_train_batches
         worker = get_worker_info()
         if worker is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not come along to a forked process
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
         workers = 1 if worker is None else worker.num_workers
-        # The loader asks its workers in turn, from the first on, whichever was next when the run was saved.
+        # The loader starts with its first worker, whichever was next when the run was saved.
         reader = (self.progress.batches + (0 if worker is None else worker.id)) % workers
         share, shares = self.rank * workers + reader, self.processes * workers
         start = {"epoch": 0, "block": 0, "stream": None, "carry": [], "done": 0}
@@ -136,10 +136,10 @@ class StoryStream(IterableDataset):
 
 
 class StreamProgress:
-    """How far the readers of this process have come, by the batches that were trained on.
+    """The progress of this process's readers, by the batches trained on.
 
     Args:
-        cut: Options of data that decide how the stream is cut into batches, with which alone it can be resumed.
+        cut: Data options that decide how the stream is cut into batches; a resume needs the same ones.
     """
 
     def __init__(self, cut: Mapping[str, Any] = MappingProxyType({})) -> None:
@@ -149,20 +149,20 @@ class StreamProgress:
         self._begun: tuple[int, Position] | None = None
 
     def begin(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Note the batch that is trained on next, and give it back without its position."""
+        """Record the next batch to train on, and return it without its position."""
         self.finish()
         self._begun = batch.pop("reader"), batch.pop("position")
         return batch
 
     def finish(self) -> None:
-        """The batch that was begun is done."""
+        """Mark the current batch as done."""
         if self._begun is not None:
             reader, self.positions[reader] = self._begun
             self.batches += 1
             self._begun = None
 
     def state(self, processed: bool) -> dict[str, Any]:
-        """Plain values; ``processed`` tells whether the batch that was begun is done too."""
+        """The state as plain values; ``processed`` says whether the current batch is done too."""
         if processed:
             self.finish()
         return {"positions": deepcopy(self.positions), "batches": self.batches}
@@ -171,7 +171,7 @@ class StreamProgress:
         self.positions, self.batches = state["positions"], state["batches"]
 
     def state_of_processes(self, trainer: Trainer) -> dict[str, Any]:
-        """The states of all processes, as they stand within a training."""
+        """The current states of all processes during training."""
         batches = trainer.fit_loop.epoch_loop.batch_progress.current
         state = self.state(processed=batches.processed == batches.ready)
         processes = [state] * trainer.world_size
@@ -183,7 +183,7 @@ class StreamProgress:
         """Resume from a checkpoint's state.
 
         Raises:
-            InputError: That run has not streamed, or other processes, workers or batches make its position useless.
+            InputError: That run did not stream, or its position does not fit the processes, workers or batches.
         """
         if "processes" not in state:
             raise InputError("this run did not stream its data: resume it with --data.streaming false")
@@ -202,5 +202,5 @@ class StreamProgress:
 
 
 def unchanged(batch: Any) -> Any:
-    """The collate_fn of batches that are made whole."""
+    """The collate_fn for ready-made batches."""
     return batch

@@ -1,4 +1,4 @@
-"""Tokenizers of the LLaMA kind, and how many bytes each token stands for.
+"""LLaMA-style tokenizers, and the number of bytes of each token.
 
 Everything is one `tokenizers.Tokenizer` (Rust) behind `StoryTokenizer`, wherever it came from: a file that
 lm/data/tokenizer_files.py reads, or `lm.data.bpe.train_tokenizer`.
@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # before any fork of a data loader, or it warns each time
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # before any data loader forks, else it warns each time
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer, processors
@@ -23,7 +23,7 @@ from experiment.sources.paths import repaired, shortened
 
 SPACE = "▁"  # U+2581, the visible space of SentencePiece
 BYTES = [f"<0x{value:02X}>" for value in range(256)]
-NO_CHARACTER = "\ufdd0"  # never assigned by Unicode and held by no piece: its bytes join no neighbour
+NO_CHARACTER = "\ufdd0"  # never assigned by Unicode and in no piece: its bytes merge with no neighbor
 PROBE = 'Once upon a time, there was a little girl.\n"Wow!"  she said <s> 123 naïve 🎉'
 
 
@@ -34,15 +34,15 @@ class StoryTokenizer:
         backend: the tokenizer; its truncation and padding are switched off.
         bos_id: the id that begins a story.
         eos_id: the id that ends a story.
-        pad_id: the id that fills up a batch; `eos_id` where the tokenizer has none.
+        pad_id: the padding id; `eos_id` if the tokenizer has none.
         name: what to call it in messages.
 
     Attributes:
-        begins_with: the ids that the tokenizer puts before every text: bos, or nothing.
-        chat_template: how the messages of a chat become one text (Jinja, as transformers has it); None for no chat.
+        begins_with: the ids that the tokenizer prepends to every text: bos, or nothing.
+        chat_template: turns chat messages into one text (Jinja, as in transformers); None for no chat.
 
     Raises:
-        InputError: where it does not give text back unchanged (as BERT's, which lower-cases, does not).
+        InputError: it does not reproduce text exactly (BERT's, for example, lower-cases).
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class StoryTokenizer:
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """The ids that stand for no text: unk, bos, eos and other control tokens."""
+        """The ids that represent no text: unk, bos, eos and other control tokens."""
         special = (i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
         return frozenset([*special, self.bos_id, self.eos_id])
 
@@ -90,15 +90,15 @@ class StoryTokenizer:
         return None if None in ids else ids
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone, without bos or eos. Names of special tokens in it are plain text."""
+        """Ids of the text only, without bos or eos. Names of special tokens in it are plain text."""
         return self.encode_batch([text])[0]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a prompt, with what the tokenizer puts before every text; bos alone for no text."""
+        """Ids of a prompt, with what the tokenizer prepends to every text; only bos for an empty text."""
         return [*self.begins_with, *self.encode(text)] or [self.bos_id]
 
     def begin_with_bos(self) -> None:
-        """Put bos before every prompt, as training puts it before every story."""
+        """Prepend bos to every prompt, as training does to every story."""
         bos = self.backend.id_to_token(self.bos_id)
         self.backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, self.bos_id)]
@@ -106,30 +106,30 @@ class StoryTokenizer:
         self.begins_with = [self.bos_id]
 
     def encode_continuations(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts that go on after others: no space is put before them, so that the ids of both are those of a
-        text that is the two joined."""
+        """Ids of texts that continue others: no space is prepended, so that the ids of both together are those of the
+        joined text."""
         mark = NO_CHARACTER if self.prefix_bytes else ""
         skipped = len(self.encode(mark))
         return [ids[skipped:] for ids in self.encode_batch([mark + text for text in texts])]
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Ids of a conversation, up to where its next answer begins. Here names of special tokens are special tokens.
+        """Ids of a conversation up to its next answer. Names of special tokens are special tokens here.
 
         Args:
             messages: Each with a role, such as user or assistant, and its content.
 
         Raises:
-            InputError: The chat template is none, or does not take these messages.
+            InputError: The chat template is invalid, or rejects these messages.
         """
         return self._encode_rendered(self._render(messages, add_generation_prompt=True)[0]).ids
 
     def encode_conversation(self, messages: Sequence[dict[str, str]]) -> tuple[list[int], list[bool]]:
-        """Ids of a whole conversation, and which of them the assistant says: what the chat template has between
-        ``{% generation %}`` and ``{% endgeneration %}``; where it has none of these, what a message of the assistant
-        adds to the text that ends where its answer shall begin.
+        """Ids of a whole conversation, and a mask of the assistant's: what the chat template has between
+        ``{% generation %}`` and ``{% endgeneration %}``; without these, what an assistant message
+        adds after the generation prompt.
 
         Raises:
-            InputError: As `encode_chat`; or the assistant says nothing, or what it says cannot be told.
+            InputError: As `encode_chat`; or the assistant says nothing, or its tokens cannot be identified.
         """
         marked = re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template) is not None
         text, spans = self._render(messages, return_assistant_tokens_mask=marked)
@@ -152,7 +152,7 @@ class StoryTokenizer:
         return encoded.ids, learned
 
     def _render(self, messages: Sequence[dict[str, str]], **options: Any) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a conversation, and where in it the marked words of the assistant are, if they are asked for."""
+        """The text of a conversation, and the spans of the assistant's marked words, if requested."""
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -173,10 +173,10 @@ class StoryTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, on all cores."""
         texts = [repaired(text) for text in texts]
-        if self.byte_ids is None:  # a byte-level tokenizer: the visible space is a character like any other
+        if self.byte_ids is None:  # a byte-level tokenizer: U+2581 is an ordinary character
             return [item.ids for item in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
         # The normalizer turns spaces into U+2581, so a real U+2581 would come back as a space. It goes in as a
-        # character that no vocabulary holds, and that character's three bytes are put right in the ids.
+        # character that no vocabulary has, whose three bytes are then corrected in the ids.
         stand_ins = {i: _absent_from(text) for i, text in enumerate(texts) if SPACE in text}
         if stand_ins:
             texts = [text.replace(SPACE, stand_ins.get(i, SPACE)) for i, text in enumerate(texts)]
@@ -189,11 +189,11 @@ class StoryTokenizer:
         return [self.byte_ids[value] for value in text.encode()]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of a whole sequence: special tokens are skipped, and the space that `encode` put first is taken
+        """The text of a whole sequence: special tokens are skipped, and the space that `encode` prepended is taken
         off. The text of a continuation is `decode(prompt + new)` after `decode(prompt)`."""
         if self.byte_ids is None:
             return self.backend.decode(list(ids), skip_special_tokens=True)
-        # The backend drops a whole run of byte tokens where one is not UTF-8, and with it characters of the prompt.
+        # The backend drops a whole run of byte tokens if one is not UTF-8, and with it characters of the prompt.
         text = b"".join(self._token_bytes[i] for i in ids)
         return text[text.startswith(b" ") * self.prefix_bytes :].decode(errors="replace")
 
@@ -210,8 +210,8 @@ class StoryTokenizer:
 
     @cached_property
     def bytes_per_token(self) -> np.ndarray:
-        """(vocab_size,) int64: UTF-8 bytes of each token in the middle of a text, 0 for special tokens. The first
-        token of a text stands for `prefix_bytes` fewer; `text_bytes` takes them off."""
+        """(vocab_size,) int64: UTF-8 bytes of each token within a text, 0 for special tokens. The first
+        token of a text has `prefix_bytes` fewer; `text_bytes` subtracts them."""
         if self.byte_ids is not None:
             return np.array([len(piece) for piece in self._token_bytes])
         added = {token.content for token in self.backend.get_added_tokens_decoder().values()}
@@ -233,8 +233,8 @@ class StoryTokenizer:
         return sizes
 
     def save(self, folder: str | Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads; there, the same is
-        put before a text as here."""
+        """Writes tokenizer.json and tokenizer_config.json for transformers' AutoTokenizer, which then prepends the same
+        tokens to a text as here."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         bos, eos, pad = (self.backend.id_to_token(i) for i in (self.bos_id, self.eos_id, self.pad_id))
@@ -254,7 +254,7 @@ class StoryTokenizer:
 
 
 def _absent_from(text: str) -> str:
-    """A noncharacter (U+FDD0 to U+FDEF are never assigned) that the text does not hold."""
+    """A noncharacter (U+FDD0 to U+FDEF are never assigned) that does not occur in the text."""
     return next(character for character in map(chr, range(0xFDD0, 0xFDF0)) if character not in text)
 
 

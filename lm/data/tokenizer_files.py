@@ -1,4 +1,4 @@
-"""Tokenizers read and written: hub, tokenizer.json, SentencePiece .model, llama2.c .bin, GGUF."""
+"""Reads and writes tokenizers: hub, tokenizer.json, SentencePiece .model, llama2.c .bin, GGUF."""
 
 import json
 import struct
@@ -22,7 +22,7 @@ def load_tokenizer(name: str | Path) -> StoryTokenizer:
     """A tokenizer by its hub name, folder or file (tokenizer.json, SentencePiece .model, llama2.c .bin).
 
     Raises:
-        InputError: nothing there, no tokenizer, or one without an end-of-text token.
+        InputError: it does not exist, is not a tokenizer, or has no end-of-text token.
     """
     name = str(name)
     path = user_path(name)
@@ -47,7 +47,7 @@ def _from_hub(name: str) -> Path:
     def fetch(file: str) -> Path | None:
         try:
             return Path(hf_hub_download(name, file))
-        except (OSError, ValueError):  # no such file, name or network: all of the hub's errors are one of these
+        except (OSError, ValueError):  # no such file, name or network: all hub errors derive from these
             return None
 
     look_for_hub()
@@ -57,7 +57,7 @@ def _from_hub(name: str) -> Path:
             f"tokenizer {name!r} is not a local path and could not be downloaded; check the name and the network, "
             "or pass a local folder, or 'train'"
         )
-    fetch("tokenizer_config.json")  # where there is one, it lies beside the tokenizer, and is read there
+    fetch("tokenizer_config.json")  # if there is one, it is next to the tokenizer and is read there
     return path
 
 
@@ -86,7 +86,7 @@ def _read_json(path: Path, name: str) -> StoryTokenizer:
     bos_id = special("bos", "<s>", "<|begin_of_text|>", "<bos>")
     tokenizer = StoryTokenizer(backend, eos_id if bos_id is None else bos_id, eos_id, special("pad", "<pad>"), name)
     template = config.get("chat_template")
-    if isinstance(template, list):  # several by name, as transformers once kept them
+    if isinstance(template, list):  # several by name, as older transformers stored them
         template = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}.get("default")
     if (beside := path.with_name("chat_template.jinja")).is_file():
         template = beside.read_text(encoding="utf-8", errors="replace")
@@ -113,7 +113,7 @@ def _read_sentencepiece(path: Path, name: str) -> StoryTokenizer:
         [i for i in ids if model.is_control(i) or model.is_unknown(i)],
         name,
     )
-    # Unigram models and models that normalise the text show here.
+    # Unigram models and models that normalize text fail here.
     if model.encode(PROBE) != tokenizer.encode(PROBE):
         raise InputError(f"tokenizer {name!r} is not a SentencePiece model of LLaMA's kind (BPE without normalization)")
     return tokenizer
@@ -124,7 +124,7 @@ def read_llama2c_tokenizer(path: str | Path, name: str | None = None) -> StoryTo
     length (int32) and bytes, little-endian, to the end of the file.
 
     Raises:
-        InputError: a file that is not one.
+        InputError: the file is not one.
     """
     path, name = Path(path), name or str(path)
     pieces, scores, offset = [], [], 4
@@ -149,11 +149,11 @@ def read_llama2c_tokenizer(path: str | Path, name: str | None = None) -> StoryTo
 def write_llama2c_tokenizer(tokenizer: StoryTokenizer, path: str | Path) -> None:
     """Writes the tokenizer.bin that llama2.c reads.
 
-    Its C program has bos 1, eos 2 and the bytes at 3 to 258 built in. Where the bytes lie elsewhere, as Mistral's do,
-    it decodes rightly, but takes newlines and rare characters of a prompt for other tokens.
+    Its C program hard-codes bos 1, eos 2 and the bytes at 3 to 258. If the bytes are elsewhere, as in Mistral's,
+    it decodes correctly, but encodes newlines and rare characters of a prompt as other tokens.
 
     Raises:
-        InputError: a tokenizer with another bos or eos, or one that is not a byte-fallback BPE.
+        InputError: the tokenizer has another bos or eos, or is not a byte-fallback BPE.
     """
     backend = tokenizer.backend
     if tokenizer.byte_ids is None or (tokenizer.bos_id, tokenizer.eos_id) != (1, 2):

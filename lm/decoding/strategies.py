@@ -247,7 +247,7 @@ def compare(
         seed: Of sampling.
         tokenizer: The model's tokenizer; by default the one of the run.
     """
-    from experiment.runs.reading import find_checkpoint  # brings Lightning, which --help need not wait for
+    from experiment.runs.reading import find_checkpoint  # imports Lightning, which --help does not need
 
     checkpoint = find_checkpoint(user_path(run))
     folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent

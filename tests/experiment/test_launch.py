@@ -53,6 +53,6 @@ def test_a_port_that_is_taken_is_named(in_tmp: Path, commands: Commands) -> None
         refused = commands.start("fit", env=first)
         assert refused.wait() == 2, refused.output
     assert refused.output.splitlines()[-1] == (
-        f"error: port {first['MASTER_PORT']} of 127.0.0.1 is taken: expected a free one, for the processes to meet at; "
+        f"error: port {first['MASTER_PORT']} of 127.0.0.1 is in use: the processes need a free port to meet at; "
         "set another MASTER_PORT (torchrun: --master-port)"
     )
