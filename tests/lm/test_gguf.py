@@ -208,7 +208,7 @@ def test_damaged_and_foreign_files_are_refused_on_one_line(tokenizer, tmp_path):
         ({"llama__embedding_length": 96}, "rope.dimension_count|asks for"),
         ({"llama__attention__head_count": 0}, "num_heads=0|rope.dimension_count"),
         ({"llama__context_length": 2**31}, "context"),
-        ({"tokenizer__ggml__eos_token_id": 4000}, "lists differ in length"),
+        ({"tokenizer__ggml__eos_token_id": 4000}, "do not agree"),
         ({"tokenizer__ggml__model": "plamo"}, "tokenizer 'plamo'"),
     ):
         path.write_bytes(data)
