@@ -1,8 +1,8 @@
-"""IMDB reviews, or any texts with labels, as batches: drawn, balanced, disjoint, tokenised once.
+"""IMDB reviews, or any texts with labels, as batches: drawn, balanced, disjoint, tokenized once.
 
 A source's reviews are read, deduplicated within and across splits, and drawn with a seed; a split that the
-source lacks is drawn from its training reviews. What was drawn is tokenised once and cached without truncation, so
-that length and padding can change without tokenising again.
+source lacks is drawn from its training reviews. The drawn reviews are tokenized once and cached without truncation, so
+that length and padding can change without tokenizing again.
 
 With `padding: longest`, batches hold reviews of similar length: an epoch's shuffled reviews are sorted by length within
 pools of 50 batches and cut into batches, which are shuffled again. On IMDB at 256 tokens this saves a fifth of the
@@ -70,7 +70,7 @@ class TokenizedReviews(Dataset):
         return np.concatenate([[self.begin], tokens, [self.end]])
 
     def __getitem__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """A batch: input_ids (B, T) int32, labels and index (B,) int64; lengths (B,) int32 where a row is padded. No
+        """A batch: input_ids (B, T) int32, labels and index (B,) int64; lengths (B,) int32 if a row is padded. No
         indices give one row that does not count, whose label and index are -1."""
         empty = len(indices) == 0
         indices = np.asarray([0] if empty else indices)
@@ -212,7 +212,7 @@ class TextClassificationDataModule(ResumableDataModule):
         return Reviews(texts, np.full(len(texts), -1))
 
     def dataset(self, split: str) -> TokenizedReviews:
-        """The tokenised reviews of train, validation, test or predict."""
+        """The tokenized reviews of train, validation, test or predict."""
         if split == "predict" and self._predicts_texts:
             tokens, offsets = self._tokenize(self.predict_reviews.texts)
             labels = self.predict_reviews.labels
@@ -274,7 +274,7 @@ class TextClassificationDataModule(ResumableDataModule):
     def _tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """All tokens one after the other, and the (N + 1,) offsets; "[SEP]" in a review is text, not a token."""
         sequences: list[np.ndarray] = []  # not lists, whose integers take nine times the memory
-        with progress("tokenising", len(texts)) as advance:
+        with progress("tokenizing", len(texts)) as advance:
             for start in range(0, len(texts), 256):
                 chunk = list(texts[start : start + 256])
                 encoded = self.tokenizer(

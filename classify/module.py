@@ -60,7 +60,7 @@ class ReviewClassifier(StepModule):
         """
         Args:
             name: The pretrained model: a hub name, a local folder, or package:<package>/<folder>.
-            label_names: Names of the classes; from the data where the command line builds the model.
+            label_names: Names of the classes; the command line takes them from the data.
             adapter: custom (our own LoRA), peft (PEFT's LoRA), full (all weights train), or head
                 (the encoder stays frozen and only modules_to_save train).
             r: Rank of the LoRA update.
@@ -240,7 +240,7 @@ class ReviewClassifier(StepModule):
         return [{"params": some, "lr": own, "weight_decay": decayed} for some, own, decayed in groups if some]
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW whose rate rises, then falls, linearly. (transformers' schedule begins at 0: its first step learns
+        """AdamW whose rate rises, then falls, linearly. (transformers' schedule starts at 0: its first step learns
         nothing.)"""
         optimizer = torch.optim.AdamW(self.parameter_groups(), fused=self.trainer.precision != "16-mixed")
         steps = int(self.trainer.estimated_stepping_batches)

@@ -26,7 +26,7 @@ ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")
 
 
 def resolve(name: str) -> str:
-    """Turn `package:<package>/<folder>` into that folder's path; any other name is returned as it is.
+    """Turn `package:<package>/<folder>` into that folder's path; any other name is returned unchanged.
 
     Raises:
         InputError: the package is not installed, or lacks the folder; a local folder does not exist.

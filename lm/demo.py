@@ -1,4 +1,4 @@
-"""A trained language model for use: it continues a text token by token and shows the alternatives of each."""
+"""A trained language model for use: continues a text token by token and shows each token's alternatives."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,13 +20,13 @@ from lm.formats.pretrained import load_checkpoint
 from lm.model.config import GenerationConfig
 
 ALTERNATIVES = 5  # shown for each token
-MOST_CHARACTERS = 50_000  # far beyond any context, and tokenised in no time
-PAUSE = 0.03  # seconds between two updates of a growing story, as many as a browser draws
+MOST_CHARACTERS = 50_000  # far beyond any context, and quick to tokenize
+PAUSE = 0.03  # seconds between two updates of a growing story, as often as a browser draws
 
 
 @dataclass
 class Ending:
-    """How a story ended: the reason, as in `lm.decoding.generation.Generation`, and an incomplete last character."""
+    """The end of a story: the reason, as in `lm.decoding.generation.Generation`, and an incomplete last character."""
 
     reason: str
     rest: str
@@ -37,7 +37,7 @@ class Choice:
     """A token of a story and its alternatives.
 
     Args:
-        text: What it adds to the story; empty while a character is incomplete.
+        text: The text it adds; empty while a character is incomplete.
         probability: Of the model, at temperature 1 and unfiltered.
         alternatives: The most likely tokens and the chosen one: text, probability, probability after temperature and
             top-p, and whether it was chosen.
@@ -65,12 +65,12 @@ class LanguageModelDemo:
     def tell(self, beginning: Iterable[str], **generation: Any) -> list[str]: ...
 
     def tell(self, beginning: str | Iterable[str], **generation: Any) -> str | list[str]:
-        """A beginning with its continuation, or a list of them, told in one batch.
+        """A beginning with its continuation, or a list of these, generated in one batch.
 
         Args:
             beginning: Text, or texts.
             generation: Fields of `lm.model.config.GenerationConfig`, such as ``temperature=0.8, seed=1``. A story
-                ends by itself or after ``max_new_tokens``, by default 200.
+                ends on its own or after ``max_new_tokens``, by default 200.
 
         Raises:
             TypeError: There is no such field, or a value is of another type.
@@ -87,7 +87,7 @@ class LanguageModelDemo:
         return stories[0] if isinstance(beginning, str) else stories
 
     def stream(self, beginning: str, config: GenerationConfig) -> Iterator[list[Choice] | Ending]:
-        """Continue a beginning: yields the tokens chosen since the last time and, in the end, how the story ended.
+        """Continue a beginning: yields the tokens chosen since the last update and, finally, how the story ended.
 
         Raises:
             ValueError: The beginning is empty or fills the model's context.
@@ -139,7 +139,7 @@ class _Choices:
         return Choice(self.text.add(token), self.probabilities[token].item(), alternatives)
 
     def _name(self, token: int) -> str:
-        """A token's text where it would stand now."""
+        """A token's text at the current position."""
         if token == self.tokenizer.eos_id:
             return "(the end)"
         before = self.text.ids[-1:]  # a space at the very beginning of a text is dropped

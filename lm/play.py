@@ -1,4 +1,4 @@
-"""The tab of ``tinylab play`` where a language model goes on with what one types, token by token."""
+"""The tab of ``tinylab play`` where a language model continues a text, token by token."""
 
 import math
 import time
@@ -18,7 +18,7 @@ LEGEND = '<span class="legend">certain <i class="rare"></i> unlikely</span>'
 
 
 def show(choice: Choice) -> str:
-    """One token as a word whose ground tells how unlikely it was."""
+    """One token as a word, highlighted by how unlikely it was."""
     rows = [
         Row(name.replace("\n", "↵"), probability, _percent(probability, drawn), taken)
         for name, probability, drawn, taken in choice.alternatives
@@ -31,7 +31,7 @@ def _percent(probability: float, drawn: float) -> str:
 
 
 def add_tabs(checkpoints: dict[str, Path]) -> None:
-    """One tab for each run, by name, inside of Gradio's tabs.
+    """One tab per run, by name, inside Gradio's tabs.
 
     Raises:
         InputError: A checkpoint or its tokenizer cannot be read.
@@ -83,7 +83,7 @@ def _about(teller: LanguageModelDemo, name: str) -> str:
 
 
 def _page(teller: LanguageModelDemo, beginning: str, config: GenerationConfig) -> Iterator[str]:
-    """The story as it grows, each time from its beginning; at last with its figures."""
+    """The growing story, each time from its beginning; finally with its statistics."""
     begun = time.perf_counter()
     text, surprise, count = f'<span class="given">{escaped(beginning)}</span>', 0.0, 0
     for come in teller.stream(beginning, config):

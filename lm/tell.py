@@ -1,6 +1,6 @@
 """A terminal to talk to a model: ``tinylab tell RUN``.
 
-Type the beginning of a story and watch it go on; Enter goes on with it. Where the model's tokenizer has a chat
+Type the beginning of a story and watch it continue; Enter continues it further. If the model's tokenizer has a chat
 template, what you type is a message instead. Ctrl-C stops a story, Ctrl-D the program.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 
 import yaml
 
-with suppress(ImportError):  # arrow keys at the prompt, where the system has them
+with suppress(ImportError):  # arrow keys at the prompt, if available
     import readline  # noqa: F401
 
 from experiment.command_parser import CommandParser, one_line_errors
@@ -33,16 +33,16 @@ SETTINGS = [field.name for field in fields(GenerationConfig)]
 
 
 class Terminal:
-    """One conversation: the ids that the model has seen and told, and the settings.
+    """One conversation: the ids that the model has read and written, and the settings.
 
     Args:
         model: A model with its tokenizer.
-        config: The settings at the beginning.
+        config: The initial settings.
     """
 
     def __init__(self, model: LanguageModelDemo, config: GenerationConfig) -> None:
         self.decoder, self.tokenizer, self.config = model.decoder, model.tokenizer, config
-        self.told = 0  # stories since the seed was set, each of which has a seed of its own
+        self.told = 0  # stories since the seed was set, each with its own seed
         self.forget()
 
     def forget(self) -> None:
@@ -50,10 +50,10 @@ class Terminal:
         self.messages: list[dict[str, str]] = []
 
     def answer(self, line: str) -> bool:
-        """Do what a line says; False where it says to quit.
+        """Execute a line; False means quit.
 
         Raises:
-            ValueError: A setting that there is not, or a value out of its range.
+            ValueError: An unknown setting, or a value out of range.
         """
         line = repaired(line).strip("\n")
         if line.startswith("/"):

@@ -1,4 +1,4 @@
-"""Use runs from Python: load one, tell a story, classify a review, evaluate.
+"""Use runs from Python: load one, generate a story, classify a review, evaluate.
 
 >>> import tinylab
 >>> teller = tinylab.load("runs/demo/lm")                      # doctest: +SKIP
@@ -6,7 +6,7 @@
 >>> tinylab.load("runs/demo/custom").classify("The plot was anything but dull.")  # doctest: +SKIP
 >>> tinylab.evaluate("runs/demo/lm")["val/perplexity"]         # doctest: +SKIP
 
-The command line is `tinylab` (see `tinylab.__main__`). May import every package; none imports it.
+The command line is `tinylab` (see `tinylab.__main__`). It may import every package; none imports it.
 """
 
 from pathlib import Path

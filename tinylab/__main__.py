@@ -38,11 +38,11 @@ COMMANDS = {
     "report": "experiment.pages.report",
     "summary": "experiment.pages.summary",
     "letters": "lm.data.demo_letters",
-}  # each imported only when it is called, for some bring torch along
+}  # imported only when called, since some import torch
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run one of the commands; an unknown one ends with one line on stderr and exit code 2."""
+    """Run a command; an unknown one ends with one line on stderr and exit code 2."""
     args = list(sys.argv[1:] if args is None else args)
     answer(OVERVIEW, args, COMMANDS, options_first=False)
     import_module(COMMANDS[args[0]]).main(args[1:])

@@ -27,7 +27,7 @@ from experiment.wording import MEANINGS, hint, listed
 
 Values = Mapping[str, Any]
 Line = dict[str, Any]  # the record of a run: its key, configuration, machine and metrics
-OWN_FLAGS = {"run_dir", "ckpt_path", "seed_everything"}  # each run has its own
+OWN_FLAGS = {"run_dir", "ckpt_path", "seed_everything"}  # set separately for each run
 BUDGET_FLAGS = {"checkpoint.every_n_steps", "trainer.max_steps", "trainer.max_epochs", "trainer.max_time"}
 BUDGET_FLAGS |= {"trainer.val_check_interval", "trainer.check_val_every_n_epoch", "trainer.log_every_n_steps"}
 BUDGETS = ("steps", "tokens", "seconds", "epochs", "tokens_per_parameter")
@@ -35,7 +35,7 @@ SHARED = {"package": str, "configs": TEXTS, "flags": dict, "budget": dict}
 OF_ROW = SHARED | {"title": str, "shows": str, "group": str}
 OF_FILE = SHARED | {"name": str, "metric": dict, "report": TEXTS, "seeds": NUMBERS, "baseline": str, "quoted": MAPPINGS}
 OF_FILE |= {"at": ("last", "best"), "plot": ("rows", "compute"), "rows": dict}
-OF_FILE |= {"parameters": dict, "method": ("grid", "random"), "run_cap": int}  # as `wandb sweep` has them
+OF_FILE |= {"parameters": dict, "method": ("grid", "random"), "run_cap": int}  # as in `wandb sweep`
 OF_RUNS = ("train/loss", "parameters", "trainable", "tokens", "seconds", "training_seconds", "memory_mib", "compute")
 FIGURES = (*OF_RUNS, *(f"{split}/{name}" for split in ("val", "test") for name in MEANINGS))
 
@@ -68,7 +68,7 @@ class Run:
     def key(self) -> str:
         """Identifies a run across comparisons by its configuration, budget and seed."""
         content = json.dumps([self.package, self.config, self.budget, self.seed], sort_keys=True, default=str)
-        stem = Path(self.configs[0] if self.configs else str(self.package)).stem  # None where no file names one
+        stem = Path(self.configs[0] if self.configs else str(self.package)).stem  # None if no file names one
         return f"{stem}-seed{self.seed}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
 
     @property

@@ -60,9 +60,9 @@ class Series:
     dash: tuple[str, str]
     steps: np.ndarray
     values: np.ndarray
-    tokens: np.ndarray | None  # seen at these steps, where the run counted them
+    tokens: np.ndarray | None  # seen at these steps, if the run counted them
     label: str = ""  # its metric, its run if there are several, or both
-    background: bool = False  # behind the validation curve of the same colour
+    background: bool = False  # behind the validation curve of the same color
 
     @property
     def validation(self) -> bool:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 PAGE = "report.html"
 ROUNDS = 6  # samples shown at first; the others unfold
-# Plotly's template, and the page's own colours for text, lines and cards.
+# Plotly's template, and the page's own colors for text, lines and cards.
 THEMES = {
     "light": ("plotly_white", "#1f2328", "#d9dde3", "#ffffff"),
     "dark": ("plotly_dark", "#d7dbe0", "#343a43", "#181c22"),

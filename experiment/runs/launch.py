@@ -94,7 +94,7 @@ def _place() -> tuple[int, str, int, bool, str] | None:
     for environment in (SLURMEnvironment, LSFEnvironment, MPIEnvironment):
         if environment.detect() and (cluster := environment()).world_size() > 1:
             return cluster.global_rank(), cluster.main_address, cluster.main_port, True, "tinylab"
-    # Kubeflow numbers the processes; who starts one by hand on each machine, from which Lightning starts the others,
+    # Kubeflow numbers the processes; a user who starts one per machine, from which Lightning starts the others,
     # numbers the machines.
     number = env.get("RANK") or (env.get("NODE_RANK") if "LOCAL_RANK" not in env else None)
     if number is not None and "MASTER_ADDR" in env and "MASTER_PORT" in env:

@@ -15,7 +15,7 @@ from experiment.errors import InputError
 class RunLogger(Logger):
     """A logger that belongs to one run, counts its optimizer steps, and accepts tables."""
 
-    trainer: Trainer | None = None  # whose steps are counted; Lightning's own count begins at 0
+    trainer: Trainer | None = None  # whose steps are counted; Lightning's own count starts at 0
 
     @property
     def name(self) -> str:

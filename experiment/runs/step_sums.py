@@ -2,7 +2,7 @@
 
 Reading a number from a device waits until all earlier work is done. So the sums of a step stay on the device,
 as one small tensor that processes add up with one all-reduce. The host reads the pending ones at logged steps,
-before a validation and before a checkpoint; on a CPU, where there is nothing to wait for, after each step.
+before a validation and before a checkpoint; on a CPU, which needs no waiting, after each step.
 """
 
 import math

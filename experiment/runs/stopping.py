@@ -49,7 +49,7 @@ class StopRequest:
 
     def ask(self, number: int, frame: FrameType | None) -> None:
         if self.number:
-            os._exit(128 + number)  # every file is written beside its place and renamed: nothing is left half-written
+            os._exit(128 + number)  # files are written under a temporary name and renamed: none is half-written
         self.number = number
         if rank_zero_only.rank == 0:  # not with print, which the signal may have interrupted
             os.write(2, b"\nstopping after this step; again to stop immediately\n")

@@ -18,7 +18,7 @@ Batches = Sequence[Sequence[int]]
 
 
 def rank_and_processes() -> tuple[int, int]:
-    """Call lazily: the process group is initialised after the data module."""
+    """Call lazily: the process group is initialized after the data module."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {word: word for word in SPLITS} | {"valid": "validation", "val": "validation", "dev": "validation"}
 _WORDS = "|".join(SPLIT_WORDS)
-# train.jsonl, data/train-00000-of-00002.parquet, train/0000.parquet; and, where there is none, TinyStories-train.txt.
+# train.jsonl, data/train-00000-of-00002.parquet, train/0000.parquet; or, if there is none, TinyStories-train.txt.
 _NAMED = re.compile(rf"(?P<split>{_WORDS})(-(?P<shard>\d+)-of-(?P<shards>\d+)(-\w+)?)?", re.IGNORECASE)
 _ENDING = re.compile(rf".*[-_.](?P<split>{_WORDS})", re.IGNORECASE)
 # Required columns, or a function that selects them from the available ones and the source's name.

@@ -107,7 +107,7 @@ def cached_folder(kind: str, key: Mapping[str, Any], build: Callable[[Path], Non
 
     Several processes may ask at the same time: one builds, under a file lock, the others wait and find it. The
     folder is filled under a temporary name and renamed, so that it is either complete or absent. The key is kept
-    in the folder as ``key.json``, for people who wonder what it is.
+    in the folder as ``key.json``, for reference.
 
     Args:
         kind: Subfolder of the cache, such as ``tokens``.

@@ -48,7 +48,7 @@ def columns_of(file: Path) -> list[str]:
 
 
 def read_rows(files: Sequence[Path], columns: Sequence[str], identity: Any = None) -> Iterator[Row]:
-    """These columns of every row of the files. Texts and labels are str, or None where they are missing.
+    """These columns of every row of the files. Texts and labels are str, or None if missing.
 
     Args:
         files: Files of a format that `format_of` knows.

@@ -6,8 +6,8 @@ back to its UTF-8 bytes, so that any text round-trips.
 
 SentencePiece and llama2.c repeatedly join the adjacent pair whose union has the highest score. A `tokenizers` BPE has
 ranked pairs instead; `_merges` ranks all splits of all pieces by the piece's score, which gives the same ids. A
-trained tokenizer needs one more thing: words are split by a rule that looks at two neighbouring characters only
-(`_WORDS`), so that no piece spans such a border, and no merge of the whole text can either.
+trained tokenizer needs one more thing: words are split by a rule that looks only at two neighboring characters
+(`_WORDS`), so that no piece spans a boundary, and no merge over the whole text can either.
 """
 
 import json

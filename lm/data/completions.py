@@ -1,4 +1,4 @@
-"""Which tokens of a source are trained on: all of a ``text``, the ``completion`` of a ``prompt``, and of ``messages``
+"""The tokens of a source to train on: all of a ``text``, the ``completion`` of a ``prompt``, and in ``messages``
 what the assistant says."""
 
 import json

@@ -1,7 +1,7 @@
 """A split of stories as token ids in a memory-mapped file, and the windows that batches are gathered from.
 
 The file contains ``bos story eos bos story eos ...``; next to it are the offsets of its stories and, if not all
-tokens are trained on, which these are. A sample is a window of that file, and a batch is gathered in one numpy indexing
+tokens are trained on, a mask. A sample is a window of that file, and a batch is gathered in one numpy indexing
 operation, so that the model never waits for the loader.
 """
 
@@ -67,7 +67,7 @@ class Corpus:
 
 
 class Windows(NamedTuple):
-    """Samples as pieces of the token file. Window i holds ``length[i] - 1`` inputs, and as many targets, one later."""
+    """Samples as slices of the token file. Window i has ``length[i] - 1`` inputs, and as many targets, one later."""
 
     start: np.ndarray  # (n,) int64, position in the token file
     length: np.ndarray  # (n,) int64, tokens, at most sequence_length + 1
@@ -141,7 +141,7 @@ class WindowBatches(Dataset):
         return len(self.windows.start)
 
     def __getitem__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """tokens (B, T + 1) int32, T inputs and, one later, T targets; loss_mask (B, T) bool, whether a target counts.
+        """tokens (B, T + 1) int32, T inputs and T targets, one later; loss_mask (B, T) bool, whether a target counts.
         With bytes also text_mask (B, T) bool, which leaves out eos too, and bytes (B, T) int32 of each target in it;
         with positions those of the inputs (B, T) int32, from 0 in each story or part of a story. No indices
         give one row in which nothing counts."""

@@ -3,7 +3,7 @@
 Plots and word lists are in demo_stories.yaml, in the style of TinyStories (Eldan & Li 2023, arXiv:2305.07759): a child
 or an animal, a want, an obstacle, some talk, help, and a small lesson, in words that a four-year-old knows. They are
 not TinyStories; results on them say nothing about real text. They are regular enough for a small model
-to learn sentences, dialogue and plots within a minute, and too many (12,500 distinct ones) to be memorised.
+to learn sentences, dialogue and plots within a minute, and too many (12,500 distinct ones) to be memorized.
 """
 
 import random

@@ -169,7 +169,7 @@ class TextDataModule(ResumableDataModule):
         return facts
 
     def corpus(self, split: str) -> Corpus:
-        """The tokenised split (train, validation or test), cached."""
+        """The tokenized split (train, validation or test), cached."""
         if split not in self._corpora:
 
             def build(folder: Path) -> None:
@@ -220,7 +220,7 @@ class TextDataModule(ResumableDataModule):
         @lru_cache(maxsize=1)  # its length is used often
         def shuffled(epoch: int) -> list[np.ndarray]:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(data))
-            if self.extra_first_windows:  # in turns, so that a little more than one epoch still ends on first windows
+            if self.extra_first_windows:  # alternating, so that a bit more than one epoch ends on first windows
                 order = order[np.argsort((order >= len(kinds[0].start)) ^ (epoch % 2 == 1), kind="stable")]
             return _in_batches(order, self.batch_size)
 
@@ -274,7 +274,7 @@ class TextDataModule(ResumableDataModule):
         make = sliding_windows if self.evaluation == "full" else first_windows
         windows = corpus.with_targets(make(corpus.offsets, self.sequence_length))
         data = WindowBatches(corpus, windows, self.tokenizer, width=None, with_bytes=True)
-        # Rows of similar length together, for little padding; the longest first, so that memory fails at once.
+        # Rows of similar length together, for little padding; longest first, so that memory runs out at once if at all.
         size = min(self.eval_batch_size, -(-len(data) // rank_and_processes()[1]))
         batches = _in_batches(np.argsort(-windows.length, kind="stable"), size)
         return self._loader(data, EpochBatchSampler(lambda epoch: batches))

@@ -43,7 +43,7 @@ def flags_to_try(corpus: Corpus, tokenizer: StoryTokenizer) -> str | None:
 
 
 def read_prompts(prompts: list[str] | str | None) -> list[str]:
-    """The prompts of a list, or of a file (.txt, one a line; .json or .jsonl, strings or objects with a ``prompt``; a
+    """The prompts from a list or a file (.txt, one per line; .json or .jsonl, strings or objects with a ``prompt``; a
     table with a column ``prompt``).
 
     Raises:

@@ -123,7 +123,7 @@ def write_corpus(texts: "Texts", tokenizer: StoryTokenizer, folder: Path, name: 
     with (
         open(folder / "tokens.bin", "wb") as tokens_file,
         open(folder / "learned.bin", "wb") as learned_file,
-        progress(f"tokenising {name}", len(texts)) as advance,
+        progress(f"tokenizing {name}", len(texts)) as advance,
     ):
         for begin in range(0, len(texts), CHUNK):
             read = min(CHUNK, len(texts) - begin)

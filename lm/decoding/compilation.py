@@ -1,8 +1,8 @@
 """The decoding step of one token as compiled code.
 
 For one story on a CPU a step of a small decoder takes a millisecond, and torch.compile's call overhead half of one.
-There AOTInductor compiles the step once for each decoder shape and caches it on disk for later processes; the code
-reads the decoder's own weights, and each step is one call with the tensors that change. Several stories, GPUs, autocast
+There AOTInductor compiles the step once per decoder shape and caches it on disk for later processes; the code
+reads the decoder's own weights, and a step is one call with the changing tensors. Several stories, GPUs, autocast
 and types other than float32 go through torch.compile.
 """
 
@@ -45,7 +45,7 @@ SOURCES: list[ModuleType] = [
     lm.decoding.quantization,
     lm.decoding.sampling,
 ]
-# Of the step's source code as imported: part of the cache key.
+# Hash of the step's source code: part of the cache key.
 DIGEST = hashlib.sha256(
     b"".join(Path(module.__file__).read_bytes() for module in (*SOURCES, sys.modules[__name__]))
 ).hexdigest()
@@ -66,7 +66,7 @@ class CompiledStep:
 
     Args:
         decoder: In eval mode, prepared for decoding or plain.
-        num_rows: Stories at the start.
+        num_rows: Number of stories at the start.
 
     Raises:
         CompilationError: There is no compiler.
@@ -86,11 +86,11 @@ class CompiledStep:
             self.compiled = compiled_step(weight.device.type)
 
     def __call__(self, input_ids: Tensor, cache: KeyValueCache) -> tuple[Tensor, Tensor]:
-        """Append input_ids (B, 1) to the cache, except for its count on the host."""
+        """Append input_ids (B, 1) to the cache, without updating its host-side count."""
         if self.format is not None:
             logits, tokens = self.code.run(self, [input_ids, cache.lengths, *cache.buffers])
             return logits, tokens
-        # After a batch's first step the guards hold: same decoder, cache and shapes. Checking them takes a tenth of
+        # After a batch's first step all guards hold: same decoder, cache and shapes. Checking them takes a tenth of
         # the time.
         state = (cache, len(input_ids), cache.capacity)
         known, self.known = state == self.known, state
@@ -107,7 +107,7 @@ class CompiledStep:
 def one_token(
     decoder: Decoder, input_ids: Tensor, cache: KeyValueCache, slots: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What is compiled: see `CompiledStep`; slots as in `KeyValueCache.next_span`."""
+    """The compiled function: see `CompiledStep`; slots as in `KeyValueCache.next_span`."""
     logits = decoder.logits(decoder.run(input_ids, cache, cache.next_span(slots))[:, -1]).float()
     cache.lengths += 1
     return logits, argmax(logits)
@@ -115,7 +115,7 @@ def one_token(
 
 @functools.cache
 def compiled_step(device_type: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`one_token` by torch.compile, once a process, for every decoder."""
+    """`one_token` compiled by torch.compile, once per process for all decoders."""
     # On a CPU, allocating results from Python would take a tenth of a step.
     return torch.compile(one_token, options={"cpp_wrapper": True} if device_type == "cpu" else None)
 
@@ -132,7 +132,7 @@ class _Step(nn.Module):
 
 
 class _MachineCode:
-    """Loaded code, one for each shape in a process; it reads the weights of the step that ran last."""
+    """Loaded code, one per shape and process; it reads the weights of the step that ran last."""
 
     def __init__(self, package: Path) -> None:
         self.loader = load_package(package)
@@ -161,7 +161,7 @@ def _weights(decoder: Decoder, loader: Any) -> dict[str, Tensor]:
 
 
 def _package(decoder: Decoder, format: WeightDtype) -> Path:
-    """The cached code for decoders of this shape, without weights; compiled where it is missing."""
+    """The cached code for decoders of this shape, without weights; compiled if missing."""
     key = {
         "decoder": asdict(decoder.config),
         "weights": format,
@@ -176,7 +176,7 @@ def _package(decoder: Decoder, format: WeightDtype) -> Path:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _build(decoder: Decoder, format: WeightDtype, package: Path) -> None:
-    # A new decoder: export cannot trace weights made in inference mode.
+    # A new decoder: export cannot trace weights created in inference mode.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         step = _Step(prepare_for_decoding(Decoder(decoder.config).float().eval(), format))
     cache = KeyValueCache(decoder.config, 1, 2)
@@ -187,7 +187,7 @@ def _build(decoder: Decoder, format: WeightDtype, package: Path) -> None:
     options: dict[str, Any] = {"aot_inductor.package_constants_in_so": False, "always_keep_tensor_constants": True}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own names
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own warning about its own names
             build_package(program, package, options)
     except compiler_errors() as error:
         raise CompilationError from error

@@ -1,9 +1,9 @@
-"""Decoding without synchronisation: a step, the choice of its tokens and all counters are tensors on the device.
+"""Decoding without synchronization: a step, its sampling and all counters are on the device.
 
-On a GPU a step of a small decoder is a hundred kernels of a few microseconds, which take longer to launch than to run.
+On a GPU a step of a small decoder is a hundred short kernels, which take longer to launch than to run.
 Here it is captured once as a CUDA graph over static buffers
-(https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs) and replayed; random numbers are on the device beforehand,
-and tokens are read `LATE` steps at a time, while the next ones are computed. Where capturing fails, and on other
+(https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs) and replayed; random numbers are copied in advance,
+and tokens are read `LATE` steps at a time, while the next ones are computed. If capturing fails, and on other
 devices, the same step runs without a graph.
 """
 
@@ -24,9 +24,9 @@ from lm.model.config import GenerationConfig
 from lm.model.decoder import Decoder
 from lm.model.kv_cache import KeyValueCache
 
-DEVICES = {"cuda"}  # where the host is slower than the device
+DEVICES = {"cuda"}  # devices faster than the host
 LATE = 4  # steps whose tokens are read together
-SHORTEST = 128  # least slots that attention reads, doubled as needed: one graph for each number
+SHORTEST = 128  # minimum slots that attention reads, doubled as needed: one graph per number
 
 
 def _bucket(num_slots: int) -> int:
@@ -37,7 +37,7 @@ def _bucket(num_slots: int) -> int:
 
 
 def can_run_ahead(decoder: Decoder) -> bool:
-    """Whether decoding can run ahead of the host: on a GPU, without autocast, which would cast weights in each step,
+    """Whether decoding can run ahead of the host: on a GPU, without autocast, which would cast weights at each step,
     and with a plain decoder: FSDP makes a sharded one an instance of a subclass."""
     device_type = decoder.embedding.weight.device.type
     return device_type in DEVICES and type(decoder) is Decoder and not torch.is_autocast_enabled(device_type)
@@ -48,8 +48,8 @@ class GraphSteps:
 
     Args:
         decoder: In eval mode; not kept.
-        num_rows: Stories, B.
-        capacity: Tokens that a story can hold.
+        num_rows: Number of stories, B.
+        capacity: Maximum tokens per story.
         config: How tokens are chosen, and whether the step is compiled.
     """
 
@@ -67,7 +67,7 @@ class GraphSteps:
             self.held = torch.zeros(num_rows, decoder.config.vocab_size, dtype=torch.bool, device=device)
         self.one_token = compiled_step(device.type) if config.compile else one_token
         self.on_gpu = device.type == "cuda"
-        self.slots: dict[int, Tensor] = {}  # by how many attention reads
+        self.slots: dict[int, Tensor] = {}  # by the number of slots that attention reads
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         if self.on_gpu:
             self.stream = torch.cuda.Stream(device)
@@ -76,11 +76,11 @@ class GraphSteps:
     def run(
         self, decoder: Decoder, windows: Sequence[Sequence[int]], count: int, draws: Tensor | None, held: Tensor | None
     ) -> Iterator[list[int]]:
-        """The next `count` tokens of every row, at most the capacity; later steps are queued before a step's tokens
+        """The next `count` tokens of every row, up to the capacity; later steps are queued before a step's tokens
         are yielded.
 
         Args:
-            decoder: The same, with weights in the same place.
+            decoder: The same decoder, with weights at the same addresses.
             windows: Token ids of each row.
             count: Steps.
             draws: (count, B) on the host; see `lm.decoding.sampling.choose`, as for held.
@@ -107,7 +107,7 @@ class GraphSteps:
             yield from coming.popleft()()
 
     def _advance(self, decoder: Decoder, held: int) -> None:
-        """One more token a row; active rows then hold at most `held`."""
+        """One more token per row; active rows then have at most `held`."""
         visible = min(_bucket(held), self.capacity)
         if visible in self.graphs:
             self.graphs[visible].replay()
@@ -120,7 +120,7 @@ class GraphSteps:
             self._plain(decoder, visible)
 
     def _warm_up(self, decoder: Decoder, visible: int) -> None:
-        """The first step on the capturing stream: it compiles, and initialises what libraries keep for a stream."""
+        """The first step on the capturing stream: compiles, and initializes per-stream library state."""
         if not self.on_gpu:
             return self._plain(decoder, visible)
         current = torch.cuda.current_stream()
@@ -141,10 +141,10 @@ class GraphSteps:
             raise CompilationError from error
 
     def _capture(self, decoder: Decoder, visible: int) -> bool:
-        """Capture the graph without running it; False where that is not possible, now and later."""
+        """Capture the graph without running it; False if that is impossible, now and later."""
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            # One at a time in a process; other threads may work meanwhile.
+            # One capture at a time per process; other threads may keep working.
             with _capturing, torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self._plain(decoder, visible)
         except RuntimeError:
@@ -158,14 +158,14 @@ class GraphSteps:
         draws = None if self.draws is None else self.draws.index_select(0, self.step)[0]
         tokens = choose(logits, argmax, draws, self.held, self.config)
         self.tokens.index_copy_(0, self.step, tokens[None])
-        known = tokens.clamp(min=0)[:, None]  # -1 is none that could be looked up
+        known = tokens.clamp(min=0)[:, None]  # -1 cannot be embedded
         self.input_ids.copy_(known)
         if self.held is not None:
             self.held.scatter_(1, known, True)
         self.step += 1
 
     def _fetch(self, begin: int, end: int) -> Callable[[], list[list[int]]]:
-        """A function that waits for the tokens of these steps and reads them."""
+        """Returns a function that waits for the tokens of these steps and reads them."""
         if not self.tokens.is_cuda:
             return self.tokens[begin:end].tolist
         self.fetched[begin:end].copy_(self.tokens[begin:end], non_blocking=True)
@@ -195,7 +195,7 @@ def steps_for(decoder: Decoder, num_rows: int, capacity: int, config: "Generatio
     device = tensors[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if kept != key:
-            steps = None  # first, for the memory
+            steps = None  # first, to free memory
             steps = GraphSteps(decoder, num_rows, capacity, config)
         yield steps
     with _keeping:

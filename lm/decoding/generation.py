@@ -1,8 +1,8 @@
 """Decoding: greedy or sampled, cached or recomputed, one prompt or a batch of prompts of different lengths.
 
-A story depends on the decoder, the prompt and the configuration only: not on the cache, nor on the other prompts of
-the batch (up to rounding, which may differ between batch sizes). Every row draws from its own generator, seeded by the
-seed and the prompt; a prompt repeated in a batch becomes several stories, the first of which is the one it becomes
+A story depends only on the decoder, the prompt and the configuration: not on the cache, nor on the other prompts in
+the batch (up to rounding, which may differ between batch sizes). Every row has its own generator, seeded by the
+seed and the prompt; a prompt repeated in a batch gives several stories, the first of which is the one it gives
 alone.
 
 A row that fills the decoder's context ends with "length"; with `sliding_window` it continues from the newest half of
@@ -31,10 +31,10 @@ FinishReason = Literal["eos", "stop", "length"]
 
 @dataclass
 class Generation:
-    """What one prompt became.
+    """The continuation of one prompt.
 
     Args:
-        token_ids: The new tokens; the last is eos, or completes the stop string, where that ended the story.
+        token_ids: The new tokens; the last is eos or completes the stop string if that ended the story.
         finish_reason: "eos", "stop" (one of `stop` occurred) or "length" (max_new_tokens or the end of the context).
     """
 
@@ -55,7 +55,7 @@ def generate(
     Args and errors as of `stream`; on_token is called with (row, token id) for every new token as soon as it is chosen.
 
     Returns:
-        One `Generation` a prompt, in order.
+        One `Generation` per prompt, in order.
     """
     results = [Generation([], "length") for _ in prompts]
     with closing(stream(decoder, prompts, config, eos_id, decode)) as tokens:
@@ -76,18 +76,18 @@ def stream(
     decode: Callable[[list[int]], str] | None = None,
     on_logits: Callable[[int, Tensor], None] | None = None,
 ) -> Iterator[tuple[int, int, FinishReason | None]]:
-    """Continue every prompt, all in one batch; rows that end leave the batch. Close it to stop before the end.
+    """Continue all prompts in one batch; rows that end leave the batch. Close the generator to stop early.
 
     Args:
-        decoder: In eval mode while decoding, and back in its own after it.
+        decoder: Switched to eval mode while decoding, then restored.
         prompts: Token ids of each, bos included if the decoder was trained with it.
         config: See `GenerationConfig`.
-        eos_id: The token that ends a story; None never ends one.
+        eos_id: The token that ends a story; None: none does.
         decode: Ids to text; needed for `config.stop` only.
-        on_logits: Called with (row, logits (V,)) of the decoder before each choice.
+        on_logits: Called with (row, logits (V,)) before each token is chosen.
 
     Yields:
-        Row, id of its new token, and how this ended the row, or None.
+        Row, its new token id, and the reason if this ended the row, else None.
 
     Raises:
         ValueError: If a prompt is empty, holds an unknown id or is longer than the context without a sliding
@@ -130,10 +130,10 @@ def stream(
 
 
 class TextStream:
-    """The text of a story as its tokens come; a character that is not complete yet is held back.
+    """The text of a story as its tokens arrive; an incomplete character is held back.
 
     Attributes:
-        text: What was given so far, the prompt's included.
+        text: The text so far, including the prompt.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], prompt: Sequence[int]) -> None:
@@ -147,7 +147,7 @@ class TextStream:
         return "" if text.endswith("\ufffd") else self._grow(text)
 
     def rest(self) -> str:
-        """What was held back."""
+        """The text that was held back."""
         return self._grow(self.decode(self.ids))
 
     def _grow(self, text: str) -> str:
@@ -156,11 +156,11 @@ class TextStream:
 
 
 class _Row:
-    """One prompt on its way."""
+    """The state of one prompt."""
 
     def __init__(self, index: int, prompt: Sequence[int], seed: int, repeat: int) -> None:
         self.index = index
-        self.window = list(prompt)  # what the decoder sees
+        self.window = list(prompt)  # the tokens the decoder sees
         self.token_ids = list(prompt)
         self.prompt_length = len(prompt)
         self.finish_reason: FinishReason | None = None
@@ -177,7 +177,7 @@ class _Row:
         self.token_ids.append(token)
 
     def slide(self, context: int) -> None:
-        """Keep the newest half where the window has outgrown the context."""
+        """Keep the newest half if the window has outgrown the context."""
         if len(self.window) > context:
             self.window = self.window[-max(1, context // 2) :]
 
@@ -192,7 +192,7 @@ def _finish_reason(
     if row.token_ids[-1] == eos_id:
         return "eos"
     if config.stop:
-        # Not the text of the new tokens alone: decoding drops the space at the beginning of a text.
+        # Not just the text of the new tokens: decoding drops a leading space.
         text = decode(row.token_ids)[len(decode(row.token_ids[: row.prompt_length])) :]
         if any(stop in text for stop in config.stop):
             return "stop"
@@ -207,7 +207,7 @@ def _in_turn(
     decoder: Decoder, rows: list[_Row], config: GenerationConfig, on_logits: Callable[[int, Tensor], None] | None
 ) -> Iterator[list[int]]:
     """The next token of every row, step by step; -1 for rows that ended, which are no longer computed."""
-    compile = config.compile and type(decoder) is Decoder  # not its variants
+    compile = config.compile and type(decoder) is Decoder  # not a variant
     next_logits = Cached(decoder, config.max_new_tokens, compile) if config.use_cache else Recomputed(decoder)
     while active := [row for row in rows if row.finish_reason is None]:
         logits, greedy = next_logits({row.index: row.window for row in active})
@@ -224,14 +224,14 @@ def _in_turn(
 
 
 def _ahead(decoder: Decoder, rows: list[_Row], config: GenerationConfig) -> Iterator[list[int]]:
-    """As `_in_turn`, but without waiting for the device: the next steps are queued before tokens are read. What a row
-    gets after its end is surplus."""
+    """As `_in_turn`, but without waiting for the device: the next steps are queued before tokens are read. Tokens
+    after a row's end are ignored."""
     context = decoder.config.max_sequence_length
     # The last token is never read back.
     capacity = min(max(len(row.window) for row in rows) + config.max_new_tokens - 1, context)
     with steps_for(decoder, len(rows), capacity, config) as steps:
         while active := [row for row in rows if row.finish_reason is None]:
-            # All rows end where they are full, or continue together from where the first of them is cut.
+            # Rows end when full, or all continue from where the first one is cut.
             full = [context + 1 - len(row.window) for row in active]
             left = [config.max_new_tokens - row.num_new for row in active]
             count = min(*full, max(left)) if config.sliding_window else max(map(min, full, left))
@@ -251,7 +251,7 @@ def _draws(rows: list[_Row], steps: int, config: GenerationConfig) -> Tensor | N
 
 
 def _held(rows: list[_Row], decoder: Decoder, config: GenerationConfig) -> Tensor | None:
-    """(B, V), True for the tokens of each row's prompt and story; None where they are not penalized."""
+    """(B, V), True for the tokens of each row's prompt and story; None without a penalty."""
     if config.repetition_penalty == 1:
         return None
     held = torch.zeros(len(rows), decoder.config.vocab_size, dtype=torch.bool)

@@ -1,6 +1,6 @@
-"""Weights prepared for decoding on a CPU: read with full memory bandwidth, or stored in fewer bytes.
+"""Weights prepared for decoding on a CPU: read at full memory bandwidth, or stored in fewer bytes.
 
-Decoding one story multiplies every matrix by one row for each token, so that memory bandwidth decides. Three formats of
+Decoding one story multiplies every matrix by one row per token, so it is limited by memory bandwidth. Three formats of
 the matrices (norms and the embedding stay float32):
 
 - float32: for one row, compiled code reads four parts of the matrix at once, since one address stream does not fill
@@ -25,7 +25,7 @@ from experiment.compat.torch import int8_product, pack_matrix, packed_product
 from lm.model.config import WeightDtype
 from lm.model.decoder import Decoder
 
-STREAMS = 4  # more are no faster
+STREAMS = 4  # more is not faster
 BLOCK = 32  # int8 elements
 
 
@@ -39,7 +39,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("tinylab::packed_product", mutates_args=())
 def _packed_product(rows: Tensor, packed: Tensor, height: int) -> Tensor:
-    """(n, height) of rows (n, K) and a matrix that oneDNN has packed, which torch.compile must not look into."""
+    """(n, height) of rows (n, K) and a matrix packed by oneDNN, which is opaque to torch.compile."""
     return packed_product(rows, packed)
 
 
@@ -62,7 +62,7 @@ class DecodingLinear(nn.Module):
         self.packed: Tensor | None = None
         if format == "int8":
             quantized, scale = quantize(weight)
-            # torch's kernel reads whole blocks, past the end of a row that is not of such a length.
+            # torch's kernel reads whole blocks, past the end of a row that is not a multiple of them.
             self.padding = -weight.shape[1] % BLOCK
             weight, scale = F.pad(quantized, (0, self.padding)), scale.bfloat16()
         else:
@@ -93,17 +93,17 @@ class DecodingLinear(nn.Module):
 
 
 def weight_dtype(decoder: Decoder) -> WeightDtype | None:
-    """The format of a decoder made by `prepare_for_decoding`; None of any other."""
+    """The format of a decoder made by `prepare_for_decoding`; None for others."""
     layer = decoder.blocks[0].attention.qkv
     return layer.format if isinstance(layer, DecodingLinear) else None
 
 
 def prepare_for_decoding(decoder: Decoder, format: WeightDtype = "float32", pack: bool = False) -> Decoder:
-    """A copy of the decoder that only decodes, faster.
+    """A copy of the decoder for faster decoding only.
 
     Args:
         decoder: On a CPU, in float32; not changed. A prepared one is returned in its own format.
-        format: Of its matrices: float32 is exact, and shares them.
+        format: Of its matrices: float32 is exact and shares them.
         pack: Also pack float32 matrices, for several rows and uncompiled code: a copy, 2 ms a million weights.
 
     Raises:

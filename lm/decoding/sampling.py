@@ -10,13 +10,13 @@ from torch import Tensor
 from lm.model.config import GenerationConfig
 
 NUCLEUS = 256  # most likely tokens, which are tried first
-LARGEST_DRAW = 1 - 2**-22  # larger ones times a float32 sum could round up to the sum
+LARGEST_DRAW = 1 - 2**-22  # larger draws times a float32 sum could round up to the sum
 
 
 def argmax(logits: Tensor, block_size: int = 64) -> Tensor:
-    """The first largest of logits (B, V) as ids (B,); -1 where it is not finite.
+    """Argmax ids (B,) of logits (B, V), the first on ties; -1 if the maximum is not finite.
 
-    In two stages, because torch's argmax of a long row is scalar code, while maxima of short rows are vectorised.
+    In two stages, because torch's argmax of a long row is scalar code, while maxima of short rows are vectorized.
     """
     if logits.shape[-1] % block_size:
         highest, token = logits.max(-1)
@@ -32,7 +32,7 @@ def filter_logits(
 ) -> Tensor:
     """Logits (B, V) with -inf for every token that a filter excludes.
 
-    Filters act in this order, each on what the one before left; at least one token stays.
+    Filters apply in this order, each to the tokens left by the previous one; at least one token stays.
     """
     kept, ids = _filtered(logits, top_k, top_p, min_p)
     return kept if ids is None else torch.full_like(logits, -math.inf).scatter(1, ids, kept)
@@ -41,12 +41,12 @@ def filter_logits(
 def _filtered(
     logits: Tensor, top_k: int | None, top_p: float | None, min_p: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """What `filter_logits` leaves: logits (B, n) and their ids (B, n), None for all ids in order."""
+    """The result of `filter_logits`: logits (B, n) and their ids (B, n), None for all ids in order."""
     ids = None
     if top_k is not None or top_p is not None:
         vocab_size = logits.shape[-1]
         most = min(top_k or vocab_size, vocab_size)
-        # A nucleus is small and sorting a vocabulary slow: first try few tokens; not on a GPU, where that would wait.
+        # A nucleus is small and sorting a vocabulary slow: first try a few tokens; not on a GPU, which would wait.
         few_first = top_k is None and logits.device.type == "cpu"
         for size in (min(NUCLEUS, most), most) if few_first else (most,):
             ordered, ids = logits.topk(size)
@@ -75,7 +75,7 @@ def choose(
 ) -> Tensor:
     """The next token (B,) of each row; -1 where its logits are not finite.
 
-    Without synchronisation and with control flow by the configuration alone, so that a CUDA graph can hold it.
+    Without synchronization, and with control flow by the configuration only, so that a CUDA graph can capture it.
 
     Args:
         logits: (B, V), float32.
@@ -96,13 +96,13 @@ def choose(
 
 
 def sample(logits: Tensor, draws: Tensor, config: "GenerationConfig") -> Tensor:
-    """The token (B,) at which each row's cumulative distribution reaches its draw; arguments as of `choose`."""
+    """The token (B,) at which each row's cumulative distribution reaches its draw; arguments as in `choose`."""
     if logits.is_cuda and (kernel := _sampling_kernel()) is not None and logits.shape[-1] <= kernel.LARGEST:
         return kernel.sample(logits, draws, config)
-    # Divided by the temperature after the maximum is taken off, or a tiny temperature would overflow.
+    # The maximum is subtracted before dividing by the temperature, or a tiny one would overflow.
     logits = (logits - logits.amax(-1, keepdim=True)) / config.temperature
     logits, ids = _filtered(logits, config.top_k, config.top_p, config.min_p)
-    if ids is not None:  # in the order of their ids, in which a draw goes over them whatever the filter
+    if ids is not None:  # sorted by id, so that a draw scans them in the same order for any filter
         ids, order = ids.sort(-1)
         logits = logits.gather(-1, order)
     cumulative = logits.softmax(-1).cumsum(-1)
@@ -113,13 +113,13 @@ def sample(logits: Tensor, draws: Tensor, config: "GenerationConfig") -> Tensor:
 
 @functools.cache
 def _sampling_kernel() -> ModuleType | None:
-    """lm/decoding/sampling_kernel.py, where Triton is there and makes code for this GPU: it is tried."""
+    """lm/decoding/sampling_kernel.py if Triton works on this GPU, which is tried."""
     try:
         from lm.decoding import sampling_kernel
         from lm.model.config import GenerationConfig
 
         sampling_kernel.sample(torch.zeros(1, 2, device="cuda"), torch.zeros(1, device="cuda"), GenerationConfig())
         torch.cuda.synchronize()
-    except Exception:  # of many kinds: no Triton, no C compiler for its launcher, a GPU that is too old
+    except Exception:  # many kinds: no Triton, no C compiler for its launcher, a GPU that is too old
         return None
     return sampling_kernel

@@ -1,8 +1,8 @@
 """`lm.decoding.sampling.sample` as one Triton kernel, for a GPU.
 
-Each filter is a threshold: a token stays if it is at least so likely. Such a threshold is found by halving the range of
-the bits of a float32, whose order is that of the numbers, and by counting the tokens above (top-k) or adding their
-probabilities (top-p); no vocabulary is sorted. The drawn token is found in the same way, by halving the range of token
+Each filter is a threshold: a token stays if it is at least that likely. The threshold is found by bisection over
+float32 bit patterns, which sort like the numbers, counting the tokens above (top-k) or adding their
+probabilities (top-p); nothing is sorted. The drawn token is found in the same way, by bisection over token
 ids. A program holds a row's probabilities in registers and goes over them about fifty times.
 """
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lm.model.config import GenerationConfig
 
-LARGEST = 65536  # tokens that the registers of one program hold
-TOP_BITS = tl.constexpr(0x3F800000)  # of 1.0, the likeliest token's probability over itself
+LARGEST = 65536  # tokens that fit into one program's registers
+TOP_BITS = tl.constexpr(0x3F800000)  # of 1.0, the most likely token's probability over itself
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _sample(
     ids = tl.arange(0, BLOCK)
     inside = ids < SIZE
     logits = tl.load(logits_pointer + row * stride + ids, mask=inside, other=-float("inf"))
-    # Over the likeliest token's; below 0 where there is no token, which no threshold lets through.
+    # Relative to the most likely token's; below 0 if there is no token, so that it passes no threshold.
     probs = tl.where(inside, tl.exp((logits - tl.max(logits, axis=0)) * inverse_temperature), -1.0)
     if TOP_K > 0:
         low = 0
@@ -58,7 +58,7 @@ def _sample(
     probs = tl.where(probs >= min_p, probs, 0.0)
     reached = tl.load(draws_pointer + row) * tl.sum(probs, axis=0)
     token = 0
-    for bit in range(ID_BITS):  # the number of tokens whose sum, with those before, is not above the draw
+    for bit in range(ID_BITS):  # the number of tokens whose cumulative sum does not exceed the draw
         next_token = token + (1 << (ID_BITS - 1 - bit))
         if tl.sum(tl.where(ids < next_token, probs, 0.0), axis=0) <= reached:
             token = next_token

@@ -14,17 +14,17 @@ from lm.decoding.sampling import argmax
 from lm.model.decoder import Decoder
 from lm.model.kv_cache import KeyValueCache
 
-GROWTH = 64  # tokens that a cache read by compiled code gains at a time
+GROWTH = 64  # tokens by which a cache for compiled code grows
 STEPPED = 4  # prompts up to this length are faster token by token in compiled code than as one eager prefill
-PACKED_FROM = 16  # new tokens from which packing the matrices pays for itself
+PACKED_FROM = 16  # packing the matrices pays off from this many new tokens
 
 
 def prepare_if_faster(
     decoder: Decoder, num_rows: int, max_new_tokens: int, dtype: WeightDtype | None, compile: bool
 ) -> Decoder:
-    """`prepare_for_decoding` of the decoder, or the decoder itself where that would not be faster; same errors."""
+    """`prepare_for_decoding` of the decoder, or the decoder itself if that would not be faster; same errors."""
     weight = decoder.embedding.weight
-    # A subclass is how FSDP marks a decoder whose weights are not all here.
+    # FSDP marks a sharded decoder by a subclass.
     plain = type(decoder) is Decoder and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if dtype is None and not (plain and weight.device.type == "cpu"):
         return decoder
@@ -35,7 +35,7 @@ def prepare_if_faster(
 
 
 class Recomputed:
-    """Logits of the next tokens from the whole windows: the baseline."""
+    """Logits of the next tokens, recomputed from the whole windows: the baseline."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
@@ -47,12 +47,12 @@ class Recomputed:
 
 
 class Cached:
-    """Logits of the next tokens from the last tokens and a cache.
+    """Logits of the next tokens, from the last tokens and a cache.
 
     Args:
         decoder: In eval mode.
-        max_new_tokens: Most new tokens of a row.
-        compile: Take steps of one token in compiled code.
+        max_new_tokens: Maximum new tokens per row.
+        compile: Run one-token steps in compiled code.
     """
 
     def __init__(self, decoder: Decoder, max_new_tokens: int, compile: bool) -> None:
@@ -73,7 +73,7 @@ class Cached:
             self.capacity = min(longest + self.max_new_tokens - 1, self.decoder.config.max_sequence_length)
         refilled = any(len(window) != self.held.get(row, -1) + 1 for row, window in windows.items())
         if refilled:
-            # At the start, and again where a window was cut: its keys hold old positions.
+            # At the start, and again after a window was cut: its keys have old positions.
             new = list(windows.values())
             self.cache = self._empty_cache(len(new), max(map(len, new)))
         else:
@@ -99,13 +99,13 @@ class Cached:
         return KeyValueCache(self.decoder.config, num_rows, capacity, cache_dtype(self.decoder), device)
 
     def _step(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """One more token a row, by compiled code, compiled at the first call."""
+        """One more token per row, with code compiled at the first call."""
         if self.compiled is None:
             self.compiled = CompiledStep(self.decoder, self.num_rows)
         if max(self.held.values()) > self.cache.capacity:
             self.cache.grow(min(self.cache.capacity + GROWTH, self.capacity))
         device = self.decoder.embedding.weight.device
-        if len(tokens) == 1:  # quicker than from a list
+        if len(tokens) == 1:  # faster than from a list
             input_ids = torch.full((1, 1), tokens[0], device=device)
         else:
             input_ids = torch.tensor(tokens, device=device)[:, None]
@@ -115,14 +115,14 @@ class Cached:
 
 
 def cache_dtype(decoder: Decoder) -> torch.dtype:
-    """Type of keys and values: autocast's where it is on, else the decoder's."""
+    """Type of keys and values: autocast's if it is on, else the decoder's."""
     weight = decoder.embedding.weight
     autocast = torch.is_autocast_enabled(weight.device.type)
     return torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
 
 
 def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Tensor | None]:
-    """Ids (B, T), padded on the right, and lengths (B,), None where all are equal."""
+    """Ids (B, T), padded on the right, and lengths (B,), None if all are equal."""
     device = decoder.embedding.weight.device
     longest = max(map(len, windows))
     input_ids = torch.tensor([[*window, *[0] * (longest - len(window))] for window in windows], device=device)
@@ -132,7 +132,7 @@ def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Ten
 
 
 def last_logits(decoder: Decoder, hidden: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Logits (B, V) in float32 of each row's last hidden state alone, since the head is the largest product; and their
+    """Logits (B, V) in float32 of each row's last hidden state only, since the head is the largest product; and their
     argmax (B,)."""
     rows = torch.arange(len(hidden), device=hidden.device)
     last = hidden[:, -1] if lengths is None else hidden[rows, lengths - 1]

@@ -1,8 +1,8 @@
-"""``tinylab decoding RUN``: how greedy decoding and sampling differ on one model, in figures and in stories.
+"""``tinylab decoding RUN``: compares greedy decoding and sampling on one model, in numbers and stories.
 
-Written for the claim that greedy decoding repeats itself while sampling does not: measured are the share of repeated
+Written to test the claim that greedy decoding repeats itself and sampling does not. It measures the share of repeated
 4-grams, within each story (Welleck et al. 2020, arXiv:1908.04319) and over all stories together, distinct-2 (Li et
-al. 2016, arXiv:1510.03055), the model's own perplexity of what it wrote, and tokens per second. Greedy decoding runs
+al. 2016, arXiv:1510.03055), the model's own perplexity on its output, and tokens per second. Greedy decoding runs
 with and without the cache, which must not change a token.
 """
 
@@ -72,16 +72,16 @@ FIGURES = {
 
 @dataclass
 class Outcome:
-    """What one way of decoding did to all prompts.
+    """The results of one decoding strategy on all prompts.
 
     Args:
         strategy: Its name in STRATEGIES.
-        tokens_per_second: New tokens of all stories, decoded in one batch, by the time it took.
-        repeated_4_grams: Share of 4-grams that the same story had before; see `repeated_share`.
-        repeated_4_grams_overall: Share of 4-grams that this story or one before had already, from different prompts.
+        tokens_per_second: New tokens of all stories in one batch, per second.
+        repeated_4_grams: Share of 4-grams that occurred earlier in the same story; see `repeated_share`.
+        repeated_4_grams_overall: Share of 4-grams that occurred earlier in this or a previous story.
         distinct_2: See `distinct_share`.
         perplexity: exp of the mean loss of the new tokens, under the model itself at temperature 1.
-        mean_length: New tokens a story.
+        mean_length: Mean new tokens per story.
         stories: Texts, prompts included.
         token_ids: New tokens of each story.
     """
@@ -102,14 +102,14 @@ def n_grams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
 
 
 def repeated_share(stories: Sequence[Sequence[int]], n: int = 4) -> float:
-    """Of the n-grams of all stories, the share that occurred before in the same story; 0 if there are none."""
+    """The share of all n-grams that occurred earlier in the same story; 0 if there are none."""
     grams = [n_grams(story, n) for story in stories]
     total = sum(map(len, grams))
     return 1 - sum(len(set(of_one)) for of_one in grams) / total if total else 0.0
 
 
 def distinct_share(stories: Sequence[Sequence[int]], n: int = 2) -> float:
-    """Different n-grams over all n-grams of all stories together; 1 if there are none."""
+    """Distinct n-grams divided by all n-grams, over all stories; 1 if there are none."""
     grams = [gram for story in stories for gram in n_grams(story, n)]
     return len(set(grams)) / len(grams) if grams else 1.0
 
@@ -129,7 +129,7 @@ def output_perplexity(decoder: Decoder, prompts: list[list[int]], stories: list[
 def measure(
     decoder: Decoder, tokenizer: StoryTokenizer, prompts: Sequence[str], max_new_tokens: int = 200, seed: int = 0
 ) -> list[Outcome]:
-    """Decode all prompts in every way of STRATEGIES.
+    """Decode all prompts with every strategy in STRATEGIES.
 
     Raises:
         InputError: A prompt does not leave room for a story in the model's context.
@@ -141,13 +141,13 @@ def measure(
                 f"prompt {prompt[:40]!r} has {len(ids)} tokens, expected fewer than the model's context of "
                 f"{decoder.config.max_sequence_length}: shorten it"
             )
-    generate(decoder, encoded, GenerationConfig(max_new_tokens=2))  # the first call pays for memory and kernels
+    generate(decoder, encoded, GenerationConfig(max_new_tokens=2))  # warm-up: memory and kernels
     outcomes = []
     with progress("decoding", len(STRATEGIES)) as advance:
         for name, options in STRATEGIES.items():
             config = GenerationConfig(max_new_tokens=max_new_tokens, seed=seed, **options)
             if decoder.embedding.weight.is_cuda:
-                generate(decoder, encoded, config, eos_id=tokenizer.eos_id)  # makes the graphs of this way
+                generate(decoder, encoded, config, eos_id=tokenizer.eos_id)  # captures the graphs of this strategy
             begin = time.perf_counter()
             results = generate(decoder, encoded, config, eos_id=tokenizer.eos_id)
             seconds = time.perf_counter() - begin
@@ -172,14 +172,14 @@ def measure(
 
 
 def show(outcomes: Sequence[Outcome]) -> None:
-    """Print the figures, what they say of greedy decoding and the cache, and a story of each."""
+    """Print the results, what they say about greedy decoding and the cache, and one story of each."""
     table = Table(
         title="Decoding compared",
         title_justify="left",
-        caption="rep-4: share of 4-grams that the same story had before; overall: that it or an earlier story had",
+        caption="rep-4: share of 4-grams that occurred earlier in the same story; overall: in it or an earlier story",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),  # so that it fits into 80 columns
+        padding=(0, 1, 0, 0),  # to fit into 80 columns
     )
     table.add_column("decoding", no_wrap=True)
     for column, _, _ in FIGURES.values():
@@ -209,7 +209,7 @@ def show(outcomes: Sequence[Outcome]) -> None:
 
 
 def draw(outcomes: Sequence[Outcome], file: Path) -> None:
-    """The figures of each way of decoding as bars."""
+    """A bar chart of each strategy's results."""
     from matplotlib.figure import Figure
 
     names = [one.strategy for one in outcomes]
@@ -236,13 +236,13 @@ def compare(
     seed: int = 0,
     tokenizer: str | None = None,
 ) -> None:
-    """Decode the same prompts greedily and by sampling, and compare.
+    """Decode the same prompts greedily and with sampling, and compare.
 
-    Writes decoding.json and figures/decoding.png into the run's folder.
+    Writes decoding.json and figures/decoding.png to the run's folder.
 
     Args:
         run: The folder of a run, such as runs/demo/lm (its best checkpoint is taken), or a checkpoint in it.
-        prompts: Beginnings of stories, or a file with one a line; by default a dozen.
+        prompts: Beginnings of stories, or a file with one per line; by default a dozen.
         max_new_tokens: Longest continuation, in tokens.
         seed: Of sampling.
         tokenizer: The model's tokenizer; by default the one of the run.

@@ -26,7 +26,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def _modules(config: DecoderConfig) -> Iterator[tuple[str, list[str]]]:
-    """Our modules with weights, and those of Llama that each is stacked from, in Llama's order."""
+    """Our modules with weights, and the Llama modules stacked in each, in Llama's order."""
     for ours, parts in parameter_names(config).items():
         if not config.tie_embeddings or ours != "head.weight":
             yield ours.removesuffix(".weight"), [part.removesuffix(".weight") for part in parts]
@@ -48,8 +48,8 @@ def _last(name: str) -> str:
 
 
 def targeted(config: DecoderConfig, lora: LoRAConfig) -> set[str]:
-    """The modules to adapt, by Llama's names; ValueError where a target matches nothing."""
-    whole = _saved_whole(config, lora)  # what trains in full gets no adapter
+    """The modules to adapt, by Llama's names; ValueError if a target matches nothing."""
+    whole = _saved_whole(config, lora)  # modules trained in full get no adapter
     names = [part for ours, part in peft_names(config).items() if _last(part) in TARGETS and ours not in whole]
     if lora.target_modules == ALL_LINEAR:
         return {name for name in names if _last(name) not in ("embed_tokens", "lm_head")}
@@ -57,12 +57,12 @@ def targeted(config: DecoderConfig, lora: LoRAConfig) -> set[str]:
 
 
 def _saved_whole(config: DecoderConfig, lora: LoRAConfig) -> list[str]:
-    """Our modules that train in full; ValueError where a name matches none, a part of one, or a shared matrix."""
+    """Our modules that train in full; ValueError if a name matches none, only a part of one, or a tied matrix."""
     whole = {part: ours for ours, part in peft_names(config).items() if not ours.endswith("_proj")}
     if config.tie_embeddings:
         whole = {part: ours for part, ours in whole.items() if ours not in ("embedding", "head")}
     for target in lora.modules_to_save:
-        if not any(part.endswith(target) for part in whole):  # as PEFT has it
+        if not any(part.endswith(target) for part in whole):  # as in PEFT
             there = ", ".join(sorted({_last(part) for part in whole}))
             raise ValueError(f"modules_to_save names {target!r}, which cannot train in full; expected some of {there}")
     return [ours for part, ours in whole.items() if part.endswith(tuple(lora.modules_to_save))]
@@ -93,19 +93,19 @@ def inject(decoder: Decoder, lora: LoRAConfig) -> None:
 
 
 def adapt(decoder: Decoder, adapter: str, lora: LoRAConfig, adapter_weights: str | None) -> LoRAConfig:
-    """Put adapters on a decoder, in place: by our layers (``lora``) or by PEFT's (``peft``).
+    """Put adapters on a decoder, in place: with our layers (``lora``) or PEFT's (``peft``).
 
     Args:
         decoder: Plain.
-        adapter: Whose layers.
-        lora: The adapters.
-        adapter_weights: A folder of `save_adapter` or PEFT to start from; it decides all of lora but the dropout.
+        adapter: Which layers to use.
+        lora: The adapter config.
+        adapter_weights: A folder of `save_adapter` or PEFT to start from; it overrides all of lora except dropout.
 
     Returns:
-        What the adapters became.
+        The config that was used.
 
     Raises:
-        InputError: Targets or weights do not fit the decoder.
+        InputError: Targets or weights do not match the decoder.
     """
     trained = None
     try:
@@ -143,7 +143,7 @@ class _Unstacked(nn.Module):
 
 
 def inject_peft(decoder: Decoder, lora: LoRAConfig) -> None:
-    """As `inject`, by PEFT's own layers."""
+    """As `inject`, with PEFT's own layers."""
     import peft
 
     config = decoder.config
@@ -177,7 +177,7 @@ def our_key(key: str) -> str:
 
 
 def base_weights(decoder: Decoder) -> dict[str, Tensor]:
-    """The state dict of the decoder below the adapters, ours or PEFT's."""
+    """The state dict of the decoder without the adapters, ours or PEFT's."""
     tied_head = "head." if decoder.config.tie_embeddings else None
     parts: dict[str, list[Tensor]] = {}
     for key, weight in decoder.named_parameters(remove_duplicate=True):
@@ -198,7 +198,7 @@ def trained_weights(decoder: Decoder) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def merged(decoder: Decoder, lora: LoRAConfig) -> Decoder:
-    """A plain decoder with the logits of the adapted one, in eval mode, with weights of its own; untied where the
+    """A plain decoder with the logits of the adapted one, in eval mode, with its own weights; untied if the
     embedding or the head of a tied model is adapted."""
     if any(isinstance(module, _Unstacked) for module in decoder.modules()):  # by PEFT
         decoder = adapted(decoder.config, base_weights(decoder), lora, trained_weights(decoder))
@@ -222,7 +222,7 @@ def merged(decoder: Decoder, lora: LoRAConfig) -> Decoder:
 
 
 def adapted(config: DecoderConfig, base: dict[str, Tensor], lora: LoRAConfig, trained: dict[str, Tensor]) -> Decoder:
-    """A decoder with our adapters, from its base and trained weights; ValueError where they do not fit."""
+    """A decoder with our adapters, from its base and trained weights; ValueError if they do not fit."""
     with torch.random.fork_rng(devices=[]):
         decoder = Decoder(config)
         decoder.load_state_dict(base)
@@ -255,14 +255,14 @@ def save_adapter(decoder: Decoder, lora: LoRAConfig, folder: str | Path, base_mo
 
 
 def read_decoder_adapter(decoder: Decoder, folder: str | Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
-    """An adapter that PEFT or `save_adapter` has written: how it was trained, and its weights under our names.
+    """An adapter written by PEFT or `save_adapter`: its config, and its weights under our names.
 
     Args:
-        decoder: Plain, of the shape that was adapted; not changed.
+        decoder: Plain, with the shape of the adapted one; not changed.
         folder: With adapter_config.json and adapter_model.safetensors.
 
     Raises:
-        ValueError: It cannot be read, or is of another model.
+        ValueError: It cannot be read, or belongs to another model.
     """
     lora, weights, _ = read_adapter(folder)
     with torch.device("meta"):

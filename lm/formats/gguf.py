@@ -1,8 +1,8 @@
 """Models to and from GGUF, the format of llama.cpp and Ollama.
 
-The file is read and written by `gguf`, the package of llama.cpp's authors
+Files are read and written with `gguf`, the package of llama.cpp's authors
 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Of its architectures, `llama` is ours, with rotary pairs
-that are neighbours, as in llama2.c; `qwen3` is ours with query_key_norm, with pairs as here. Quantized weights are read
+that are neighbors, as in llama2.c; `qwen3` is ours with query_key_norm, with pairs as here. Quantized weights are read
 into float32; what is read is compared with the header's shape first.
 """
 
@@ -56,7 +56,7 @@ def to_gguf(decoder: Decoder, tokenizer: StoryTokenizer, path: str | Path, type:
         decoder: Without value_residual; with query_key_norm it becomes a Qwen3.
         tokenizer: The one the decoder was trained with: a byte-fallback BPE, or a byte-level one whose way to split
             words llama.cpp knows (GPT-2's, SmolLM's, Llama 3's).
-        path: The file to write, whole or not at all.
+        path: The file to write, atomically.
         type: Of the matrices: f32; f16; or q8_0, 8 bits in blocks of 32 (a matrix whose rows are no multiple of 32
             stays f16). Norms are float32.
 
@@ -99,7 +99,7 @@ def from_gguf(path: str | Path) -> tuple[Decoder, StoryTokenizer]:
 
     Raises:
         InputError: If the file cannot be read or is cut short, is of another architecture, of a quantization that
-            `gguf` does not know, or has what our decoder has not; or `gguf` is not installed.
+            `gguf` does not know, or has features our decoder lacks; or `gguf` is not installed.
     """
     path = Path(path)
     reader = open_gguf(path)

@@ -1,8 +1,8 @@
-"""Weights to and from Hugging Face's Llama, and its Qwen3 where queries and keys are normalised.
+"""Weights to and from Hugging Face's Llama, and its Qwen3 if queries and keys are normalized.
 
-These are the same models as ours under other names, with query, key and value, and gate and up, in matrices of their
-own; rotary pairs are element i of each half of a head in all. Only json and safetensors are read, so nothing in a
-folder is executed, and names and shapes are compared before anything of their size is made.
+These are the same models as ours under other names, with query, key and value, and gate and up, in separate
+matrices; rotary pairs are element i of each half of a head. Only json and safetensors are read, so nothing in a
+folder is executed, and names and shapes are checked before memory is allocated.
 """
 
 import json
@@ -82,7 +82,7 @@ def split_weights(decoder: Decoder) -> dict[str, Tensor]:
     """The decoder's weights under Hugging Face's names, in float32 on the CPU.
 
     Raises:
-        InputError: If it has what no other program knows.
+        InputError: If it has features that no other program supports.
     """
     if decoder.config.value_residual:
         raise InputError("value_residual=True: no other program supports it; train without it to export")
@@ -99,7 +99,7 @@ def split_weights(decoder: Decoder) -> dict[str, Tensor]:
 
 
 def join_weights(config: DecoderConfig, weights: dict[str, Tensor]) -> Decoder:
-    """A decoder, in float32, of weights under Hugging Face's names."""
+    """A decoder, in float32, from weights under Hugging Face's names."""
     decoder = Decoder(config)
     state = {
         ours: torch.cat([weights[part].float() for part in parts]) for ours, parts in parameter_names(config).items()
@@ -122,7 +122,7 @@ def to_hugging_face(decoder: Decoder, tokenizer: StoryTokenizer, folder: str | P
     Args:
         decoder: Written in float32.
         tokenizer: The one the decoder was trained with.
-        folder: Made, whole or not at all; must not hold anything yet.
+        folder: Created atomically; must be new or empty.
 
     Raises:
         InputError: If the folder holds something, the tokenizer is another model's, or no model there has the
@@ -152,7 +152,7 @@ def to_hugging_face(decoder: Decoder, tokenizer: StoryTokenizer, folder: str | P
     }
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     description |= special
-    defaults = special | {"pad_token_id": tokenizer.pad_id}  # in config.json it would freeze that token's embedding
+    defaults = special | {"pad_token_id": tokenizer.pad_id}  # in config.json it would freeze the token's embedding
     with all_or_nothing(folder) as partial:
         tokenizer.save(partial)
         (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
@@ -162,7 +162,7 @@ def to_hugging_face(decoder: Decoder, tokenizer: StoryTokenizer, folder: str | P
 
 @contextmanager
 def all_or_nothing(path: Path) -> Iterator[Path]:
-    """A place to write a file or folder to, which gets its name once it is whole."""
+    """A temporary path for a file or folder, which is renamed once complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent, prefix=".export-") as scratch:
         partial = Path(scratch) / path.name
@@ -174,7 +174,7 @@ def from_hugging_face(folder: str | Path) -> tuple[Decoder, StoryTokenizer]:
     """The decoder, in float32, and the tokenizer of a local folder with a Llama or a Qwen3.
 
     Raises:
-        InputError: If something is missing or damaged, or the model has what our decoder has not: scaled rotary
+        InputError: If something is missing or damaged, or the model has features our decoder lacks: scaled rotary
             positions, biases, another activation, heads of another size, another architecture, quantized weights.
     """
     folder = Path(folder)
@@ -186,7 +186,7 @@ def from_hugging_face(folder: str | Path) -> tuple[Decoder, StoryTokenizer]:
 
 
 def _read_weights(folder: Path, config: DecoderConfig) -> dict[str, Tensor]:
-    """The tensors of a folder's safetensors files, read once names and shapes agree with the config."""
+    """The tensors of a folder's safetensors files, read after names and shapes match the config."""
     files = _weight_files(folder)
     try:
         shapes = {}
@@ -202,7 +202,7 @@ def _read_weights(folder: Path, config: DecoderConfig) -> dict[str, Tensor]:
                 raise InputError(
                     f"{folder}: {name} is {found}, but config.json asks for {parameter_shape(config, name)}"
                 )
-        # Rotary tables are computed anew; a tied head may be stored a second time.
+        # Rotary tables are recomputed; a tied head may be stored twice.
         redundant = ".rotary_emb.inv_freq", "lm_head.weight"
         if surplus := [name for name in shapes if name not in names and not name.endswith(redundant)]:
             raise InputError(f"{folder}: our decoder has no parameter for {surplus[0]}; import another model")

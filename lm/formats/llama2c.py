@@ -1,8 +1,8 @@
 """Weights to and from llama2.c (https://github.com/karpathy/llama2.c), format version 0.
 
 A file is seven int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len; vocab_size is negative
-where the head is not tied), then float32 tensors in the order of `_file_order`, with two rotary tables that llama2.c
-skips. Rotary pairs are neighbours, 2i and 2i + 1, so that rows of query and key matrices are reordered. Rotary base and
+if the head is not tied), then float32 tensors in the order of `_file_order`, with two rotary tables that llama2.c
+skips. Rotary pairs are neighbors, 2i and 2i + 1, so that rows of query and key matrices are reordered. Rotary base and
 epsilon are constants of llama2.c.
 """
 
@@ -50,7 +50,7 @@ def _file_order(config: DecoderConfig) -> Iterator[str]:
 
 
 def _num_floats(config: DecoderConfig) -> int:
-    """Size of the file without its header; arithmetic only, for a header may claim anything."""
+    """Size of the file without its header; arithmetic only, since a header may claim anything."""
     layer = sum(math.prod(parameter_shape(config, f"{part}.weight")) for part in _LAYER_ORDER)
     embedding = config.vocab_size * config.hidden_size
     tables = config.max_sequence_length * config.head_dim
@@ -117,8 +117,8 @@ def from_llama2c(path: str | Path, tokenizer_path: str | Path) -> tuple[Decoder,
     """The decoder and the tokenizer of a llama2.c checkpoint (version 0, float32).
 
     Raises:
-        InputError: If a file cannot be read, its header is impossible or does not agree with the file's size, or the
-            tokenizer is another model's.
+        InputError: If a file cannot be read, its header is impossible or does not match the file's size, or the
+            tokenizer belongs to another model.
     """
     path = Path(path)
     try:

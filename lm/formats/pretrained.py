@@ -1,4 +1,4 @@
-"""Pretrained weights and tokenizers: of a run, a checkpoint, or in the formats of other programs."""
+"""Pretrained weights and tokenizers: from a run, a checkpoint, or other programs' formats."""
 
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -23,7 +23,7 @@ from lm.model.config import DecoderConfig, Variant
 from lm.model.decoder import Decoder
 from lm.model.variants import make_decoder
 
-BASE = "base.pt"  # beside checkpoints that hold an adapter alone: what was adapted
+BASE = "base.pt"  # next to checkpoints that hold only an adapter: the base weights
 _KINDS = "a run's folder, a checkpoint, a Hugging Face folder or hub name, a llama2.c .bin or a .gguf"
 
 
@@ -33,13 +33,13 @@ def load_pretrained(name: str | Path, tokenizer: str | None = None) -> tuple[Dec
 
     Args:
         name: Path or hub name.
-        tokenizer: Of a llama2.c .bin; by default model.tokenizer.bin, tokenizer.bin or tok512.bin beside it.
+        tokenizer: Of a llama2.c .bin; by default model.tokenizer.bin, tokenizer.bin or tok512.bin next to it.
 
     Returns:
-        The decoder in eval mode, adapters merged; the tokenizer; and the tokenizer's place.
+        The decoder in eval mode, adapters merged; the tokenizer; and the tokenizer's path or name.
 
     Raises:
-        InputError: It does not exist, cannot be read, or is not expressible by our decoder.
+        InputError: It does not exist, cannot be read, or does not fit our decoder.
     """
     # These bring Lightning, which --help need not wait for.
     from experiment.runs.reading import find_checkpoint
@@ -75,12 +75,12 @@ def load_pretrained(name: str | Path, tokenizer: str | None = None) -> tuple[Dec
 
 
 def take_shape(config: Namespace, flags: Collection[str], checkpoint: Mapping[str, Any]) -> None:
-    """Give a configuration the shape, the tokenizer and the adapter's options of the weights that it starts from.
+    """Set a configuration's shape, tokenizer and adapter options from the weights it starts from.
 
     Args:
         config: Of a command, with model.init_from.
-        flags: Options that were given by hand, which must agree.
-        checkpoint: What the command uses; empty for model.init_from.
+        flags: Options given by the user, which must agree.
+        checkpoint: The checkpoint that the command uses; empty for model.init_from.
 
     Raises:
         InputError: They do not agree, or as `load_pretrained`.
@@ -108,10 +108,10 @@ def take_shape(config: Namespace, flags: Collection[str], checkpoint: Mapping[st
 
 
 def load_weights(decoder: Decoder, name: str) -> None:
-    """Give a decoder the weights of `load_pretrained`.
+    """Load the weights of `load_pretrained` into a decoder.
 
     Raises:
-        InputError: As there, or their decoder has another shape.
+        InputError: As there, or the shapes differ.
     """
     source, _, _ = load_pretrained(name)
     ours, theirs = asdict(decoder.config), asdict(source.config)
@@ -133,21 +133,21 @@ def _from_hub(name: str) -> Path:
     patterns = ["config.json", "model*.safetensors*", "tokenizer*", "special_tokens_map.json"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except (OSError, ValueError):  # no such name or network: all of the hub's errors are one of these
+    except (OSError, ValueError):  # no such name or network: all hub errors derive from these
         raise InputError(
             f"{name} could not be downloaded from the Hub, and is not a local path; expected {_KINDS}"
         ) from None
 
 
 def load_checkpoint(checkpoint: str | Path, tokenizer: str | None = None) -> tuple[Decoder, StoryTokenizer]:
-    """The decoder and the tokenizer of a checkpoint that `tinylab lm fit` has written, an adapter merged into it.
+    """The decoder, with any adapter merged, and the tokenizer of a checkpoint written by `tinylab lm fit`.
 
     Args:
         checkpoint: The file, or a run's folder: its best, or else its last.
-        tokenizer: As `--data.tokenizer`; None for what config.yaml in the run's folder names.
+        tokenizer: As `--data.tokenizer`; None for the one named in the run's config.yaml.
 
     Raises:
-        InputError: If the file is damaged or another model's, or the tokenizer is not to be found.
+        InputError: If the file is damaged or from another model, or the tokenizer cannot be found.
     """
     from experiment.runs.reading import find_checkpoint
 
@@ -160,10 +160,10 @@ def load_checkpoint(checkpoint: str | Path, tokenizer: str | None = None) -> tup
 
 
 def load_adapted(checkpoint: Path) -> tuple[Decoder, LoRAConfig | None]:
-    """The decoder of a checkpoint, with its adapter where it has one, and how that was trained.
+    """The decoder of a checkpoint, with its adapter, if any, and the adapter's config.
 
     Raises:
-        InputError: If the file is damaged or another model's, or what was adapted is not beside it.
+        InputError: If the file is damaged or from another model, or the base weights are missing.
     """
     from experiment.runs.reading import read_checkpoint
 
@@ -193,7 +193,7 @@ def load_adapted(checkpoint: Path) -> tuple[Decoder, LoRAConfig | None]:
 
 
 def save_base(decoder: Decoder, folder: Path) -> None:
-    """Write the weights below a decoder's adapters beside its checkpoints, unless they are there."""
+    """Write a decoder's base weights, without adapters, next to its checkpoints unless they exist."""
     if (folder / BASE).is_file():
         return
     state = {f"decoder.{name}": weight.cpu() for name, weight in base_weights(decoder).items()}

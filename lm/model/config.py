@@ -16,13 +16,13 @@ class DecoderConfig:
         hidden_size: Width of the residual stream.
         intermediate_size: Width inside the SwiGLU.
         num_layers: Number of blocks.
-        num_heads: Number of query heads; `hidden_size / num_heads` is the size of a head and must be even.
+        num_heads: Number of query heads; the head size `hidden_size / num_heads` must be even.
         num_kv_heads: Number of key and value heads, a divisor of `num_heads` (grouped heads, Ainslie et al.
             2023, arXiv:2305.13245); None means as many as query heads.
         max_sequence_length: Context in tokens; longer sequences are refused. The command line's default is
             `data.sequence_length`.
         rope_theta: Base of the rotary frequencies.
-        rms_norm_eps: Added to the mean square before the root.
+        rms_norm_eps: Added to the mean square before the square root.
         tie_embeddings: Whether the output head is the embedding matrix.
         dropout: Probability of dropping an element of the embeddings and of each residual branch in training.
         query_key_norm: RMSNorm of each head's queries and keys before rotation, as in Qwen3 (arXiv:2505.09388): the
@@ -31,7 +31,7 @@ class DecoderConfig:
             0.5 (Zhou et al. 2024, arXiv:2410.17897): not exportable.
 
     Raises:
-        ValueError: If the numbers do not make a decoder.
+        ValueError: If the numbers are inconsistent.
     """
 
     vocab_size: int = 32768
@@ -74,24 +74,24 @@ class DecoderConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Key and value heads, also where `num_kv_heads` is None."""
+        """Number of key and value heads, also if `num_kv_heads` is None."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
 @dataclass
 class Variant:
-    """What differs from the decoder; by default nothing.
+    """Changes to the decoder; by default none.
 
     Attributes:
         positions: ``rotary``; ``learned``, a vector for each position that is added to the embedding (Vaswani et al.
-            2017, arXiv:1706.03762); or ``none``, where the causal mask alone tells order (Kazemnejad et al. 2023,
+            2017, arXiv:1706.03762); or ``none``, where order comes from the causal mask alone (Kazemnejad et al. 2023,
             arXiv:2305.19466).
         norm: ``rms``; ``layer``, LayerNorm without a bias (Ba et al. 2016, arXiv:1607.06450); or ``none``. Norms of
             queries and keys stay.
         norm_place: ``pre``, branch(norm(x)); or ``post``, norm(x + branch(x)) without a last norm, as in the first
             transformer.
-        feed_forward: ``swiglu``; or ``silu`` or ``gelu`` without a gate, 1.5 times as wide for as many parameters.
-        scaled_residuals: Initialise the last matrix of each branch smaller by sqrt(2 num_layers) (Radford et al. 2019).
+        feed_forward: ``swiglu``; or ``silu`` or ``gelu`` without a gate, 1.5 times as wide for equal parameters.
+        scaled_residuals: Initialize the last matrix of each branch smaller by sqrt(2 num_layers) (Radford et al. 2019).
     """
 
     positions: Literal["rotary", "learned", "none"] = "rotary"
@@ -102,7 +102,7 @@ class Variant:
 
     @property
     def changed(self) -> dict[str, object]:
-        """What differs, by name."""
+        """The changed parts, by name."""
         return {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
 
 
@@ -117,15 +117,15 @@ class GenerationConfig:
         top_p: Keep the most likely tokens until their probabilities sum to p (nucleus sampling, Holtzman et al. 2020,
             arXiv:1904.09751).
         min_p: Keep tokens at least this fraction as likely as the most likely (Nguyen et al. 2024, arXiv:2407.01082).
-        repetition_penalty: Above 1, makes tokens of prompt and story less likely (Keskar et al. 2019,
+        repetition_penalty: If above 1, makes tokens of prompt and story less likely (Keskar et al. 2019,
             arXiv:1909.05858).
         seed: Of sampling.
-        use_cache: Keep keys and values; otherwise the whole sequence is recomputed for each token.
-        sliding_window: Beyond the decoder's context continue with the newest half of it, instead of stopping.
+        use_cache: Cache keys and values; otherwise the whole sequence is recomputed for each token.
+        sliding_window: At the end of the context, continue with its newest half instead of stopping.
         stop: Strings that end a story as soon as they occur in its new text.
         weight_dtype: Type of the decoder's matrices while decoding on a CPU: bfloat16 and int8 read a half and a
-            quarter of the bytes and change the story a little (see quantization.py); null leaves them.
-        compile: Compile the step of one token: fewer and faster kernels, the same tokens. Needs a C++ compiler (Triton
+            quarter of the bytes and change the story a little (see quantization.py); null keeps the type.
+        compile: Compile the one-token step: fewer and faster kernels, the same tokens. Needs a C++ compiler (Triton
             on a GPU), the cache, and half a minute; on a CPU the code for one story at a time is cached on disk.
 
     Raises:
@@ -164,5 +164,5 @@ class GenerationConfig:
             try:
                 if not valid(value):
                     raise ValueError(problem)
-            except TypeError:  # no number
+            except TypeError:  # not a number
                 raise TypeError(problem) from None

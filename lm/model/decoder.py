@@ -2,11 +2,11 @@
 
 Architecture (Touvron et al. 2023, arXiv:2302.13971): pre-norm blocks of RMSNorm, causal attention with rotary positions
 and grouped key-value heads, and SwiGLU; no biases. Equal to `transformers.LlamaForCausalLM` weight for weight: a rotary
-pair is element i of each half of a head (Hugging Face's layout), not two neighbours (Meta's and llama2.c's).
+pair is element i of each half of a head (Hugging Face's layout), not two neighbors (Meta's and llama2.c's).
 
-It differs from the reference in form only: query, key and value share one matrix (`qkv`), as do gate and up
+Only the implementation differs: query, key and value share one matrix (`qkv`), as do gate and up
 (`gate_up`), for fewer and larger products; and the operations between them (`lm.model.functional`) have manual
-gradients that keep less memory.
+gradients that need less memory.
 
 Training calls `scaled_dot_product_attention` with `is_causal` and no mask, and has dropout on the residual branches
 only, to stay on the fused kernel of every device (bfloat16 on a CPU: see experiment/nn/attention.py).
@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
 def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines of rotary angles (Su et al. 2021, arXiv:2104.09864), each (length, head_dim).
 
-    Pair i of a head, its elements i and i + head_dim / 2, turns by `position * theta^(-2i / head_dim)`. The sine is
+    Pair i of a head, elements i and i + head_dim / 2, is rotated by `position * theta^(-2i / head_dim)`. The sine is
     negated in the first half for `lm.model.functional.rotate`.
     """
     # In float32 as in transformers: at late positions the angle's rounding exceeds 1e-5.
@@ -71,7 +71,7 @@ class Attention(nn.Module):
             self.key_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.value_shares = None
         if config.value_residual and layer > 0:
-            self.value_shares = nn.Parameter(torch.empty(2))  # of this layer's values, of the first's
+            self.value_shares = nn.Parameter(torch.empty(2))  # shares of this layer's and the first layer's values
 
     def forward(
         self,
@@ -83,16 +83,16 @@ class Attention(nn.Module):
         span: Span | None = None,
         layer: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """The branch of x, and the values that attention mixed.
+        """The branch's output for x, and the values that attention used.
 
         Args:
             x: (B, T, H).
             cos: (1 or B, T, 1, head_dim), of `rotary_tables`, as is sin.
             sin: As cos.
             first_value: (B, T, kv_heads, head_dim), the values of the first layer, with `value_residual`.
-            cache: Where keys and values are kept, for the tokens of span.
-            span: Where in the cache they go, and what they see; without one, each sees all before it.
-            layer: Which of the cache's layers this is.
+            cache: Stores keys and values of the tokens of span.
+            span: Their cache slots, and what they see; without one, each token sees all before it.
+            layer: Index of this layer in the cache.
 
         Returns:
             (B, T, H), and the values of these T tokens (B, T, kv_heads, head_dim).
@@ -138,12 +138,12 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, compute: "Compute", *inputs: Any) -> tuple[Tensor, Tensor]:
-        """``compute``, which is `compute_block`, compiled or checkpointed, of this block. The module's hooks, by which
-        FSDP fetches its weights, run outside of it."""
+        """Run ``compute``, which is `compute_block`, compiled or checkpointed. The module's hooks, with which
+        FSDP gathers weights, run outside it."""
         return compute(self, *inputs)
 
     def compute(self, x: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
-        """The residual stream (B, T, H) after the block, and the values; context as of `Attention`."""
+        """The residual stream (B, T, H) after the block, and the values; context as in `Attention`."""
         mixed, value = self.attention(self.attention_norm(x), *context)
         x = x + self.dropout(mixed)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), value
@@ -153,7 +153,7 @@ Compute = Callable[..., tuple[Tensor, Tensor]]
 
 
 def compute_block(block: Block, *inputs: Any) -> tuple[Tensor, Tensor]:
-    """`Block.compute` of a block, whichever its class."""
+    """`Block.compute` of a block of any class."""
     return block.compute(*inputs)
 
 
@@ -204,7 +204,7 @@ class Decoder(nn.Module):
             self.draw(name, parameter)
 
     def draw(self, name: str, weight: Tensor) -> Tensor:
-        """Fill a tensor with initial values of the parameter of that name."""
+        """Fill a tensor with the initial values of the named parameter."""
         if name.endswith("norm.weight"):
             return weight.fill_(1.0)
         if name.endswith("value_shares"):
@@ -213,13 +213,13 @@ class Decoder(nn.Module):
         return weight.normal_(0.0, 0.02 / math.sqrt(2 * self.config.num_layers) if is_residual else 0.02)
 
     def compile_blocks(self) -> None:
-        """Train with compiled blocks: compiled once for all blocks and batches of any shape, so that a resumed run has
+        """Train with compiled blocks: compiled once for all blocks and batch shapes, so that a resumed run uses
         the same code."""
         self.compiled_block = torch.compile(compute_block, dynamic=True)
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, H): the matrix that turns hidden states into logits; the embedding itself where tied."""
+        """(V, H): the matrix that maps hidden states to logits; the embedding itself if tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
     def hidden_states(
@@ -232,18 +232,18 @@ class Decoder(nn.Module):
         """Run the blocks and the final norm.
 
         Args:
-            input_ids: (B, T) int64. With a cache, the tokens that follow those it holds.
+            input_ids: (B, T) int64. With a cache, the tokens that follow the cached ones.
             cache: Read and extended in place.
             lengths: (B,) int64: only the first `lengths[b]` tokens of row b count, the rest is padding on the
-                right. Needed with a cache only; without one, causality hides what stands on the right.
-            positions: (B, T) integers, only without a cache: places of the tokens in stories that share a row and do
+                right. Needed only with a cache; without one, causality hides the padding.
+            positions: (B, T) integers, only without a cache: positions of the tokens in stories that share a row and do
                 not see each other, from 0 in each.
 
         Returns:
             (B, T, H); arbitrary but finite where padding was.
 
         Raises:
-            ValueError: If the sequence is longer than `max_sequence_length` or than what the cache has left.
+            ValueError: If the sequence is longer than `max_sequence_length` or the cache's remaining capacity.
         """
         num_tokens = input_ids.shape[1]
         if num_tokens > self.config.max_sequence_length:
@@ -263,8 +263,8 @@ class Decoder(nn.Module):
         return self.dropout(self.embedding(input_ids))
 
     def run(self, input_ids: Tensor, cache: "KeyValueCache | None" = None, span: Span | None = None) -> Tensor:
-        """Hidden states (B, T, H) of input_ids (B, T), which stand, and in a cache go, where the span says. Tensors
-        alone decide what is computed, so that it can be compiled; `hidden_states` checks and counts."""
+        """Hidden states (B, T, H) of input_ids (B, T), at the positions and cache slots of the span. Tensors
+        alone control the computation, so that it can be compiled; `hidden_states` checks and counts."""
         positions = slice(input_ids.shape[1]) if span is None else span.positions
         cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)  # (1 or B, T, 1, head_dim)
         x = self.embed(input_ids, positions)  # (B, T, H)
@@ -274,7 +274,7 @@ class Decoder(nn.Module):
             from experiment.compat.torch import mark_static
 
             compute = self.compiled_block
-            # Else a length that equals a width would be taken for it, and another length recompiled.
+            # Else a length that equals a width would be mistaken for it, and other lengths recompiled.
             for tensor in (x, cos, sin, self.cos, self.sin):
                 mark_static(tensor, tensor.ndim - 1)
         if self.recompute and self.training:
@@ -293,5 +293,5 @@ class Decoder(nn.Module):
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
 
     def forward(self, input_ids: Tensor, cache: "KeyValueCache | None" = None, lengths: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) of the token after each position; arguments and errors as `hidden_states`."""
+        """Logits (B, T, V) of the token after each position; arguments and errors as in `hidden_states`."""
         return self.logits(self.hidden_states(input_ids, cache, lengths))

@@ -1,4 +1,4 @@
-"""What the decoder computes between its matrices; its element-wise operations have manual gradients.
+"""The decoder's operations between its matrices; element-wise ones have manual gradients.
 
 Autograd over the plain formulas saves every intermediate value and concatenates the gradients of split tensors by
 copying. Here only inputs are saved, the rest is recomputed, and gradients are written in place: a fifth of a small
@@ -16,17 +16,17 @@ from torch.autograd.function import once_differentiable
 
 @dataclass
 class Span:
-    """Where the T tokens of one call stand, and what they may see."""
+    """The positions of the T tokens of one call, and what they may see."""
 
-    positions: Tensor  # (1 or B, T) places in the sequence
-    mask: Tensor | None  # (1 or B, 1, T, visible), True where a token may look; None where `causal` suffices
+    positions: Tensor  # (1 or B, T) positions in the sequence
+    mask: Tensor | None  # (1 or B, 1, T, visible), True where a token attends; None if `causal` suffices
     causal: bool
 
 
 def story_span(positions: Tensor) -> Span:
-    """The span of stories that share rows: a token sees its own from position 0 on, of which (B, T) are given."""
+    """The span of stories that share rows: a token sees only its own story; positions (B, T) restart at 0 in each."""
     places = torch.arange(positions.shape[1], device=positions.device)
-    first = places - positions  # of the token's story, in the row
+    first = places - positions  # start of the token's story in the row
     mask = (places <= places[:, None]) & (places >= first[:, :, None])
     return Span(positions, mask[:, None], causal=False)
 
@@ -44,11 +44,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def split_and_rotate(
     qkv: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query and key, turned by `rotate`, and value, each (B, T, heads, head_dim).
+    """Query and key, rotated by `rotate`, and value, each (B, T, heads, head_dim).
 
     Args:
         qkv: (B, T, num_heads + 2 num_kv_heads, head_dim).
-        num_heads: Heads of the query, the first of qkv.
+        num_heads: Number of query heads, which come first in qkv.
         num_kv_heads: Heads of key and of value.
         cos: As in `rotate`.
         sin: As in `rotate`.
@@ -57,7 +57,7 @@ def split_and_rotate(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
-    """Turn the pairs of x (B, T, heads, head_dim) by tables (1 or B, T, 1, head_dim) of `rotary_tables`."""
+    """Rotate the pairs of x (B, T, heads, head_dim) by tables (1 or B, T, 1, head_dim) of `rotary_tables`."""
     half = x.shape[-1] // 2
     if torch.compiler.is_compiling():  # one kernel; in-place writes would make three
         return x * cos + torch.cat((x[..., half:], x[..., :half]), dim=-1) * sin
@@ -128,7 +128,7 @@ class _SplitAndRotate(torch.autograd.Function):
     @staticmethod
     def forward(qkv, heads, cos, sin):
         query, key, value = qkv.split(heads, dim=2)
-        # Value is copied, so that the whole of qkv need not be kept for it.
+        # Value is copied, so that all of qkv need not be kept for it.
         return rotate(query, cos, sin), rotate(key, cos, sin), value.contiguous()
 
     @staticmethod
@@ -143,7 +143,7 @@ class _SplitAndRotate(torch.autograd.Function):
         batch, length, _, head_dim = grad_query.shape
         grad_qkv = grad_query.new_empty(batch, length, sum(ctx.heads), head_dim)
         query, key, value = grad_qkv.split(ctx.heads, dim=2)
-        rotate(grad_query, cos, -sin, out=query)  # the transpose of a turn is the turn back
+        rotate(grad_query, cos, -sin, out=query)  # the transpose of a rotation is its inverse
         rotate(grad_key, cos, -sin, out=key)
         value.copy_(grad_value)
         return grad_qkv, None, None, None

@@ -15,25 +15,25 @@ from lm.model.functional import Span
 
 @dataclass
 class CacheSpan(Span):
-    """Where the T tokens of one call go in a KeyValueCache, and what they may see."""
+    """The slots of the T tokens of one call in a KeyValueCache, and what they may see."""
 
-    slots: slice | Tensor  # where they are written; (B, T) where rows differ, padding going to the spare slot
+    slots: slice | Tensor  # slots to write; (B, T) if rows differ, with padding in the spare slot
     visible: int  # attention reads the first `visible` slots
-    lengths: list[int] | None = None  # what the rows hold once the call is over
+    lengths: list[int] | None = None  # lengths of the rows after the call
     added: Tensor | int | None = None  # (B,) or one number for all: tokens that count
 
 
 class KeyValueCache:
-    """Keys and values of the tokens seen so far, in buffers of a fixed capacity, which `grow` alone changes.
+    """Keys and values of the tokens seen so far, in buffers of a fixed capacity, which only `grow` changes.
 
-    Rows may hold sequences of different lengths. What lies beyond a row's length is never visible. It is
+    Rows may hold sequences of different lengths. Slots beyond a row's length are never visible. The cache is
     written in place, so use it under `torch.no_grad` or `torch.inference_mode`.
 
     Args:
         config: The decoder's configuration.
         batch_size: Number of rows, B.
         capacity: Tokens that a row can hold, at most `config.max_sequence_length`.
-        dtype: Type of keys and values: the decoder's, or the type of autocast where that is on.
+        dtype: Type of keys and values: the decoder's, or autocast's if that is on.
         device: Where the decoder is.
 
     Raises:
@@ -59,7 +59,7 @@ class KeyValueCache:
                 "max_sequence_length; shorten the sequence or use a model of longer context"
             )
         self.capacity = capacity
-        # Zeros: a masked slot enters a product with weight 0, and 0 * nan is nan. The slot beyond the capacity takes
+        # Zeros: masked slots enter products with weight 0, and 0 * nan is nan. The slot beyond the capacity takes
         # the padding of ragged calls and is never read.
         shape = (batch_size, config.kv_heads, capacity + 1, config.head_dim)
         self._layers = [
@@ -67,10 +67,10 @@ class KeyValueCache:
             for _ in range(config.num_layers)
         ]
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self._lengths = [0] * batch_size  # the same on the host, without synchronisation
+        self._lengths = [0] * batch_size  # the same on the host, without synchronization
 
     def reserve(self, num_tokens: int, lengths: Tensor | None = None) -> CacheSpan:
-        """Plan for `num_tokens` more tokens a row, of which the first `lengths[b]` count (all if None).
+        """Plan for `num_tokens` more tokens per row, of which the first `lengths[b]` count (all if None).
 
         Raises:
             ValueError: If a row would outgrow the capacity, or `lengths` does not fit the batch.
@@ -91,7 +91,7 @@ class KeyValueCache:
         start, longest = min(self._lengths), max(self._lengths)
         new = torch.arange(num_tokens, device=device)
         if longest == 0 and num_tokens <= self.capacity:
-            # Prompts. Padding stands right of a row's tokens: causality hides it, later tokens overwrite it.
+            # Prompts. Padding is right of a row's tokens: causality hides it, later tokens overwrite it.
             slots = slice(0, num_tokens)
             return CacheSpan(new[None], None, num_tokens > 1, slots, num_tokens, after, added)
         if start == longest and lengths is None:
@@ -134,8 +134,8 @@ class KeyValueCache:
         return keys[:, :, : span.visible], values[:, :, : span.visible]
 
     def attend(self, layer: int, span: CacheSpan, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Store key and value (B, T, kv_heads, head_dim), and let query (B, T, heads, head_dim) look at what the span
-        lets it see: (B, heads, T, head_dim)."""
+        """Store key and value (B, T, kv_heads, head_dim), and attend by query (B, T, heads, head_dim) to what the span
+        makes visible: (B, heads, T, head_dim)."""
         keys, values = self.write(layer, span, key, value)
         query = query.transpose(1, 2)
         by_hand = query.device.type == "cpu" or torch.compiler.is_compiling()
@@ -149,7 +149,7 @@ class KeyValueCache:
         self._lengths = [0] * len(self._lengths)
 
     def grow(self, capacity: int) -> None:
-        """Make room for `capacity` tokens a row, no fewer than now and at most the model's context."""
+        """Make room for `capacity` tokens per row, at least the current capacity and at most the model's context."""
         for layer in self._layers:
             for i, stored in enumerate(layer):
                 layer[i] = stored.new_zeros(*stored.shape[:2], capacity + 1, stored.shape[3])
@@ -157,21 +157,21 @@ class KeyValueCache:
         self.capacity = capacity
 
     def mark_dynamic(self) -> None:
-        """Let torch.compile make one code for all numbers of rows and capacities."""
+        """Let torch.compile generate one code for all batch sizes and capacities."""
         maybe_mark_dynamic(self.lengths, 0)
         for stored in self.buffers:
             maybe_mark_dynamic(stored, 0)
             mark_dynamic(stored, 2)
 
     def next_span(self, slots: Tensor | None = None) -> CacheSpan:
-        """The span of one more token a row, by tensor operations alone, so that all steps share compiled or captured
+        """The span of one more token per row, with tensor operations only, so that all steps share compiled or captured
         code. The step adds 1 to `lengths`; `advance_one` counts on the host.
 
         Args:
             slots: arange of the number of slots that attention reads, at least those in use; rows may then outgrow the
                 capacity, and what they write is never read. None reads the whole capacity.
         """
-        capacity = self._layers[0][0].shape[2] - 1  # symbolic, where self.capacity would be a constant of the code
+        capacity = self._layers[0][0].shape[2] - 1  # symbolic, whereas self.capacity would be a constant in the code
         positions = self.lengths[:, None]
         if slots is None:
             return CacheSpan(positions, self._mask(positions, capacity), False, positions, capacity)
@@ -180,7 +180,7 @@ class KeyValueCache:
         return CacheSpan(held, mask, False, positions.clamp(max=capacity), slots.shape[0])
 
     def advance_one(self) -> None:
-        """Count one more token a row, written by compiled code."""
+        """Count one more token per row, written by compiled code."""
         self._lengths = [held + 1 for held in self._lengths]
 
     def advance(self, span: CacheSpan) -> None:
@@ -189,7 +189,7 @@ class KeyValueCache:
         self._lengths = span.lengths
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop every row but these, in this order."""
+        """Keep only these rows, in this order."""
         index = torch.tensor(rows, dtype=torch.int64, device=self.lengths.device)
         self._layers = [[stored.index_select(0, index) for stored in layer] for layer in self._layers]
         self.lengths = self.lengths.index_select(0, index)
@@ -197,7 +197,7 @@ class KeyValueCache:
 
 
 def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Attention of one token a row, on a CPU or in compiled code.
+    """Attention of one token per row, on a CPU or in compiled code.
 
     On a CPU, `scaled_dot_product_attention` has more overhead than work for one row, and with a mask takes three times
     as long as plain products for many; on a GPU, torch.compile fuses the sums.
@@ -206,7 +206,7 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tenso
         query: (B, heads, 1, head_dim).
         key: (B, kv_heads, S, head_dim).
         value: As key.
-        mask: (B, 1, 1, S), True where the token may look.
+        mask: (B, 1, 1, S), True where the token attends.
 
     Returns:
         (B, heads, 1, head_dim).

@@ -1,14 +1,14 @@
 """The loss of a batch, and cross-entropy of a linear head without keeping the logits.
 
 With a vocabulary of 32,768 the logits are the largest tensor of a small model by far: 32 x 128 tokens make 512 MiB
-in float32, and autograd keeps several of that size. Here losses and both gradients of a chunk of rows at a time are
-made in the forward pass; backward only scales what is already there. It is the idea of Cut Your Losses (Wijmans et
+in float32, and autograd keeps several of that size. Here losses and both gradients of one chunk of rows at a time are
+computed in the forward pass; backward only scales them. It is the idea of Cut Your Losses (Wijmans et
 al. 2024, arXiv:2411.09009) and of Liger's kernel (Hsu et al. 2024, arXiv:2410.10989) in plain torch, for every device.
 
-On a CPU a chunk goes over the vocabulary in blocks whose logits stay in the cache until their softmax is taken
+On a CPU a chunk processes the vocabulary in blocks whose logits stay in the cache until their softmax is taken
 and multiplied by the matrix again; the blocks' sums are joined as in online softmax (Milakov & Gimelshein 2018,
 arXiv:1805.02867). Rows of probabilities are kept for one chunk, since the gradient of the matrix needs the whole sum.
-For a GPU such a block is too little work: there chunks are larger, and each takes the whole vocabulary at once.
+On a GPU such a block is too little work: there chunks are larger, and each uses the whole vocabulary at once.
 
 The price: a forward pass under grad costs the whole gradient even if backward is never called, so evaluation uses
 `token_losses`.
@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CHUNK_SIZE = 512  # rows; each chunk reads the matrix anew and adds to all of its gradient
+CHUNK_SIZE = 512  # rows; each chunk rereads the matrix and adds to all of its gradient
 BLOCK_SIZE = 2048  # of the vocabulary
-IGNORED = -100  # cross_entropy's own mark of a target that does not count
+IGNORED = -100  # cross_entropy's ignore_index
 GPU_CHUNK_SIZE = 4096  # rows; with the vocabulary of 32,768 half a GiB of logits in float32
 
 
@@ -31,10 +31,10 @@ def summed_loss(
     """The sum of the losses of all tokens that count, in nats, and their number.
 
     Args:
-        decoder: Whose losses.
-        tokens: (B, T + 1) of any integer type: T inputs and, one later, T targets.
+        decoder: The model.
+        tokens: (B, T + 1) of any integer type: T inputs and T targets, one later.
         loss_mask: (B, T) bool, whether a target counts.
-        positions: (B, T) of the inputs, as of `Decoder.hidden_states`.
+        positions: (B, T) of the inputs, as in `Decoder.hidden_states`.
     """
     tokens = tokens.long()
     hidden = decoder.hidden_states(tokens[:, :-1], positions=positions).flatten(0, 1)
@@ -68,9 +68,9 @@ def linear_cross_entropy(
     Args:
         hidden: (N, H) final hidden states.
         weight: (V, H) matrix of the head.
-        targets: (N,) int64 in [0, V), also where the weight is 0.
-        weights: (N,) float weight of each token; 0 ignores it. None weighs all 1. Not differentiated.
-        chunk_size: Rows whose probabilities exist at one time; memory beyond the gradients is little more than
+        targets: (N,) int64 in [0, V), even if the weight is 0.
+        weights: (N,) float weight of each token; 0 ignores it. None: all 1. Not differentiated.
+        chunk_size: Rows whose probabilities exist at a time; memory beyond the gradients is little more than
             chunk_size * V numbers of the products' type on a CPU, with some of float32 beside them on a GPU.
             None: 512 on a CPU, 4,096 on a GPU.
 
@@ -93,7 +93,7 @@ def linear_cross_entropy(
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int | None = None) -> Tensor:
     """`-log softmax(hidden @ weight.T)[target]` in nats of each token, (N,) in float32 (float64 for float64).
 
-    Without gradient, for evaluation. Arguments, types and errors as in `linear_cross_entropy`, but for chunks half as
+    Without gradient, for evaluation. Arguments, types and errors as in `linear_cross_entropy`, except chunks half as
     large on a CPU.
     """
     if chunk_size is None:
@@ -142,16 +142,16 @@ def _vocabulary_blocks(
     grad_hidden: Tensor | None,
     grad_weight: Tensor | None,
 ) -> Tensor:
-    """The loss on a CPU, its gradients written into grad_hidden (N, H) and grad_weight (V, H) where given."""
+    """The loss on a CPU; writes gradients to grad_hidden (N, H) and grad_weight (V, H) if given."""
     dtype, wide = matrix.dtype, torch.promote_types(matrix.dtype, torch.float32)
-    # Sorted by target, so that few chunks have targets in a block; and only the tokens that count.
+    # Sorted by target, so that few chunks have targets in a block; only tokens that count.
     order = targets.argsort(stable=True)
     if weights is not None:
         order = order[weights[order] != 0]
     num_tokens, vocab_size = len(order), len(matrix)
     loss = hidden.new_zeros((), dtype=wide)
     blocks = _chunks(vocab_size, BLOCK_SIZE)
-    # Made once: buffers of this size freed in each round would be faulted in again in the next.
+    # Allocated once: if freed in each round, buffers of this size would be faulted in again.
     size = min(chunk_size, num_tokens)
     logits_buffer = hidden.new_empty(size * min(BLOCK_SIZE, vocab_size), dtype=wide)
     keeps = grad_weight is not None  # a chunk's probabilities; else each block overwrites those before it
@@ -184,7 +184,7 @@ def _vocabulary_blocks(
                 parts.append((block, probs, log_part))
             mass = torch.ones_like(log_sum)
             if holders.start < holders.stop:
-                # The target is taken out: its probability less 1 would be lost in rounding where it is near 1.
+                # Without the target: its probability minus 1 would be lost to rounding near 1.
                 place = target[holders] - block.start
                 target_logit[holders] = logits[holders].gather(1, place)
                 mass[holders] = probs[holders].scatter_(1, place, 0).sum(-1, keepdim=True, dtype=wide)
@@ -193,8 +193,8 @@ def _vocabulary_blocks(
             others.mul_(old).addcmul_(mass, new)
             if grad_hidden is not None:
                 other_rows.mul_(old).addcmul_(probs @ matrix[block], new)
-        # The gradient of the logits is softmax minus one-hot. The weights of tokens, and what turns a block's
-        # softmax into that of all, are multiplied into thin (n, H) factors: no further pass over (n, V).
+        # The gradient of the logits is softmax minus one-hot. Token weights, and the factors that turn a block's
+        # softmax into the global one, are multiplied into thin (n, H) matrices: no extra pass over (n, V).
         scale = 1.0 if weights is None else weights[rows].unsqueeze(1).to(wide)
         loss += ((log_sum - target_logit) * scale).sum()
         if grad_hidden is not None:
@@ -220,12 +220,12 @@ def _whole_vocabulary(
     grad_hidden: Tensor | None,
     grad_weight: Tensor | None,
 ) -> Tensor:
-    """As `_vocabulary_blocks`, on a GPU: few kernels, all deterministic, no synchronisation."""
+    """As `_vocabulary_blocks`, on a GPU: few kernels, all deterministic, no synchronization."""
     dtype, wide = matrix.dtype, torch.promote_types(matrix.dtype, torch.float32)
     loss = hidden.new_zeros((), dtype=wide)
     for rows in _chunks(len(targets), chunk_size):
         inputs, target = hidden[rows], targets[rows].unsqueeze(1)
-        if weights is not None:  # an ignored token may hold nan, which times 0 is nan
+        if weights is not None:  # an ignored token may be nan, and nan times 0 is nan
             scale = weights[rows].unsqueeze(1).to(wide)
             inputs = inputs.masked_fill(scale == 0, 0)
         inputs = inputs.to(dtype)
@@ -233,7 +233,7 @@ def _whole_vocabulary(
         log_sum = logits.logsumexp(-1, keepdim=True)
         losses = log_sum - logits.gather(1, target)
         probs = logits.sub_(log_sum).exp_().scatter_(1, target, 0)
-        # The gradient of the target's logit, softmax minus 1, by the others: softmax may be 1 in rounding.
+        # The target's logit gradient, softmax minus 1, computed from the others: softmax may round to 1.
         probs.scatter_(1, target, -probs.sum(-1, keepdim=True))
         if weights is not None:
             losses, probs = losses * scale, probs.mul_(scale)
@@ -251,7 +251,7 @@ def _on_cpu(hidden: Tensor) -> bool:
 
 
 def _holders(target: Tensor, blocks: list[slice]) -> list[slice]:
-    """For each block the rows whose target (n, 1), sorted, stands in it."""
+    """For each block, the rows whose target (n, 1), sorted, is in it."""
     ends = torch.tensor([block.stop for block in blocks])
     stops = torch.searchsorted(target[:, 0].contiguous(), ends).tolist()
     return [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]

@@ -1,5 +1,5 @@
 """The decoder with one part changed, for ablations (configs/comparisons/lm_ablation.yaml): `--model.variant.positions
-none`. Variants train, evaluate and decode as the decoder does; they cannot be exported.
+none`. Variants train, evaluate and decode like the decoder; they cannot be exported.
 """
 
 import math
@@ -14,12 +14,12 @@ from lm.model.decoder import Block, Decoder, RMSNorm, SwiGLU
 
 
 class UngatedFeedForward(SwiGLU):
-    """`down(activation(up(x)))`, 1.5 times as wide as the SwiGLU that it replaces."""
+    """`down(activation(up(x)))`, 1.5 times as wide as the SwiGLU it replaces."""
 
     def __init__(self, config: DecoderConfig, activation: str) -> None:
         super().__init__(config)
         self.rows = [config.intermediate_size * 3 // 2]
-        self.gate_up = nn.Linear(config.hidden_size, self.rows[0], bias=False)  # the name that the optimizer knows
+        self.gate_up = nn.Linear(config.hidden_size, self.rows[0], bias=False)  # the name that the optimizer expects
         self.down = nn.Linear(self.rows[0], config.hidden_size, bias=False)
         self.activation = {"silu": F.silu, "gelu": F.gelu}[activation]
         nn.init.normal_(self.gate_up.weight, std=0.02)
@@ -57,7 +57,7 @@ class VariantDecoder(Decoder):
         if variant.feed_forward != "swiglu":
             for block in self.blocks:
                 block.feed_forward = UngatedFeedForward(config, variant.feed_forward)
-        if variant.positions != "rotary":  # queries and keys turn by nothing
+        if variant.positions != "rotary":  # queries and keys are not rotated
             self.cos.fill_(1.0)
             self.sin.zero_()
         if variant.positions == "learned":
@@ -75,5 +75,5 @@ class VariantDecoder(Decoder):
 
 
 def make_decoder(config: DecoderConfig, variant: Variant) -> Decoder:
-    """The decoder itself where nothing is changed."""
+    """The decoder itself if nothing is changed."""
     return VariantDecoder(config, variant) if variant.changed else Decoder(config)

@@ -1,1 +1,1 @@
-"""The LightningModule, its optimizer and its callbacks. Imports all other rooms of lm."""
+"""The LightningModule, its optimizer and its callbacks. Imports the rest of lm."""

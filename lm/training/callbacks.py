@@ -1,4 +1,4 @@
-"""Callbacks: a validation before the first step, and sample stories."""
+"""Callbacks: validation before the first step, and sample stories."""
 
 import json
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class FirstValidation(Callback):
 
 
 class Samples(Callback):
-    """Writes stories from fixed prompts during training: to the terminal, to samples.jsonl, to the loggers."""
+    """Writes stories from fixed prompts during training to the terminal, samples.jsonl and the loggers."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Samples(Callback):
             prompts: The beginnings of the stories.
             max_new_tokens: Longest continuation, in tokens.
             temperature: Sampling temperature; 0 decodes greedily.
-            seed: Seed of the sampling, the same in each round; training's random numbers are not touched.
+            seed: Sampling seed, the same in each round; training's random numbers are not affected.
         """
         if every_n_steps < 0:
             raise InputError(f"samples.every_n_steps {every_n_steps}: expected 0 (none) or more")
@@ -65,7 +65,7 @@ class Samples(Callback):
         self.config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
     def check(self, tokenizer: "StoryTokenizer", context: int) -> None:
-        """Raise an InputError where a prompt is longer than the model's context, in tokens."""
+        """Raise an InputError if a prompt has more tokens than the model's context."""
         for prompt in self.prompts if self.every_n_steps else ():
             if (length := len(tokenizer.encode_prompt(prompt))) > context:
                 raise InputError(
@@ -79,7 +79,7 @@ class Samples(Callback):
 
     @rank_zero_only
     def _rewind(self, file: Path, step: int) -> None:
-        """Drop what a killed run wrote after the checkpoint that this run resumes from."""
+        """Drop samples that a killed run wrote after the checkpoint that this run resumes from."""
         if file.exists():
             text = file.read_text(errors="replace", encoding="utf-8")
             lines = [line for line in text.split("\n") if _step_of(line) <= step]
@@ -90,7 +90,7 @@ class Samples(Callback):
         if self.every_n_steps and step % self.every_n_steps == 0 and step != self._last_step:
             self._last_step = step
             with pl_module.stopwatch:
-                if trainer.is_global_zero or isinstance(pl_module.decoder, FSDPModule):  # all hold a part of it
+                if trainer.is_global_zero or isinstance(pl_module.decoder, FSDPModule):  # all processes hold a part
                     self.write(self.generate(trainer, pl_module), trainer)
 
     def generate(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
@@ -100,7 +100,7 @@ class Samples(Callback):
         tokenizer = pl_module.tokenizer
         batch = {"prompts": self.prompts, "input_ids": [tokenizer.encode_prompt(prompt) for prompt in self.prompts]}
         divided = isinstance(pl_module.decoder, FSDPModule)
-        with trainer.precision_plugin.forward_context() if divided else nullcontext():  # they come in its type
+        with trainer.precision_plugin.forward_context() if divided else nullcontext():  # weights come in its dtype
             stories = continue_prompts(pl_module.plain_decoder, batch, self.config, tokenizer)
         return [story["text"] for story in stories]
 
@@ -118,7 +118,7 @@ class Samples(Callback):
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
-                # All rounds so far: the table grows, also over a resume.
+                # All rounds so far: the table keeps growing after a resume.
                 rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").split("\n") if line]
                 columns = ["step", "prompt", "story"]
                 logger.log_table("samples", columns, [[row[name] for name in columns] for row in rows])

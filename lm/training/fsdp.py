@@ -13,9 +13,9 @@ def shard(decoder: Decoder, mesh: DeviceMesh, bfloat16: bool, device: torch.devi
     """Shard a decoder, in place.
 
     Args:
-        decoder: On the meta device it gets the weights that one process would draw.
+        decoder: If on the meta device, it gets the weights that a single process would draw.
         mesh: The processes.
-        bfloat16: Send and multiply weights in bfloat16; gradients are summed in float32.
+        bfloat16: Gather and multiply weights in bfloat16; gradients are summed in float32.
         device: Of this process's shard.
     """
     policy = MixedPrecisionPolicy()
@@ -31,7 +31,7 @@ def shard(decoder: Decoder, mesh: DeviceMesh, bfloat16: bool, device: torch.devi
 
 @torch.no_grad()
 def _draw_weights(decoder: Decoder, device: torch.device) -> None:
-    """Draw this process's shard, one whole matrix at a time: the values that one process would draw."""
+    """Draw this process's shard, one whole matrix at a time: the values that a single process would draw."""
     decoder.to_empty(device=device)
     decoder.set_rotary_tables()
     with torch.random.fork_rng(devices=[]):

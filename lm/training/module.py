@@ -1,4 +1,4 @@
-"""The language model under Lightning: training, evaluation by perplexity, and writing stories."""
+"""The language model's LightningModule: training, perplexity evaluation, and generation."""
 
 import math
 from collections.abc import Callable
@@ -33,7 +33,7 @@ Adapter = Literal["full", "lora", "peft"]
 
 
 class TokenSums(Metric):
-    """Sums over all tokens of a split, from which loss, perplexity and bits per byte follow.
+    """Sums over all tokens of a split, to compute loss, perplexity and bits per byte.
 
     Losses are summed as integers, in units of 2^-20 nats: the sums do not depend on the order, the batch size or the
     number of devices, and need no float64, which some devices lack.
@@ -52,9 +52,9 @@ class TokenSums(Metric):
 
         Args:
             losses: (N,) float, cross-entropy of each target in nats.
-            loss_mask: (N,) bool, whether a target counts, as padding does not.
-            text_mask: (N,) bool, whether it is text, as bos, eos and padding are not.
-            num_bytes: (N,) integers, UTF-8 bytes of each target that is text.
+            loss_mask: (N,) bool, whether a target counts; padding does not.
+            text_mask: (N,) bool, whether it is text; bos, eos and padding are not.
+            num_bytes: (N,) integers, UTF-8 bytes of each text target.
         """
         finite = torch.isfinite(losses)
         self.not_finite += (~finite & loss_mask).sum()
@@ -78,7 +78,7 @@ class TokenSums(Metric):
 
 
 class LanguageModel(StepModule):
-    """A decoder that learns to continue stories."""
+    """Trains a decoder to continue stories."""
 
     def __init__(
         self,
@@ -99,19 +99,19 @@ class LanguageModel(StepModule):
             optimizer: The optimizer and its schedule.
             generation: How ``predict`` decodes.
             variant: Changed parts of the decoder, for ablations; such a model cannot be exported.
-            compile: Train in code compiled at the first step, which takes some 20 s: on a GPU from batch to loss, for
-                small models as CUDA graphs; on a CPU the blocks. A note, and plain code, where there is no compiler.
+            compile: Train with torch.compile, which takes some 20 s at the first step: on a GPU from batch to loss, for
+                small models as CUDA graphs; on a CPU the blocks. Without a compiler, a note, and training uncompiled.
             activation_checkpointing: Keep only the inputs of the blocks and recompute the rest in the backward pass:
                 less memory, about a third more time.
             init_from: Pretrained weights, with their shape and tokenizer: a run's folder, a checkpoint, a Hugging Face
-                folder or hub name, a llama2.c .bin, a .gguf. The optimizer starts anew.
-            adapter: What trains: full (all weights), lora (low-rank updates), or peft (the same by PEFT).
-            lora: The low-rank updates; target_modules by PEFT's names for a Llama, such as q_proj.
-            adapter_weights: Folder of a saved adapter, PEFT's or ours, to start from; it decides all of lora but the
+                folder or hub name, a llama2.c .bin, a .gguf. The optimizer starts fresh.
+            adapter: What trains: full (all weights), lora (low-rank updates), or peft (the same with PEFT).
+            lora: The low-rank updates; target_modules uses PEFT's names for a Llama, such as q_proj.
+            adapter_weights: Folder of a saved adapter, PEFT's or ours, to start from; it overrides all of lora except
                 dropout.
         """
         super().__init__("loss")
-        # From a checkpoint, which holds plain values, so that it can be read without running code.
+        # Checkpoints hold plain values, so that they can be read without running code.
         decoder = DecoderConfig(**decoder) if isinstance(decoder, dict) else decoder
         optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
         generation = GenerationConfig(**generation) if isinstance(generation, dict) else generation
@@ -139,16 +139,16 @@ class LanguageModel(StepModule):
         parts = {"decoder": decoder, "optimizer": optimizer, "generation": generation, "variant": variant}
         parts |= {} if adapter == "full" else {"lora": lora}
         self.save_hyperparameters({name: asdict(part) for name, part in parts.items()} | {"adapter": adapter})
-        self.strict_loading = adapter == "full"  # else checkpoints hold what trains alone
+        self.strict_loading = adapter == "full"  # else checkpoints hold only what trains
         self.optimizer_config = optimizer
         self.generation = generation
         self.decoder.recompute = activation_checkpointing
         self.compile_blocks = compile
-        with torch.device("cpu"):  # also where the decoder is made on none
+        with torch.device("cpu"):  # even if the decoder is on the meta device
             self.sums = TokenSums()
             self.second_sums = TokenSums()  # of data.second_path
         self.tokenizer: StoryTokenizer | None = None  # of the data, for decoding
-        self.on_token: Callable[[int, int], None] | None = None  # sees (row, token id) while a story is written
+        self.on_token: Callable[[int, int], None] | None = None  # called with (row, token id) while generating
 
     @property
     def plain_decoder(self) -> Decoder:
@@ -172,7 +172,7 @@ class LanguageModel(StepModule):
         return self.decoder(input_ids)
 
     def configure_model(self) -> None:
-        """Shard the weights where the strategy asks for it, as configs/fsdp.yaml does."""
+        """Shard the weights if the strategy requires it, as in configs/fsdp.yaml."""
         if self.device_mesh is not None and not isinstance(self.decoder, FSDPModule):
             from lm.training.fsdp import shard
 
@@ -180,8 +180,8 @@ class LanguageModel(StepModule):
             shard(self.decoder, self.device_mesh["data_parallel"], bfloat16, self.trainer.strategy.root_device)
 
     def flops_per_token(self, length: int) -> int:
-        """Floating-point operations of training a token in a sequence of that length: six for each weight, four for a
-        frozen one, and those of attention, the masked half included (arXiv:2204.02311, appendix B)."""
+        """FLOPs to train on one token in a sequence of that length: six per weight, four per
+        frozen weight, plus attention, including the masked half (arXiv:2204.02311, appendix B)."""
         config = self.decoder.config
         looked_up = None if config.tie_embeddings else self.decoder.embedding.weight
         multiplied = [weight for weight in self.decoder.parameters() if weight is not looked_up]
@@ -197,7 +197,7 @@ class LanguageModel(StepModule):
         super().on_fit_start()
         self._summed_loss = partial(summed_loss, self.decoder)
         if self.compile_blocks and can_compile(self.device.type):
-            # Blocks of any shape on a CPU, so that a resumed run has the same code; FSDP gathers weights between them.
+            # On a CPU, blocks of any shape, so that a resumed run has the same code; FSDP gathers weights between them.
             if self.device.type == "cuda" and not isinstance(self.decoder, FSDPModule):
                 from lm.training.compiled_loss import MOST_GRAPHED, CompiledLoss
 
@@ -218,7 +218,7 @@ class LanguageModel(StepModule):
         return self.step_loss(batch_idx, tokens, loss)
 
     def check_trainer(self, trainer: Trainer) -> None:
-        """See that the optimizer, its schedule and compiling suit the run.
+        """Check that the optimizer and its schedule suit the run.
 
         Raises:
             InputError: They do not.
@@ -243,7 +243,7 @@ class LanguageModel(StepModule):
     def configure_optimizers(self) -> dict[str, Any]:
         self.check_trainer(self.trainer)
         total_steps = self.trainer.estimated_stepping_batches
-        # Under 16-mixed the gradients must be unscaled before they are clipped, which a fused optimizer does too late.
+        # Under 16-mixed, gradients must be unscaled before clipping, which a fused optimizer does too late.
         fused = self.trainer.precision != "16-mixed"
         products = torch.bfloat16 if fast_bfloat16(self.device.type) else torch.float32
         compiled = self.compile_blocks and self.device.type == "cuda" and can_compile("cuda")
@@ -294,9 +294,9 @@ class LanguageModel(StepModule):
         self._decoding = self.plain_decoder
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Continue each prompt of the batch: a list of ``prompt``, ``text``, ``tokens`` and ``finish_reason``."""
+        """Continue each prompt of the batch: dicts of ``prompt``, ``text``, ``tokens`` and ``finish_reason``."""
         from lm.training.predictions import continue_prompts
 
-        # In the weights' precision: in bfloat16 a story would depend on its batch.
+        # In the weights' precision: in bfloat16 a story would depend on the rest of its batch.
         with torch.autocast(self.device.type, enabled=False):
             return continue_prompts(self._decoding, batch, self.generation, self.tokenizer, self.on_token)

@@ -1,8 +1,8 @@
-"""Muon: momentum with orthogonalised updates (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+"""Muon: momentum with orthogonalized updates (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
 `torch.optim.Muon` works in bfloat16 only and on one matrix at a time: on a CPU that emulates bfloat16 its step takes
 longer than forward and backward. Here products are in the device's fast type, batched over matrices of equal shape, and
-stacked matrices (query, key and value) are orthogonalised separately.
+stacked matrices (query, key and value) are orthogonalized separately.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from experiment.compat.torch import foreach
 
-# The quintic that grows small singular values fastest; they end near 1, not at 1, which does no harm.
+# The quintic that grows small singular values fastest; they end near 1, not at 1, which is harmless.
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 ITERATIONS = 5
 Part = tuple[Tensor, Tensor]  # a weight, its gradient with momentum
@@ -28,7 +28,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
         dtype: Of the products.
 
     Returns:
-        (N, rows, columns) of dtype; singular values lie around 1.
+        (N, rows, columns) of dtype; singular values are near 1.
     """
     a, b, c = COEFFICIENTS
     x = matrices.to(dtype)
@@ -40,7 +40,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised Nesterov momentum as the update of matrices; decoupled weight decay."""
+    """Updates matrices with orthogonalized Nesterov momentum and decoupled weight decay."""
 
     def __init__(
         self,
@@ -57,12 +57,12 @@ class Muon(torch.optim.Optimizer):
                 parameters is stacked from; None for one matrix.
             lr: Learning rate; an update's singular values are about ``lr * sqrt(max(1, rows / columns))``.
             momentum: Decay of the running mean of gradients.
-            weight_decay: Decoupled: times the learning rate, the share of a weight that a step removes.
-            dtype: Of the orthogonalisation's products; momentum has the parameter's.
-            compiled: Compile the orthogonalisation, once for each shape.
+            weight_decay: Decoupled: a step removes the fraction lr * weight_decay of a weight.
+            dtype: Type of the orthogonalization's products; momentum has the parameter's.
+            compiled: Compile the orthogonalization, once per shape.
 
         Raises:
-            ValueError: If a parameter is no matrix.
+            ValueError: If a parameter is not a matrix.
         """
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "rows": None})
         self.dtype = dtype
@@ -108,7 +108,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class JointOptimizer(torch.optim.Optimizer):
-    """Several optimizers as one, as Lightning's automatic optimization needs it; groups and state are shared with
+    """Several optimizers as one, as Lightning's automatic optimization requires; groups and state are shared with
     them, so that schedules and checkpoints see all."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
@@ -117,7 +117,7 @@ class JointOptimizer(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Give the optimizers their groups and state, which loading replaces."""
+        """Reconnect the optimizers to their groups and state, which loading replaces."""
         groups = iter(self.param_groups)
         for optimizer in self.optimizers:
             optimizer.param_groups = [next(groups) for _ in optimizer.param_groups]

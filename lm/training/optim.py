@@ -17,8 +17,8 @@ class OptimizerConfig:
 
     Attributes:
         learning_rate: The highest learning rate, reached after the warm-up.
-        muon_learning_rate: If given, Muon (see muon.py) trains the blocks' matrices with this as its highest learning
-            rate, and AdamW only embeddings, head and norms.
+        muon_learning_rate: If given, Muon (see muon.py) trains the blocks' matrices with this as its peak learning
+            rate, and AdamW trains only embeddings, head and norms.
         weight_decay: Decay of the matrices; norms are never decayed.
         beta1: Decay of the running mean of gradients.
         beta2: Decay of the running mean of squared gradients.
@@ -27,8 +27,8 @@ class OptimizerConfig:
             2017); or ``wsd`` (warm-up, stable, decay), constant, then linear over the last decay_fraction of the steps
             (Hu et al. 2024, MiniCPM).
         warmup_steps: Optimizer steps of linear warm-up from 0.
-        final_ratio: Last learning rate over the highest.
-        decay_fraction: Share of all steps in the decay of ``wsd``.
+        final_ratio: Final learning rate divided by the highest.
+        decay_fraction: Fraction of all steps in the decay phase of ``wsd``.
     """
 
     learning_rate: float = 6e-4
@@ -64,7 +64,7 @@ def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) ->
 
 
 def block_matrices(module: nn.Module) -> list[dict]:
-    """The matrices of a decoder's blocks in groups for Muon, with the heights of stacked ones."""
+    """The matrices of a decoder's blocks in groups for Muon, with the heights of the stacked matrices."""
     attentions = [part for part in module.modules() if isinstance(part, Attention)]
     feed_forwards = [part for part in module.modules() if isinstance(part, SwiGLU)]
     return [
@@ -81,10 +81,10 @@ def make_optimizer(
     products: torch.dtype = torch.float32,
     compiled: bool = False,
 ) -> torch.optim.Optimizer:
-    """AdamW, alone or beside Muon, over the module's parameters.
+    """AdamW, alone or together with Muon, over the module's parameters.
 
     Args:
-        module: A decoder, or what holds one.
+        module: A decoder, or a module that contains one.
         config: The hyper-parameters.
         fused: Use AdamW's fused kernel.
         products: Type of Muon's matrix products.
@@ -108,7 +108,7 @@ def make_optimizer(
 
 
 def learning_rate_factor(step: int, total_steps: float, config: OptimizerConfig) -> float:
-    """The learning rate of a step over the highest. By hand: transformers' begin at 0, whose step learns nothing.
+    """The learning rate of a step divided by the highest. Our own: transformers' schedules start at 0, a wasted step.
 
     Args:
         step: Optimizer steps done, from 0.

@@ -1,4 +1,4 @@
-"""What `predict` leaves: the stories, in a file and on the terminal."""
+"""The output of `predict`: the stories, in a file and on the terminal."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -51,7 +51,7 @@ class Predictions(BasePredictionWriter):
     def __init__(self, stream: bool = True) -> None:
         """
         Args:
-            stream: On a terminal, show the first story of each batch token by token while it is written.
+            stream: On a terminal, show the first story of each batch as it is generated, token by token.
         """
         super().__init__(write_interval="batch")
         self.stream = stream
