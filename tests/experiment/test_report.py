@@ -124,7 +124,7 @@ def test_compared_runs_share_each_chart_and_show_what_differs(language_run: Path
     (other / "config.yaml").write_text('{"trainer": {"max_steps": 100}, "model": {"num_layers": 7}}')
     page = write_report([language_run, other], tmp_path / "both")
     text = text_of(page)
-    differing = text[text.index("<h2>Differences") : text.index("Curves")]
+    differing = text[text.index("Differences") : text.index("Curves")]
     assert "model.num_layers" in differing and "<td>7</td>" in differing
     assert "max_steps" not in differing
     loss, _ = json.JSONDecoder().raw_decode(text, text.index('"loss": {') + len('"loss": '))
