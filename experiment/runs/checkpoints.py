@@ -262,6 +262,14 @@ class ExactResume(Callback):
                         torch.cuda.set_rng_state(states["cuda"].cpu())
             self._random_states = None
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loop = trainer.fit_loop
+        if loop.epoch_loop.batch_progress.is_last_batch:
+            torch.empty((), dtype=torch.int64).random_()  # the seed that the next epoch's iterator would draw
+        else:  # Lightning counts the epoch as finished
+            for count in (loop.epoch_progress.total, loop.epoch_progress.current):
+                count.processed, count.completed = count.processed - 1, count.completed - 1
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if trainer.global_step >= trainer.estimated_stepping_batches and not is_accumulating(trainer):
             trainer.should_stop = True

@@ -271,7 +271,8 @@ class ResumableDataModule(LightningDataModule):
             self._position = epoch, done
             return
         before, sizes = state_dict.get("batches"), self._sizes(epoch)
-        if before is not None and before != (share := -(-len(sizes) // self.trainer.world_size)):
+        share = -(-len(sizes) // self.trainer.world_size)
+        if before is not None and before != share:
             if self.trainer.max_epochs not in (None, -1) or self.trainer.max_steps == -1:
                 raise InputError(
                     f"an epoch has {share} batches a process, and had {before} when the checkpoint was written, so "
@@ -281,6 +282,8 @@ class ResumableDataModule(LightningDataModule):
             if done:
                 batches = bisect_right(list(accumulate(sizes)), state_dict["samples_done"])
                 self.rescaled = done = batches // self.trainer.world_size
+        elif done == share and self.trainer.max_steps == -1:  # then Lightning starts an epoch; else it ends this one
+            epoch, done = epoch + 1, 0
         self._position = epoch, done
         self.train_sampler.epoch, self.train_sampler.start = self._position
 

@@ -1,5 +1,6 @@
 """What is given by hand on a resume takes effect or is refused, and config.yaml says what is true."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,43 @@ def test_batch_size_takes_effect_at_the_same_place_of_the_epoch(
         done = [index for batch in seen for index in batch]
         assert len(done) >= 29 and done == whole[: len(done)]
         assert cli.trainer.global_step == 4 + batches
+
+
+EACH_EPOCH = ["--trainer.val_check_interval=1.0", "--trainer.check_val_every_n_epoch=1"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "validated"),
+    [
+        (["max_epochs=1", "max_epochs=2", "max_epochs=3"], []),
+        (["max_epochs=1", "max_epochs=2", "max_epochs=3"], EACH_EPOCH),
+        (["max_steps=8", "max_epochs=3"], EACH_EPOCH),
+        (["max_epochs=1", "max_steps=16", "max_steps=24"], EACH_EPOCH),
+        # Within an epoch, where a run's end would be one validation more.
+        (["max_steps=4", "max_epochs=2", "max_epochs=3"], []),
+        (["max_steps=12", "max_epochs=2", "max_steps=20", "max_steps=24"], []),
+    ],
+)
+def test_epochs_that_are_added_later_are_trained_as_if_they_had_been_asked_for(
+    arguments: list[str], limits: list[str], validated: list[str]
+) -> None:
+    epochs = [*arguments, *validated, "--trainer.max_steps=-1", "--model.optimizer.schedule=constant"]  # of 8 batches
+    main([*epochs, "--trainer.max_epochs=3", "--run_dir=whole"])
+    for limit in limits:
+        resumed = ["--ckpt_path=last"] if limit != limits[0] else []
+        main([*epochs, "--trainer.max_epochs=-1", f"--trainer.{limit}", *resumed])
+    assert_same_run(Path("run"), Path("whole"), steps=24)
+
+
+@pytest.mark.parametrize("limits", [["--trainer.max_epochs=3"], ["--trainer.max_steps=24", "--trainer.max_epochs=-1"]])
+def test_checkpoint_at_the_end_of_an_epoch_resumes_with_the_next(arguments: list[str], limits: list[str]) -> None:
+    ending = [*arguments, "--trainer.max_steps=-1", *limits, "--checkpoint.every_n_steps=8", "--checkpoint.keep=-1"]
+    main([*ending, "--run_dir=whole"])
+    for step in (8, 16):
+        shutil.copytree("whole", "run")
+        main([*ending, f"--ckpt_path=run/checkpoints/step-{step:06}.ckpt"])
+        assert_same_run(Path("run"), Path("whole"), steps=24)
+        shutil.rmtree("run")
 
 
 def test_batch_size_of_a_run_that_ends_with_an_epoch_is_refused(
