@@ -52,7 +52,7 @@ demo: $(READY) ## train both models on built-in data, without a network, and sho
 	$(PY) -m lm predict --config $(DEMO)/lm/config.yaml --ckpt_path best --data.prompts \
 	  '["Once upon a time", "One day, a little girl named", "Tom had a red ball."]'
 	@echo "== 2 of 4: with LoRA the same model learns to write letters (second_ metrics: how well it still knows its stories)"
-	$(PY) -m lm.data.demo_letters $(DEMO)/letters
+	$(PY) -m tinylab letters $(DEMO)/letters
 	$(PY) -m lm fit --config configs/lm/demo_letters.yaml --model.init_from $(DEMO)/lm --data.path $(DEMO)/letters \
 	  --run_dir $(DEMO)/lm_letters $(RESUME)
 	$(PY) -m lm predict --config $(DEMO)/lm_letters/config.yaml --ckpt_path last --data.prompts '["Dear Grandma,"]'
@@ -63,7 +63,7 @@ demo: $(READY) ## train both models on built-in data, without a network, and sho
 	  '["The plot was anything but dull. I expected something weak and got something brilliant.", "The acting was far from convincing. My friends found it charming; I found it tedious."]'
 	@ln -sfn $(notdir $(DEMO)) runs/demo
 	@echo "== 4 of 4: results"
-	$(PY) -m experiment.pages.summary $(DEMO)/lm $(DEMO)/lm_letters $(DEMO)/custom $(DEMO)/peft
+	$(PY) -m tinylab summary $(DEMO)/lm $(DEMO)/lm_letters $(DEMO)/custom $(DEMO)/peft
 
 test: $(READY) ## run the whole test suite (no network needed)
 	$(PY) -m pytest $(ARGS)
@@ -95,21 +95,21 @@ classify-predict: ## classify texts: ARGS='--ckpt_path best --data.texts reviews
 NEWEST = $(patsubst %/metrics.csv,%,$(shell ls -t runs/demo-*/lm/metrics.csv runs/lm/*/metrics.csv 2>/dev/null | head -n 1))
 
 report: $(READY) ## write the report of one or several runs: RUN="runs/lm/demo runs/lm/demo-2"
-	$(PY) -m experiment.pages.report $(or $(RUN),$(NEWEST))
+	$(PY) -m tinylab report $(or $(RUN),$(NEWEST))
 
 decoding: $(READY) ## compare greedy decoding with sampling on a language model: RUN=runs/demo/lm
-	$(PY) -m lm.decoding $(or $(RUN),$(NEWEST)) $(ARGS)
+	$(PY) -m tinylab decoding $(or $(RUN),$(NEWEST)) $(ARGS)
 
 tell: $(READY) ## talk to a language model in the terminal: RUN=runs/demo/lm
-	@$(PY) -m lm.tell $(or $(RUN),runs/demo/lm) $(ARGS)
+	@$(PY) -m tinylab tell $(or $(RUN),runs/demo/lm) $(ARGS)
 
 play: $(READY) ## open a local page to try models: RUN="runs/lm/demo runs/classify/custom" (default: the demo)
 	@$(PY) -c 'import gradio' 2>/dev/null || { echo "installing the extra 'play' (once)"; \
 	  $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[play]'; }
-	@$(PY) -m experiment.pages.play $(RUN) $(ARGS)
+	@$(PY) -m tinylab play $(RUN) $(ARGS)
 
 # FILE= names a comparison, BUDGET= 'tokens=4e6', 'seconds=1200' or 'steps=500', ARGS= more options and flags of fit.
-COMPARE = $(PY) -m experiment.compare $(FILE) $(if $(BUDGET),--budget $(BUDGET)) $(ARGS)
+COMPARE = $(PY) -m tinylab compare $(FILE) $(if $(BUDGET),--budget $(BUDGET)) $(ARGS)
 table1: FILE = configs/comparisons/table1.yaml
 ablation: FILE = configs/comparisons/ablation.yaml
 recipes: FILE = configs/comparisons/recipes.yaml
@@ -129,7 +129,7 @@ lm-scaling: ## loss against compute over five sizes of decoder (hours on a CPU):
 sweep: ## a grid of rates and schedules on the demo's language model; the file also works with `wandb sweep`
 
 board: $(READY) ## write BOARD.md, the best results for each budget, from the entries in results/
-	$(PY) -m lm.board write
+	$(PY) -m tinylab board write
 
 bench: $(READY) ## speed and memory against transformers, PEFT and Lightning (a quarter of an hour): ARGS='--only help_time'
 	$(PY) tests/benchmarks/bench.py $(ARGS)

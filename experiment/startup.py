@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 import sys
 import threading
 import time
@@ -29,6 +30,7 @@ _FOREIGN = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")  # if any of these is set
 def start(overview: str, args: Sequence[str]) -> None:
     """Start a command line, before its slow imports."""
     answer(overview, args)
+    end_at_interrupt()
     set_up_allocators()
     end_with_launcher()
 
@@ -50,6 +52,25 @@ def answer(overview: str, args: Sequence[str], commands: Iterable[str] = COMMAND
         found = f"{args[0]!r} is not a command{hint(args[0], commands)}" if args else "no command is given"
         print(f"error: {found}: expected {', '.join(commands)}; --help explains them", file=sys.stderr)
         sys.exit(2)
+
+
+def end_at_interrupt() -> None:
+    """Let Ctrl-C end the process without a traceback, until `imports_are_done`."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    if main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted)
+
+
+def imports_are_done() -> None:
+    """From now on, Ctrl-C raises KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is _interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupted(*_: object) -> None:
+    resume = os.environ.get("TINYLAB_RESUME")  # how a caller, such as make, resumes
+    os.write(1, f"\ninterrupted; resume with\n  {resume}\n".encode() if resume else b"\ninterrupted\n")
+    os._exit(130)
 
 
 def set_up_allocators() -> None:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from experiment.startup import answer
+from experiment.startup import answer, end_at_interrupt, imports_are_done
 
 OVERVIEW = """
 usage: tinylab COMMAND [ARGUMENTS]
@@ -45,7 +45,10 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run a command; an unknown one ends with one line on stderr and exit code 2."""
     args = list(sys.argv[1:] if args is None else args)
     answer(OVERVIEW, args, COMMANDS, options_first=False)
-    import_module(COMMANDS[args[0]]).main(args[1:])
+    end_at_interrupt()
+    command = import_module(COMMANDS[args[0]])
+    imports_are_done()
+    command.main(args[1:])
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import NoReturn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from experiment.runs.stopping import StopRequest
+from experiment.startup import imports_are_done
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
 GRACE = 5.0  # seconds for a process to end on its own
@@ -29,6 +30,7 @@ def ended_by_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    imports_are_done()
     before = signal.signal(signal.SIGTERM, _raise)
     read, write = os.pipe()
     os.set_blocking(write, False)

@@ -37,7 +37,7 @@ OF_FILE = SHARED | {"name": str, "metric": dict, "report": TEXTS, "seeds": NUMBE
 OF_FILE |= {"at": ("last", "best"), "plot": ("rows", "compute"), "rows": dict}
 OF_FILE |= {"parameters": dict, "method": ("grid", "random"), "run_cap": int}  # as in `wandb sweep`
 OF_RUNS = ("train/loss", "parameters", "trainable", "tokens", "seconds", "training_seconds", "memory_mib", "compute")
-FIGURES = (*OF_RUNS, *(f"{split}/{name}" for split in ("val", "test") for name in MEANINGS))
+METRICS = {"lm": ("loss", "perplexity", "bits_per_byte"), "classify": ("loss", "accuracy", "f1")}
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,6 @@ class Run:
     title: str = ""
     shows: str = ""
     group: str = ""
-
-    @property
-    def unit(self) -> str | None:
-        """The unit of the budget; None if the configurations set it."""
-        return next((name for name in self.budget if name != "points"), None)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -113,7 +108,7 @@ def read_comparison(args: Sequence[str] | None) -> tuple[Comparison, Path]:
         content = check_keys(content, OF_FILE, required=("metric", "seeds"))
         check_keys(content["metric"], {"name": str, "goal": ("minimize", "maximize")}, "metric: ", required=("name",))
         content["report"] = [*dict.fromkeys((*content.get("report", ()), content["metric"]["name"]))]
-        (added, typed), given = read_words(words), [word.partition("=") for word in options.budget or ()]
+        (added, typed), given = read_words(words), dict(word.partition("=")[::2] for word in options.budget or ())
         shared = {name: content.pop(name, None) or kind() for name, kind in SHARED.items()}
         drawn = expand(content.pop("parameters", {}), content.pop("method", "grid"), content.pop("run_cap", 10))
         rows = [*content.pop("rows", {"": {}}).items()]
@@ -128,13 +123,12 @@ def read_comparison(args: Sequence[str] | None) -> tuple[Comparison, Path]:
             row = {"title": label, **shared, **own}
             row["configs"] = [*shared["configs"], *own.get("configs", []), *added]
             row["flags"] = {**shared["flags"], **typed, **own.get("flags", {}), **values}
-            if given:
-                row["budget"] = {"points": row["budget"].get("points", 8), **{unit: value for unit, _, value in given}}
-            number = {unit: as_value(value) if value else value for unit, value in row["budget"].items()}
+            asked = {"points": row["budget"].get("points", 8), **given} if given else row["budget"]
+            number = {unit: as_value(value) if value else value for unit, value in asked.items()}
             row["budget"] = check_keys(number, dict.fromkeys((*BUDGETS, "points"), NUMBER), f"row {label}: budget: ")
-            if len(row["budget"].keys() - {"points"}) > 1 or min(row["budget"].values(), default=1) <= 0:
-                raise InputError(f"row {label}: budget {row['budget']}: expected one above 0 of {listed(BUDGETS)}")
-            for flag in typed.keys() & (OWN_FLAGS | BUDGET_FLAGS if row["budget"] else OWN_FLAGS):
+            if row["budget"] and (len(row["budget"].keys() - {"points"}) != 1 or min(row["budget"].values()) <= 0):
+                raise InputError(f"row {label}: budget {row['budget']}: expected one of {listed(BUDGETS)}, above 0")
+            for flag in row["flags"].keys() & (OWN_FLAGS | BUDGET_FLAGS if row["budget"] else OWN_FLAGS):
                 raise InputError(f"--{flag} is set for each run: use the comparison's own options; see --help")
             check_keys(row, OF_ROW, f"row {label}: ", required=("package",))
             found[label] = Run(label, content["seeds"][0], **row)
@@ -142,11 +136,15 @@ def read_comparison(args: Sequence[str] | None) -> tuple[Comparison, Path]:
         for option, name in [("baseline", base), *(("--only", name) for name in names)]:
             if name not in (None, *found):
                 raise InputError(f"{option} {name}: there is no such row{hint(name, found)}; expected {listed(found)}")
-        ours = all(row.package.partition(".")[0] in ("lm", "classify") for row in found.values())
-        for name in content["report"]:  # another module, or a callback, can log others
-            near = hint(name, FIGURES)
-            if name not in FIGURES and ("/" not in name or (near and ours)):
-                raise InputError(f"{name}: there is no such metric{near}; expected {listed(FIGURES)}")
+        packages = {row.package.partition(".")[0] for row in found.values()}
+        names_of = {name for package in packages for name in METRICS.get(package, MEANINGS)}
+        known = [*OF_RUNS, *(f"{kind}{name}" for kind in ("val/", "test/", "val/second_") for name in names_of)]
+        for name in (
+            name for name in content["report"] if name not in known
+        ):  # another module, or a callback, can log others
+            near, mistaken = hint(name, known), name.rpartition("/")[2] in MEANINGS
+            if "/" not in name or (packages <= METRICS.keys() and (near or mistaken)):
+                raise InputError(f"{name}: there is no such metric{near}; expected {listed(known)}")
         content |= {"baseline": base if base in names else None, "seeds": options.seeds or content["seeds"]}
         return Comparison(**content | {"rows": [found[name] for name in names]}), options.out
     except InputError as error:

@@ -16,6 +16,8 @@ from experiment.console import console
 from experiment.errors import InputError
 from experiment.pages.curves import COLORS, axes_on_white
 from experiment.pages.report import write_report
+from experiment.runs.provenance import source_version
+from experiment.wording import listed
 
 
 def collect(comparison: Comparison, lines: Sequence[Line]) -> pd.DataFrame:
@@ -24,10 +26,10 @@ def collect(comparison: Comparison, lines: Sequence[Line]) -> pd.DataFrame:
     rows = {row.name: vars(row) for row in comparison.rows}
     for line in lines:
         curve = pd.DataFrame(line.get("curve", {}))
-        by_loss = comparison.at == "best" and "val/loss" in curve
-        validations = (curve.sort_values("val/loss", kind="stable") if by_loss else curve[::-1]).to_dict("records")
+        best_first = comparison.at == "best" and "val/loss" in curve
+        validations = curve.sort_values("val/loss", kind="stable") if best_first else curve[::-1]
         seed = f"{line['seed']} failed (exit code {line['failed']})" if "failed" in line else str(line["seed"])
-        figures = line | line.get("test", {}) | next(iter(validations), {})
+        figures = line | line.get("test", {}) | next(iter(validations.to_dict("records")), {})
         runs.append(rows[line["row"]] | figures | {"seeds": seed})
     runs += [{"row": name, "title": name, **figures} for name, figures in comparison.quoted.items()]
     frame = pd.DataFrame(runs).reindex(columns=["row", "seed", "seeds", "title", "group", "shows", *names])
@@ -44,8 +46,7 @@ def spread(values: pd.Series) -> str:
 
 def differences(frame: pd.DataFrame, metric: str, baseline: str) -> dict[str, str]:
     """For each row, its metric minus the baseline's: the mean over pairs with equal seeds, its standard error, and
-    whether it is within the noise, which means that its 95 % confidence interval (Student's t)
-    contains 0."""
+    whether it is within the noise: its 95 % confidence interval (Student's t) contains 0."""
     of_seeds, texts = frame.pivot(index="seed", columns="row", values=metric), {}
     for row, pairs in of_seeds.drop(columns=baseline).sub(of_seeds[baseline], axis=0).items():
         pairs, middle, error = pairs.dropna(), pairs.mean(), pairs.sem()
@@ -77,6 +78,9 @@ def show(comparison: Comparison, lines: Sequence[Line], out: Path) -> None:
     notes += dict.fromkeys(f"Evaluated on {line['evaluated']} (their hash)." for line in lines if "evaluated" in line)
     if len({line.get("tokenizer") for line in lines}) > 1:
         notes += ["Tokenizers differ: compare bits per byte, not losses or token counts."]
+    sources, now = {line.get("environment", {}).get("source") for line in lines} - {None}, source_version()
+    if sources - {now} or (sources and "dirty" in str(now)):  # which may have changed again since
+        notes += [f"Made by the source {listed(sorted(sources))}, now {now}; to run all again, give another --out."]
     rows_of_runs = pd.DataFrame(lines).groupby("key")["row"].agg(", ".join)
     notes += [f"One run for {rows}: their settings are equal." for rows in dict.fromkeys(rows_of_runs) if ", " in rows]
     printed = Table(title=comparison.name, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))

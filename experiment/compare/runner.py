@@ -48,7 +48,7 @@ def make_runs(runs: Sequence[Run], out: Path, variables: Mapping[str, str], test
     if len(judged) > 1:
         raise InputError("rows are evaluated on " + " and ".join(f"{text} ({row})" for text, row in judged.items()))
     for name, run in left.items():
-        if run.unit == "seconds":
+        if "seconds" in run.budget:
             budget, training = {"steps": TIMED_STEPS, "points": 1}, {**run.flags, "trainer.limit_val_batches": 0}
             clock = replace(run, name=f"time of {name}", seed=runs[0].seed, budget=budget, flags=training)
             facts[name]["seconds_per_step"] = make_runs([clock], out, variables)[clock.key].get("seconds_per_step")
@@ -78,11 +78,10 @@ def prepare(run: Run) -> Line:
         if error.name == f"{run.package}.cli":
             return {}
         raise InputError(f"row {run.name}: package {run.package}: expected lm or classify") from error
-    skipped = dict.fromkeys(("fit", "after_fit"), lambda self, **_: None)
-    checked = type("Checked", (parser,), {"before_fit": parser.check_fit, **skipped})
+    skipped = dict.fromkeys(("fit", "after_fit"), lambda self, **_: None) | {"before_fit": parser.check_fit}
     try:
-        ending = ["--trainer.max_epochs=-1", "--trainer.max_steps=1"] if run.unit else []  # while it is unknown
-        cli = checked(["fit", *run.arguments, *ending])
+        ending = ["--trainer.max_epochs=-1", "--trainer.max_steps=1"] if run.budget else []  # while it is unknown
+        cli = type("Checked", (parser,), skipped)(["fit", *run.arguments, *ending])
         facts = {**getattr(cli.datamodule, "facts", {})}
     except (InputError, ArgumentError) as error:
         raise InputError(f"row {run.name}: {error}") from error
@@ -95,17 +94,18 @@ def prepare(run: Run) -> Line:
 
 def budget_flags(run: Run, facts: Line) -> list[str]:
     """The flags that end a run and its schedule at the budget, and validate it `points` times."""
-    if run.unit is None:
+    unit = next((name for name in run.budget if name != "points"), None)
+    if unit is None:
         return []
-    number, tokens = run.budget[run.unit], facts.get("tokens_per_step")
-    if run.unit == "epochs":
+    number, tokens = run.budget[unit], facts.get("tokens_per_step")
+    if unit == "epochs":
         return [f"--trainer.max_epochs={number}", "--trainer.max_steps=-1"]
     of_a_step = {"steps": 1, "tokens": tokens, "seconds": facts.get("seconds_per_step")}
     of_a_step["tokens_per_parameter"] = tokens and tokens / facts["parameters"]
-    if not of_a_step[run.unit]:
-        raise InputError(f"budget: {number:g} {run.unit} cannot be counted in advance for {run.name}")
-    if (steps := round(number / of_a_step[run.unit])) < 1:
-        raise InputError(f"budget: {number:g} {run.unit} are less than half a step of {run.name}")
+    if not of_a_step[unit]:
+        raise InputError(f"budget: {number:g} {unit} cannot be counted in advance for {run.name}")
+    if (steps := round(number / of_a_step[unit])) < 1:
+        raise InputError(f"budget: {number:g} {unit} are less than half a step of {run.name}")
     every = math.ceil(steps / run.budget.get("points", 8))
     trainer = {"max_steps": steps, "max_epochs": -1, "val_check_interval": every, "check_val_every_n_epoch": "null"}
     words = [f"--trainer.{name}={value}" for name, value in trainer.items()]
@@ -124,8 +124,8 @@ def make(run: Run, arguments: Sequence[str], folder: Path, variables: Mapping[st
     except BaseException as ending:
         if not isinstance(ending, KeyboardInterrupt):  # it got Ctrl-C too; a second signal would stop its saving
             process.terminate()
-        sys.exit(process.wait())
-    if code in (130, 143):  # stopped, and has printed how to resume
+        sys.exit(143 if process.wait() in (143, -signal.SIGTERM) else 130)
+    if code in (130, 143, -signal.SIGINT):  # stopped, and has printed how to resume
         sys.exit(code)
     if code != 0:
         console.print(f"{run.name}, seed {run.seed}, failed with exit code {code}: see above", style="red")
@@ -169,7 +169,7 @@ def main(args: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     comparison, out = read_comparison(args)
     quiet_libraries()
-    runs = [replace(row, seed=seed) for seed in comparison.seeds for row in comparison.rows]
+    runs = [replace(row, seed=seed) for seed in dict.fromkeys(comparison.seeds) for row in comparison.rows]
     again = f"{command('compare')} {shlex.join(sys.argv[1:] if args is None else args)}"
     variables = {"WANDB_RUN_GROUP": comparison.name, "TINYLAB_RESUME": again}  # what a stopped run prints
     found = make_runs(runs, out, variables, any(name.startswith("test/") for name in comparison.report))

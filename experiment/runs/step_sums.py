@@ -52,7 +52,7 @@ class StepSums:
         self.stop_wanted = False
         self._window: Tensor | None = None  # sums over the micro-batches of the current step: count, then as in `names`
         self._unread: list[tuple[int, Tensor]] = []
-        self._losses: list[tuple[int, int, Tensor]] = []  # step, index of the batch, loss of this process
+        self.losses: list[tuple[int, int, Tensor]] = []  # step, index of the batch, loss of this process
 
     def add(self, step: int, batch_idx: int, count: Tensor, *sums: Tensor) -> None:
         """Add a micro-batch.
@@ -65,7 +65,7 @@ class StepSums:
         """
         own = torch.stack([part.detach().float() for part in (count, *sums)])
         self._window = own if self._window is None else self._window + own
-        self._losses.append((step, batch_idx, own[1]))
+        self.losses.append((step, batch_idx, own[1]))
 
     def finish(self, step: int) -> Tensor:
         """End a step and return its count over all processes. Call it in every process after the last micro-batch."""
@@ -95,14 +95,7 @@ class StepSums:
             self.stop_wanted |= len(values) > len(self.names) and values[-1] > 0
         self._unread.clear()
         if self.failed_step is None:
-            self._losses.clear()
-
-    def failed_batch(self) -> tuple[int, float] | None:
-        """Index and loss of this process's first non-finite batch in the failed step, if any."""
-        for step, batch_idx, loss in self._losses:
-            if step == self.failed_step and not math.isfinite(value := loss.item()):
-                return batch_idx, value
-        return None
+            self.losses.clear()
 
 
 class StepModule(LightningModule):

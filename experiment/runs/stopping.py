@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor
 
 from experiment.compat.lightning import ask_for_no_sigterm
 from experiment.errors import InputError
-from experiment.sources.batches import ResumableDataModule
 
 
 class Interrupted(BaseException):
@@ -79,22 +78,10 @@ def check_losses(trainer: Trainer) -> None:
     """
     sums = trainer.lightning_module.step_sums
     sums.read()
-    if sums.failed_step is None:
-        return
-    what = None
-    if (failed := sums.failed_batch()) is not None:
-        (batch_idx, loss), data = failed, trainer.datamodule
-        place = data.describe_batch(batch_idx) if isinstance(data, ResumableDataModule) else f"batch {batch_idx}"
-        what = f"{loss}, at {place}"
-    processes = [what]
-    if trainer.world_size > 1:
-        processes *= trainer.world_size
-        torch.distributed.all_gather_object(processes, what)
-    what = next(filter(None, processes), "not finite, although each batch's loss is")
-    raise InputError(
-        f"the loss of step {sums.failed_step} is {what}: lower the learning rate, set --trainer.gradient_clip_val, or "
-        f"look at these samples; {newest_checkpoint(trainer)}"
-    )
+    if sums.failed_step is not None:
+        from experiment.runs.not_finite import loss_not_finite
+
+        raise loss_not_finite(trainer, newest_checkpoint(trainer))
 
 
 def check_weights(trainer: Trainer) -> None:

@@ -253,16 +253,6 @@ class ResumableDataModule(LightningDataModule):
         total = math.prod(self.step_parts.values()) * processes * accumulated
         return " x ".join(parts) + (f" = {total:,}" if len(parts) > 1 else "")
 
-    def describe_batch(self, index: int) -> str:
-        """The samples of the given batch in the current epoch, in words."""
-        sampler = self.train_sampler
-        if sampler is None:  # a stream, whose samples have no numbers
-            return f"batch {index}"
-        rank, world = sampler.share
-        samples = [int(sample) for sample in sampler.epoch_batches(sampler.epoch)[index * world + rank]]
-        shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
-        return f"batch {index} of epoch {sampler.epoch} (samples {shown})"
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "epoch" not in state_dict:
             raise InputError("this run streamed its data: resume it with --data.streaming true")

@@ -156,17 +156,10 @@ class TextDataModule(ResumableDataModule):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """For comparisons: targets and batches per epoch, unless streamed; the evaluated data, equal for runs whose
-        bits per byte are comparable; and the tokenizer, equal for runs whose losses are."""
-        tokenizer = self.tokenizer.fingerprint[:12]
-        first = f"the first {self.sequence_length} tokens of tokenizer {tokenizer} of each story"
-        read = "every token of every story" if self.evaluation == "full" else first
-        facts = {"evaluated": f"{read} of {self.source.stories_id('validation')}", "tokenizer": tokenizer}
-        if not self.streaming:
-            windows = self.train_dataloader().dataset.windows
-            facts |= {"tokens_per_epoch": int(self.corpus("train").num_targets(windows).sum())}
-            facts |= {"batches_per_epoch": len(self.train_sampler.epoch_batches(0))}
-        return facts
+        """For comparisons."""
+        from lm.data.facts import facts_of
+
+        return facts_of(self)
 
     def corpus(self, split: str) -> Corpus:
         """The tokenized split (train, validation or test), cached."""

@@ -115,6 +115,7 @@ def table(name: str = "rates") -> list[dict[str, str]]:
 def test_each_run_is_made_once_and_its_figures_are_compared(stand_in: Path) -> None:
     assert run(stand_in) == 0
     assert calls() == ["1 1", "2 1", "1 2", "2 2"]  # all rows of a seed first
+    assert run(stand_in, "--seeds", 1, 2, 1) == 0 and len(calls()) == 4  # each seed once
     one, two = table()
     assert (one["val/loss"], two["val/loss"]) == ("1.0150 ± 0.0071", "2.0150 ± 0.0071")
     assert (two["val/loss: difference from one"], two["seeds"], two["what it shows"]) == (
@@ -141,6 +142,19 @@ def test_rows_of_equal_settings_share_their_runs_and_are_said_to(stand_in: Path,
     assert run(write_comparison(rows={"one": {"flags": {"rate": 1}}, "same": {"flags": {"rate": "1.0"}}})) == 0
     assert calls() == ["1 1", "1 2"] and [row["seeds"] for row in table()] == ["1, 2", "1, 2"]
     assert capsys.readouterr().out.count("One run for one, same: their settings are equal.") == 1
+
+
+def test_runs_of_another_source_are_named(stand_in: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    recorded = STAND_IN.replace('"calls"', '"environment": {"source": Path("source").read_text()}, "calls"')
+    Path("stand_in.py").write_text(recorded)
+    monkeypatch.setattr("experiment.compare.differences.write_report", lambda *_: None)  # it wants more of a run
+    said = []
+    for source, now in (("abc", "abc"), ("abc", "def"), ("abc-dirty", "abc-dirty")):
+        Path("source").write_text(source)
+        monkeypatch.setattr("experiment.compare.differences.source_version", lambda now=now: now)
+        assert run(stand_in, "--seeds", 1, "--out", source) == 0
+        said.append("Made by the source" in capsys.readouterr().out)
+    assert said == [False, True, True] and len(calls()) == 4
 
 
 def test_results_of_other_machines_count(stand_in: Path) -> None:
@@ -308,8 +322,13 @@ def test_flags_of_a_row_win_over_the_command_line_and_these_over_files(stand_in:
         ({"command": 5}, [], "command 5: expected -m"),
         ({"flags": {1: 2}}, [], "flags {1: 2}: expected a mapping"),
         ({"budget": {"step": 1}}, [], "budget: step: there is no such key (did you mean steps?); expected steps"),
-        ({"budget": {"steps": 1, "tokens": 1}}, [], "budget {'steps': 1, 'tokens': 1}: expected one above 0 of steps"),
-        ({"budget": {"steps": 0}}, [], "budget {'steps': 0}: expected one above 0 of steps"),
+        ({"budget": {"steps": 1, "tokens": 1}}, [], "budget {'steps': 1, 'tokens': 1}: expected one of steps"),
+        ({"budget": {"steps": 0}}, [], "budget {'steps': 0}: expected one of steps"),
+        ({"budget": {"steps": 9, "points": 0}}, [], "budget {'points': 0, 'steps': 9}: expected one of steps"),
+        ({"budget": {"points": 4}}, [], "budget {'points': 4}: expected one of steps"),
+        ({"rows": {"one": {"flags": {"run_dir": "x"}}}}, [], "--run_dir is set for each run"),
+        ({"budget": {"steps": 9}, "flags": {"trainer.max_steps": 5}}, [], "--trainer.max_steps is set for each run"),
+        ({"package": "lm", "metric": {"name": "val/accuracy"}}, [], "val/accuracy: there is no such metric; expected"),
         ({"configs": ["nowhere.yaml"]}, [], "config nowhere.yaml does not exist"),
         ({"command": ["python"]}, [], "command python: expected -m"),
         ({"package": "nowhere"}, [], "row one: package nowhere: expected lm or classify"),
@@ -336,7 +355,7 @@ def test_bad_input_ends_in_one_line_and_runs_nothing(
 
 def test_figure_that_no_run_has_is_named_after_the_tables(stand_in: Path, capsys: pytest.CaptureFixture) -> None:
     assert run(write_comparison(report=["val/loss", "val/applause"])) == 2
-    assert capsys.readouterr().err.startswith("error: val/applause: no run has this figure")
+    assert capsys.readouterr().err.startswith("error: val/applause: no run has this metric")
     assert run(write_comparison()) == 0 and len(calls()) == 4  # nothing is lost
 
 
@@ -352,7 +371,7 @@ def test_rows_of_the_command_line_are_named_by_their_files_and_by_their_paths_wh
 def test_row_that_stands_twice_is_refused(in_tmp: Path, capsys: pytest.CaptureFixture) -> None:
     Path("twice.yaml").write_text("rows:\n  one: {}\n  one: {flags: {model.r: 2}}\n")
     assert run(Path("twice.yaml")) == 2
-    assert capsys.readouterr().err == "error: config twice.yaml: one stands twice, in lines 2 and 3: join the two\n"
+    assert capsys.readouterr().err == "error: config twice.yaml: one is given twice, in lines 2 and 3: merge the two\n"
 
 
 def test_difference_is_paired_over_seeds_and_says_what_may_be_chance() -> None:

@@ -1,4 +1,4 @@
-"""The program sets its allocators up itself, however it is started, and a user's own settings win."""
+"""Before the slow imports: the program sets its allocators up, a user's own settings win, and Ctrl-C is quiet."""
 
 import os
 import platform
@@ -51,3 +51,31 @@ def test_freed_memory_stays_for_the_next_batch_unless_the_user_has_set_the_alloc
 def test_freed_memory_goes_back_where_weights_are_divided_among_processes() -> None:
     assert outcome("divided")[0] < 16
     assert outcome("divided", MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**30))[0] == pytest.approx(64, abs=8)
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+
+class Interrupt:
+    def find_spec(name, *_):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(30)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+sys.meta_path.insert(0, Interrupt)
+from tinylab.__main__ import main
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments", ["lm.cli lm fit", "classify.cli classify fit", "lm.tell tell", "lm.convert convert"]
+)
+@pytest.mark.parametrize("resume", ["", "make demo"])
+def test_interrupt_while_modules_are_imported_ends_without_a_traceback(arguments: str, resume: str) -> None:
+    env = os.environ | {"TINYLAB_RESUME": resume}
+    command = [sys.executable, "-c", INTERRUPTED, *arguments.split()]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=25)
+    expected = "\ninterrupted; resume with\n  make demo\n" if resume else "\ninterrupted\n"
+    assert (done.returncode, done.stdout, done.stderr) == (130, expected, "")

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiment.compat.lightning import is_accumulating
+from experiment.runs.not_finite import failed_batch
 from experiment.runs.step_sums import StepModule, StepSums
 from lm.__main__ import main
 from lm.data.module import TextDataModule
@@ -185,4 +186,4 @@ def test_the_first_loss_that_is_no_number_is_found_late_with_its_batch() -> None
             sums.finish(batch // 2 + 1)
     sums.read()
     assert sums.failed_step == 2
-    assert sums.failed_batch()[0] == 3
+    assert failed_batch(sums)[0] == 3

@@ -80,7 +80,7 @@ def test_resuming_from_a_cut_checkpoint_is_refused_and_the_best_one_still_loads(
     for share in (0.1, 0.5, 0.9, 0.999):
         last.write_bytes(whole[: int(len(whole) * share)])
         error = refused(capsys, "fit", *arguments, "--ckpt_path=last")
-        assert "truncated or no checkpoint; take another one (best.ckpt)" in error
+        assert "truncated or not a checkpoint; use another one (best.ckpt)" in error
     assert Path("run/metrics.csv").read_text() == before
     assert read_checkpoint(Path("run/checkpoints/best.ckpt"))["global_step"] == 6
 

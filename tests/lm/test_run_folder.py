@@ -121,7 +121,7 @@ def test_configuration_called_config_yaml_is_no_run(arguments: list[str], capsys
     main(["validate", "--config=config.yaml", *arguments, "--ckpt_path=last"])
     assert {path.name for path in Path("runs/lm").iterdir()} == {"exp", Path.cwd().name}
     error = refused(capsys, "fit", "--config=exp/config.yaml", *arguments, "--run_dir=exp", "--ckpt_path=last")
-    assert "config.yaml that fit has not written" in error
+    assert "config.yaml not written by fit" in error
     assert Path("exp/config.yaml").read_text() == "seed_everything: 7\n"
 
 
