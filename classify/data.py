@@ -125,14 +125,14 @@ class TextClassificationDataModule(ResumableDataModule):
             validation_size: Reviews to draw for validation; null takes all of a split the source has.
             test_size: Reviews to draw for testing; null takes all of a split the source has.
             max_length: Maximum tokens per review, including the two special ones.
-            eval_max_length: The same outside training, where more costs little; null: max_length.
+            eval_max_length: Maximum tokens per review outside training, where more cost little; null: max_length.
             padding: Pad to the longest review of the batch (batches are grouped by length), or to max_length.
             truncation: The part of a longer review that is kept: its head, its tail, or both ends.
             batch_size: Reviews per training step and process.
             global_batch_size: Reviews per optimizer step: batch_size x processes x micro-batches. It
                 sets trainer.accumulate_grad_batches, so any number of processes takes the same steps.
-            eval_batch_size: Reviews per batch elsewhere; results are equal. By default 64 on a GPU, 16 on a CPU, where
-                larger batches take more memory but no less time.
+            eval_batch_size: Reviews per batch outside training; results are equal. By default 64 on a GPU, 16 on a
+                CPU, where larger batches take more memory but no less time.
             label_names: Names of the classes, by id; by default the source's, or negative and positive.
             texts: What predict classifies: a list of texts or a file; by default the test reviews.
             seed: Seed of the split: which reviews are drawn for which split.
@@ -229,9 +229,11 @@ class TextClassificationDataModule(ResumableDataModule):
         dataset = self.dataset("train")
         world = self.trainer.world_size if self.trainer else 1
         if world * self.batch_size > len(dataset):
+            most, processes = len(dataset) // world, "1 process" if world == 1 else f"{world} processes"
+            cure = f"give --data.batch_size {most}, or less" if most else "use fewer processes"
             raise InputError(
-                f"data.batch_size {self.batch_size} on {world} processes is more than the {len(dataset)} training "
-                "reviews: use a smaller batch or more reviews"
+                f"data.batch_size {self.batch_size} on {processes} is more than the {len(dataset)} training reviews: "
+                f"{cure}, or more reviews"
             )
 
         def epoch_batches(epoch: int) -> list[list[int]]:

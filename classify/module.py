@@ -76,7 +76,7 @@ class ReviewClassifier(StepModule):
             learning_rate: AdamW's peak learning rate, at the end of the warm-up.
             loraplus_lr_ratio: B's rate is this multiple of A's (LoRA+, Hayou et al. 2024, arXiv:2402.12354), and so is
                 that of biases, as in PEFT; 1 is plain LoRA, 16 is the paper's choice. Lower the learning rate with it.
-            weight_decay: AdamW's; biases and norms never decay.
+            weight_decay: Weight decay of AdamW; biases and norms never decay.
             warmup: Fraction of all steps in which the rate rises from 0; it then falls linearly to 0.
             hidden_dropout: Dropout after embeddings and layers; null keeps the model's own.
             attention_dropout: Dropout on attention weights; null keeps the model's own, 0 keeps the fast kernel.

@@ -167,8 +167,9 @@ def _class_ids(labels: Sequence[Any], names: list[str], where: str) -> np.ndarra
         known = ids.get(label if label in ids else plain, plain)
         if not isinstance(known, int) or not 0 <= known < len(names):
             expected = ", ".join(f"{i} or {name}" for i, name in enumerate(names))
+            review = f"the label {plain!r} of review {row + 1} is not a class"
             raise InputError(
-                f"{where}: the label {plain!r} of review {row + 1} is not a class: expected {expected}; "
+                f"{where}: {f'review {row + 1} has no label' if plain is None else review}: expected {expected}; "
                 "name other classes with data.label_names"
             )
         classes[row] = known

@@ -8,6 +8,7 @@ from pathlib import Path
 from experiment.invocation import command
 
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
+KINDS |= {"collections.abc.Sequence": "a list"}
 KIND = re.compile(rf"(typing\.)?Literal\[(?P<values>[^\]]*)\]|<class '(?P<name>{'|'.join(KINDS)})'>")
 MEANINGS = {
     "loss": "mean cross-entropy in nats; lower is better",
@@ -16,6 +17,12 @@ MEANINGS = {
     "accuracy": "share of the texts classified correctly",
     "f1": "mean over the classes of the harmonic mean of precision and recall",
 }  # of an evaluation's metrics, without the split
+COMMANDS_OF = {
+    "lm": ("fit", "validate", "test", "predict"),
+    "classify": ("fit", "validate", "test", "predict"),
+    "convert": ("hugging_face", "llama2c", "gguf", "adapter", "import"),
+    "board": ("add", "write", "repeat"),
+}  # commands of the commands of tinylab
 PROBLEM = r"Problem with given class_path '[^']*?(?P<name>\w+)': (?P<why>.*?)(?= - Expected a | Given value|$)"
 PLAIN = r"(Does not validate against any of the Union subtypes Subtypes:)?( ?Expected a)?[\s\[\],.]*"
 
@@ -43,8 +50,9 @@ def reworded(message: str, options: Iterable[str] = ()) -> str:
             return f"{found['key']} {found['value']}: expected {listed(_kinds(types))}"
     if found := re.match(r"unrecognized arguments: (?P<word>[^\s=]+)", message):
         if found["word"].startswith("-"):
-            return f"{found['word']}: there is no such option{hint(found['word'], options)}; --help lists them"
-        return f"{found['word']}: expected an option, such as --NAME VALUE; --help lists them"
+            return f"{found['word']}: there is no such option{_near_option(found['word'], options)}; --help lists them"
+        quotes = "put a value with spaces or quotes in single quotes"
+        return f"{found['word']}: expected an option, such as --NAME VALUE ({quotes}); --help lists them"
     if found := re.search(r"(Group '(?P<group>[^']+)' )?does not accept option '(?P<key>[^']+)'", message):
         key = ".".join(filter(None, (found["group"], found["key"])))
         near = hint(f"--{key}", options).replace("--", "")
@@ -89,6 +97,25 @@ def hint(word: str, known: Iterable[str]) -> str:
     if len(near) != 1:
         near = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _near_option(word: str, options: Iterable[str]) -> str:
+    """As `hint`, but an option may also lack its group, as ``--max_steps``."""
+    last = {option: option.rpartition(".")[2].lstrip("-") for option in options}
+    begun = any(option.startswith(word) for option in last)
+    if (part := word.lstrip("-")) not in last.values() or begun:
+        if near := hint(word, last):
+            return near
+        part = next(iter(difflib.get_close_matches(part, last.values(), n=1, cutoff=0.75)), None)
+    named = [option for option in last if last[option] == part]
+    return f" (did you mean {listed(named)}?)" if named else ""
+
+
+def hint_command(word: str, known: Iterable[str]) -> str:
+    """As `hint`; for a command of a command, such as ``fit``, the whole of it."""
+    groups = [group for group, commands in COMMANDS_OF.items() if word in commands and group in known]
+    named = [command(f"{group} {word}") for group in groups]
+    return f" (did you mean {listed(named)}?)" if named else hint(word, known)
 
 
 def plain_help(text: str) -> str:

@@ -22,7 +22,7 @@ from experiment.sources.paths import user_path
 from lm.data.tokenizer import StoryTokenizer
 from lm.formats.adapters import adapted, merged, read_decoder_adapter, save_adapter
 from lm.formats.gguf import GGUFType, to_gguf
-from lm.formats.hugging_face import to_hugging_face
+from lm.formats.hugging_face import refuse_existing, to_hugging_face
 from lm.formats.llama2c import llama2c_tokenizer_path, to_llama2c
 from lm.formats.pretrained import BASE, load_adapted, load_checkpoint, load_pretrained
 from lm.model.decoder import Decoder
@@ -46,7 +46,7 @@ def llama2c(checkpoint: str, file: str, tokenizer: str | None = None) -> None:
 
     Args:
         checkpoint: The folder of a run, such as runs/demo/lm (its best checkpoint is taken), or a checkpoint in it.
-        file: Where to write the weights, such as model.bin; the tokenizer becomes model.tokenizer.bin.
+        file: Where to write the weights, such as model.bin; the tokenizer becomes model.tokenizer.bin. Both are new.
         tokenizer: The model's tokenizer; by default the one that the run's config.yaml names.
     """
     with console.status("converting"):
@@ -59,8 +59,8 @@ def gguf(checkpoint: str, file: str, type: GGUFType = "f32", tokenizer: str | No
 
     Args:
         checkpoint: The folder of a run, such as runs/demo/lm (its best checkpoint is taken), or a checkpoint in it.
-        file: Where to write, such as model.gguf.
-        type: Of the weights: f32, f16, or q8_0 (8 bits).
+        file: Where to write, such as model.gguf; must be new.
+        type: Type of the weights: f32, f16, or q8_0 (8 bits).
         tokenizer: The model's tokenizer; by default the one that the run's config.yaml names.
     """
     with console.status("converting"):
@@ -78,8 +78,7 @@ def adapter(checkpoint: str, folder: str) -> None:
     from experiment.runs.reading import find_checkpoint  # imports Lightning, which --help does not need
 
     target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{folder} exists already; give a new or empty folder")
+    refuse_existing(target)
     with console.status("converting"):
         file = find_checkpoint(user_path(checkpoint))
         decoder, lora = load_adapted(file)
@@ -117,7 +116,7 @@ def import_weights(
         source: A local folder with config.json, safetensors and a tokenizer, or a hub name; a llama2.c .bin; a
             .gguf; or another run, whose adapter is merged.
         run_dir: The run folder to create.
-        tokenizer: Of a llama2.c .bin; by default model.tokenizer.bin or tokenizer.bin next to model.bin.
+        tokenizer: Tokenizer of a llama2.c .bin; by default model.tokenizer.bin or tokenizer.bin next to model.bin.
         path: The stories that config.yaml names for validation and further training.
         adapter: Folder of a LoRA adapter, PEFT's or ours, to merge into the weights.
     """

@@ -105,7 +105,7 @@ class Terminal:
             self.messages.append({"role": "assistant", "content": self.tokenizer.decode(self.ids)[len(before) :]})
         how = {"eos": "the end", "length": "Enter continues", "stop": "a stop string"}.get(ending, "stopped")
         speed, cut = told / max(seconds, 1e-9), " …" if ending == "length" else ""
-        console.print(f"{cut}\n({how}; {told} tokens, {speed:,.0f} a second)", style="dim")
+        console.print(f"{cut}\n({how}; {told} token{'s' * (told != 1)}, {speed:,.0f} a second)", style="dim")
 
 
 def _value(name: str, value: str) -> object:
@@ -121,14 +121,16 @@ def _value(name: str, value: str) -> object:
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
     parser = CommandParser("tinylab tell", __doc__)
-    parser.add_argument("run", nargs="?", type=str, default="runs/demo/lm", help="folder of a run, or a checkpoint")
+    about = "folder of a run, or a checkpoint; by default runs/demo/lm"
+    parser.add_argument("run", nargs="?", type=str, default="runs/demo/lm", help=about)
     with one_line_errors():
         run = parser.parse_args(args).run
     quiet_libraries()
     with one_line_errors(), console.status("loading"):
         terminal = Terminal(LanguageModelDemo(find_checkpoint(user_path(run))), GenerationConfig(temperature=0.8))
     chat = terminal.tokenizer.chat_template
-    console.print("a chat; type a message" if chat else "type the beginning of a story", "(/help lists more)")
+    what = "a chat; type a message" if chat else "type the beginning of a story"
+    console.print(f"{run}: {what} (/help lists more)")
     going = True
     while going:
         try:

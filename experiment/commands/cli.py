@@ -295,8 +295,8 @@ class ExperimentCLI(LightningCLI):
 
         limit = check_resume(self.trainer, self.model, stored, self.checkpoint)
         if limit is not None:
-            held = f"{self.checkpoint.name} has {stored['global_step']} steps"
-            console.print(f"note: nothing is left to train: {held}, and {limit} is given")
+            held, option = f"{self.checkpoint.name} has {stored['global_step']} steps", limit.partition(" ")[0]
+            console.print(f"note: nothing is left to train: {held}, and {limit} is given; raise --{option} to continue")
         return limit is not None
 
     @rank_zero_only

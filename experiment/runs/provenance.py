@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -83,9 +83,25 @@ def environment(trainer: "Trainer") -> dict[str, Any]:
 def missing_run(run: Path, lacks: str) -> InputError:
     """The message for a folder that is not a run: it does not exist or `lacks` something."""
     state = f"holds no {lacks}" if run.exists() else "does not exist"
-    runs = sorted({str(folder) for folder in (*run.parent.glob("*"), *Path("runs").glob("*/*")) if is_run(folder)})
-    near = hint(str(run), runs) or (f" (there are {', '.join(runs[:5])})" if runs else "")
+    runs = _newest([*run.parent.glob("*"), *Path("runs").glob("*/*")])
+    if inside := _newest(run.glob("*")):
+        near = f" (its runs are {_first(inside)})"
+    elif same := [folder for folder in runs if sorted(folder.parts) == sorted(run.parts)]:
+        near = f" (did you mean {same[0]}?)"
+    else:
+        near = hint(str(run), map(str, runs)) or (f" (there are {_first(runs)})" if runs else "")
     return InputError(f"run {run} {state}{near}: expected a run folder written by fit")
+
+
+def _newest(folders: Iterable[Path]) -> list[Path]:
+    """The runs among the folders, newest first; of two names, runs/demo/lm and the folder it links to, the shorter."""
+    by_length = sorted(folders, key=lambda folder: -len(str(folder)))
+    runs = {folder.resolve(): folder for folder in by_length if is_run(folder)}
+    return sorted(runs.values(), key=lambda folder: folder.stat().st_mtime, reverse=True)
+
+
+def _first(runs: Sequence[Path], most: int = 5) -> str:
+    return ", ".join(map(str, runs[:most])) + " …" * (len(runs) > most)
 
 
 def read_record(run: Path) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from lightning.pytorch import LightningModule, Trainer
 
 from experiment.console import console
 from experiment.errors import InputError
+from experiment.invocation import command
 from experiment.renamed import current_checkpoint
 from experiment.runs.launch import agreed, is_child
 from experiment.runs.provenance import missing_run
-from experiment.runs.run import is_run
+from experiment.runs.run import CONFIG, is_run, run_of
 from experiment.sources.paths import user_path
 from experiment.wording import hint
 
@@ -46,6 +47,12 @@ def resolve_checkpoint(subcommand: str, run_dir: Path, ckpt_path: str) -> Path |
         return None
     if named and not is_run(run_dir):
         raise missing_run(run_dir, "checkpoint")
+    if not named and is_run(file):
+        best = find_checkpoint(file)
+        raise InputError(
+            f"ckpt_path {ckpt_path} is the folder of a run: give --ckpt_path {best}, or --config {file / CONFIG} "
+            f"--ckpt_path {'best' if best.stem == 'best' else 'last'}"
+        )
     raise InputError(
         f"ckpt_path {ckpt_path}: there is no file {file}{hint(file.name, ['last', 'best', *there])}; expected last, "
         "best or a path" + (f" (that folder holds {', '.join(there)})" if there else "")
@@ -184,6 +191,16 @@ def package_of(file: Path) -> str:
     if package is None:
         raise InputError(f"{file} is not a checkpoint of lm or classify: expected one written by fit")
     return package
+
+
+def of_another_package(run: Path, package: str) -> str | None:
+    """The message if a run's folder, or a checkpoint, is not of this package, up to the command to use instead; else
+    None."""
+    with suppress(InputError):
+        checkpoint = find_checkpoint(run)
+        if (other := package_of(checkpoint)) != package:
+            return f"{run_of(checkpoint)} is a run of {other}: use {command(other)}"
+    return None
 
 
 def check_fits(module: LightningModule, file: Path) -> None:

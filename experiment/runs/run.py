@@ -119,7 +119,7 @@ def check_free(folder: Path, resumed: bool) -> None:
     """
     if is_run(folder) and not resumed:
         raise InputError(
-            f"run_dir {folder} already holds a run: continue it with --ckpt_path last, or name another folder"
+            f"run_dir {folder} already holds a run: resume it with --ckpt_path last, delete the folder, or name another"
         )
     if holds_run(folder) and not is_run(folder):
         raise InputError(

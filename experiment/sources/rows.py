@@ -80,6 +80,11 @@ def _checked(rows: Iterator[tuple[int, Row]], file: Path, columns: Sequence[str]
     if first is None:
         return
     if missing := [column for column in columns if column not in first[1]]:
+        if format_of(file) == ".txt":
+            raise InputError(
+                f"{file} has no {missing[0]}, since it is plain text: expected a CSV or JSON lines with the columns "
+                f"{' and '.join(columns)}"
+            )
         raise InputError(
             f"{file} has no column {missing[0]!r}: it has {', '.join(map(str, first[1]))}; rename the one you mean"
         )
@@ -179,6 +184,9 @@ def _csv(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
     csv.field_size_limit(sys.maxsize)
     with open_text(file, newline="") as stream:
         rows = csv.DictReader(stream, strict=True)
+        for mark, name in ((";", "semicolons"), ("\t", "tabs")):
+            if len(rows.fieldnames or ()) == 1 and mark in rows.fieldnames[0]:
+                raise InputError(f"{file} looks separated by {name}: save it with commas, or as JSON lines")
         for row in rows:
             if None in row:
                 fields = len(row) - 1 + len(row[None])

@@ -29,7 +29,7 @@ def story_columns(names: Collection[str], where: str) -> Sequence[str]:
         raise InputError(f"{where} has columns of {kinds}: expected only one kind; remove or rename the others")
     if not found and len(half := {"prompt", "completion"} & set(names)) == 1:
         (lacking,) = {"prompt", "completion"} - half
-        raise InputError(f"{where} has a column {half.pop()!r} without {lacking!r}: it has {', '.join(names)}; add it")
+        raise InputError(f"{where} has a column {half.pop()!r} and no {lacking!r} (it has {', '.join(names)}): add it")
     if names and not found:
         kinds = "'text', no 'prompt' with its 'completion' and no 'messages'"
         raise InputError(f"{where} has no column {kinds}: it has {', '.join(names)}; rename the column that you mean")

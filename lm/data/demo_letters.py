@@ -23,7 +23,7 @@ def write_letters(split: str) -> list[str]:
 def main(args: Sequence[str] | None = None) -> None:
     """Write both splits to a folder."""
     parser = CommandParser("tinylab letters", __doc__)
-    parser.add_argument("folder", type=Path, help="created if missing")
+    parser.add_argument("folder", type=Path, help="folder to write to; created if missing")
     folder = parser.parse_args(args).folder
     folder.mkdir(parents=True, exist_ok=True)
     for split in SIZES:

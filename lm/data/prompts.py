@@ -50,12 +50,14 @@ def read_prompts(prompts: list[str] | str | None) -> list[str]:
         InputError: there are none, or the file is missing or has other contents.
     """
     if prompts is None:
-        raise InputError("data.prompts is not given: expected a list of beginnings, or a file with one a line")
+        raise InputError("data.prompts is not given: expected a list of beginnings, or a file with one per line")
     if not isinstance(prompts, str):
         found, where = list(prompts), "data.prompts"
     else:
         file, where = existing_file(prompts), f"data.prompts {shortened(prompts)!r}"
         if file is None:
+            if prompts.lstrip().startswith("[") and not prompts.rstrip().endswith("]"):
+                raise InputError(f"{where}: the list does not end; expected a ] after the last prompt")
             as_list = json.dumps([shortened(prompts)], ensure_ascii=False)
             raise InputError(f"{where} is not a file: to give the prompt itself, write it as a list, '{as_list}'")
         found = read_given(file, "prompt", where)

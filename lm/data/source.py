@@ -76,12 +76,13 @@ class StorySource:
                 raise InputError(f"data.path {self.path!r} has one short story and no validation split: expected more")
             part = [kept] if split == "train" else [held]
             texts = datasets_library().Dataset.from_dict({"text": part})
-            return texts, f"{self.path} has no validation split: the last tenth of its one text is held out"
+            note = f"{self.path} has no validation split: the last tenth of its one text is held out"
+            return texts, "" if split == "train" else note
         order = np.random.default_rng(0).permutation(len(whole))
         held, kept = np.split(order, [max(1, len(whole) // HELD_OUT)])
         if split == "train":
             return whole.select(np.sort(kept)), ""
-        few = "" if len(held) > 5 else ", too few for a reliable loss; give validation.* or more stories"
+        few = "" if len(held) > 20 else ", too few for a reliable loss; give validation.* or more stories"
         note = f"{self.path} has no validation split: {len(held):,} of its {len(whole):,} texts held out{few}"
         return whole.select(np.sort(held)), note
 

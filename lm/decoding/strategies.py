@@ -244,7 +244,7 @@ def compare(
         run: The folder of a run, such as runs/demo/lm (its best checkpoint is taken), or a checkpoint in it.
         prompts: Beginnings of stories, or a file with one per line; by default a dozen.
         max_new_tokens: Longest continuation, in tokens.
-        seed: Of sampling.
+        seed: Seed of sampling, so that stories can be repeated.
         tokenizer: The model's tokenizer; by default the one of the run.
     """
     from experiment.runs.reading import find_checkpoint  # imports Lightning, which --help does not need

@@ -23,6 +23,7 @@ from lm.formats.hugging_face import (
     join_weights,
     parameter_names,
     parameter_shape,
+    refuse_existing,
     split_weights,
 )
 from lm.formats.llama2c import halves_to_neighbours, neighbours_to_halves
@@ -56,14 +57,16 @@ def to_gguf(decoder: Decoder, tokenizer: StoryTokenizer, path: str | Path, type:
         decoder: Without value_residual; with query_key_norm it becomes a Qwen3.
         tokenizer: The one the decoder was trained with: a byte-fallback BPE, or a byte-level one whose way to split
             words llama.cpp knows (GPT-2's, SmolLM's, Llama 3's).
-        path: The file to write, atomically.
+        path: The file to write, atomically; it must not exist.
         type: Of the matrices: f32; f16; or q8_0, 8 bits in blocks of 32 (a matrix whose rows are no multiple of 32
             stays f16). Norms are float32.
 
     Raises:
-        InputError: If llama.cpp cannot express the decoder or the tokenizer, or `gguf` is not installed.
+        InputError: If the file exists, llama.cpp cannot express the decoder or the tokenizer, or `gguf` is not
+            installed.
     """
     gguf, path, config = gguf_package(), Path(path), decoder.config
+    refuse_existing(path)
     check_vocabulary(config, tokenizer)
     weights = split_weights(decoder)
     with all_or_nothing(path) as partial:

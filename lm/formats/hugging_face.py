@@ -116,6 +116,12 @@ def check_vocabulary(config: DecoderConfig, tokenizer: StoryTokenizer) -> None:
         )
 
 
+def refuse_existing(path: Path) -> None:
+    """Raise an InputError if an export would overwrite the path; it may be an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} exists already; give a new name")
+
+
 def to_hugging_face(decoder: Decoder, tokenizer: StoryTokenizer, folder: str | Path) -> None:
     """Write a folder that transformers' `AutoModelForCausalLM` and `AutoTokenizer` load.
 
@@ -130,8 +136,7 @@ def to_hugging_face(decoder: Decoder, tokenizer: StoryTokenizer, folder: str | P
     """
     folder = Path(folder)
     check_vocabulary(decoder.config, tokenizer)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists already; give a new or empty folder")
+    refuse_existing(folder)
     weights, config = split_weights(decoder), decoder.config
     description = {
         "architectures": ["Qwen3ForCausalLM" if config.query_key_norm else "LlamaForCausalLM"],

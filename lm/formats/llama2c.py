@@ -18,7 +18,14 @@ from torch import Tensor
 from experiment.errors import InputError
 from lm.data.tokenizer import StoryTokenizer
 from lm.data.tokenizer_files import read_llama2c_tokenizer, write_llama2c_tokenizer
-from lm.formats.hugging_face import all_or_nothing, check_vocabulary, join_weights, parameter_shape, split_weights
+from lm.formats.hugging_face import (
+    all_or_nothing,
+    check_vocabulary,
+    join_weights,
+    parameter_shape,
+    refuse_existing,
+    split_weights,
+)
 from lm.model.config import DecoderConfig
 from lm.model.decoder import Decoder, rotary_tables
 
@@ -72,12 +79,14 @@ def to_llama2c(decoder: Decoder, tokenizer: StoryTokenizer, path: str | Path) ->
         decoder: With rope_theta 10000 and rms_norm_eps 1e-5, which are constants of llama2.c, and neither
             query_key_norm nor value_residual.
         tokenizer: Written to the same folder, under the name of `llama2c_tokenizer_path`.
-        path: The file to write.
+        path: The file to write; neither it nor the tokenizer's may exist.
 
     Raises:
-        InputError: If llama2.c cannot express the decoder or the tokenizer.
+        InputError: If a file exists, or llama2.c cannot express the decoder or the tokenizer.
     """
     path, config = Path(path), decoder.config
+    refuse_existing(path)
+    refuse_existing(llama2c_tokenizer_path(path))
     check_vocabulary(config, tokenizer)
     weights, half = split_weights(decoder), config.head_dim // 2
     for name, found, expected in (

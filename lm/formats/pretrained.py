@@ -165,7 +165,7 @@ def load_adapted(checkpoint: Path) -> tuple[Decoder, LoRAConfig | None]:
     Raises:
         InputError: If the file is damaged or from another model, or the base weights are missing.
     """
-    from experiment.runs.reading import read_checkpoint
+    from experiment.runs.reading import of_another_package, read_checkpoint
 
     content = read_checkpoint(checkpoint)
     weights = {
@@ -189,7 +189,10 @@ def load_adapted(checkpoint: Path) -> tuple[Decoder, LoRAConfig | None]:
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{checkpoint} is not a checkpoint of the language model ({error})") from error
+        other = of_another_package(checkpoint, "lm")
+        raise InputError(
+            f"{other} predict …" if other else f"{checkpoint} is not a checkpoint of the language model ({error})"
+        ) from error
 
 
 def save_base(decoder: Decoder, folder: Path) -> None:

@@ -119,7 +119,7 @@ class GenerationConfig:
         min_p: Keep tokens at least this fraction as likely as the most likely (Nguyen et al. 2024, arXiv:2407.01082).
         repetition_penalty: If above 1, makes tokens of prompt and story less likely (Keskar et al. 2019,
             arXiv:1909.05858).
-        seed: Of sampling.
+        seed: Seed of sampling, so that a story can be repeated.
         use_cache: Cache keys and values; otherwise the whole sequence is recomputed for each token.
         sliding_window: At the end of the context, continue with its newest half instead of stopping.
         stop: Strings that end a story as soon as they occur in its new text.

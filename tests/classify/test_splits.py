@@ -97,7 +97,8 @@ def test_labels_are_the_same_however_they_are_written(tmp_path, file, labels, ex
 def test_one_missing_label_names_its_own_review(tmp_path, missing):
     lines = [f"Review {i},{i % 2 if i != 6 else missing}" for i in range(9)]
     (tmp_path / "train.csv").write_text("text,label\n" + "\n".join(lines))
-    with pytest.raises(InputError, match=f"the label {missing or None!r} of review 7 is no class"):
+    what = "the label 'nan' of review 7 is not a class" if missing else "review 7 has no label: expected 0 or negative"
+    with pytest.raises(InputError, match=what):
         draw(str(tmp_path), names=["negative", "positive"])
 
 
@@ -113,18 +114,25 @@ def test_names_given_by_hand_decide_which_class_is_which(tmp_path):
     [
         ([("a", 0), ("b", 2)], None, "label 2 of review 2 is not a class: expected 0 or negative, 1 or positive"),
         ([("a", 0), ("b", -1)], None, "label -1 of review 2"),
-        ([("a", 0), ("b", None)], None, "label None of review 2"),
+        ([("a", 0), ("b", None)], None, "review 2 has no label"),
         ([("a", 0.5), ("b", 1.0)], None, "label 0.5 of review 1"),
         ([("a", "good"), ("b", "bad")], ["good", "poor"], "label 'bad' of review 2"),
         ([("a", "good"), ("b", "good")], None, "1 different words"),
         ([("a", 0), ("  ", 1)], None, "review 2 is empty"),
-        ([("a", 0), (None, 1)], None, "review 2 is empty or no text"),
+        ([("a", 0), (None, 1)], None, "review 2 is empty or not text"),
     ],
 )
 def test_what_is_no_review_or_no_class_is_named_with_its_row(tmp_path, rows, names, message):
     path = write_source(tmp_path, train=rows)
     with pytest.raises(InputError, match=message):
         draw(path, names=names)
+
+
+def test_a_text_file_is_told_to_have_no_labels(tmp_path):
+    (tmp_path / "train.txt").write_text("Good.\n\nBad.\n")
+    message = "train.txt has no label, since it is plain text: expected a CSV or JSON lines with the columns text and "
+    with pytest.raises(InputError, match=message):
+        draw(str(tmp_path / "train.txt"))
 
 
 def test_a_missing_column_is_named(tmp_path):

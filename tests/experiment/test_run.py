@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from experiment.errors import InputError
+from experiment.runs.provenance import missing_run
 from experiment.runs.reading import read_checkpoint, resolve_checkpoint
 from experiment.runs.run import resolve_run_dir
 
@@ -45,7 +46,7 @@ def test_config_of_a_run_means_that_run_and_repeats_beside_it(in_tmp: Path) -> N
 
 def test_second_training_never_writes_into_the_first(in_tmp: Path) -> None:
     make_run(Path("mine"))
-    with pytest.raises(InputError, match="already holds a run"):
+    with pytest.raises(InputError, match=r"already holds a run: .* delete the folder, or name another"):
         resolve_run_dir("lm", "fit", "mine", [], None)
     assert resolve_run_dir("lm", "fit", "mine", [], "last") == Path("mine")
     assert resolve_run_dir("lm", "fit", "mine", [], "mine/checkpoints/last.ckpt") == Path("mine")
@@ -58,7 +59,7 @@ def test_checkpoint_path_alone_finds_its_run(in_tmp: Path) -> None:
 
 def test_resuming_before_anything_was_saved_starts_at_the_beginning(in_tmp: Path) -> None:
     assert resolve_checkpoint("fit", Path("runs/lm/demo"), "last") is None
-    with pytest.raises(InputError, match="does not exist: expected the folder of a run"):
+    with pytest.raises(InputError, match="does not exist: expected a run folder"):
         resolve_checkpoint("validate", Path("runs/lm/demo"), "last")
 
 
@@ -82,3 +83,16 @@ def test_checkpoint_that_would_run_code_is_refused_and_runs_nothing(in_tmp: Path
     with pytest.raises(InputError, match="refused"):
         read_checkpoint(Path("harmful.ckpt"))
     assert not Path("harmed").exists()
+
+
+def test_missing_run_names_the_newest_ones_by_their_shortest_names(in_tmp: Path) -> None:
+    for age, name in enumerate(["demo-2/lm", "demo-2/peft", "demo-1/lm", "lm/f", "lm/e", "lm/d"]):
+        make_run(run := Path("runs") / name)
+        os.utime(run, (2e9 - age, 2e9 - age))
+    Path("runs/demo").symlink_to("demo-2")
+    there = "runs/demo/lm, runs/demo/peft, runs/demo-1/lm, runs/lm/f, runs/lm/e …"
+    assert f"run nowhere does not exist (there are {there}): " in str(missing_run(Path("nowhere"), "checkpoint"))
+    within = "run runs/demo holds no checkpoint (its runs are runs/demo/lm, runs/demo/peft): "
+    assert within in str(missing_run(Path("runs/demo"), "checkpoint"))
+    make_run(Path("runs/lm/mine"))
+    assert "(did you mean runs/demo/lm?)" in str(missing_run(Path("runs/lm/demo"), "checkpoint"))

@@ -153,7 +153,9 @@ def test_every_text_of_a_csv_is_one_whatever_it_spells(tmp_path: Path) -> None:
     [
         ("text,label\nWell, it was good,1\n", "line 2 has 3 fields, the header 2"),
         ('text,label\n"never closed,1\n', "cannot be read as csv"),
-        ("text;label\na;1\n", "no column 'text': it has text;label"),
+        ("text;label\na;1\n", "train.csv looks separated by semicolons: save it with commas, or as JSON lines"),
+        ("text;label\na, b;1\n", "train.csv looks separated by semicolons: save it with commas, or as JSON lines"),
+        ("text\tlabel\na\t1\n", "train.csv looks separated by tabs: save it with commas, or as JSON lines"),
     ],
 )
 def test_csv_that_would_lose_text_is_refused(tmp_path: Path, content: str, message: str) -> None:

@@ -340,8 +340,8 @@ def test_tables_hold_what_json_lines_do(tmp_path: Path, rows: list[dict], ending
 GOOD = PAIRS[0]
 TOLD = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 BAD = {
-    "prompt alone": ([{"prompt": "Hi"}], "", "has a column 'prompt' without 'completion'"),
-    "completion alone": ([{"completion": "Hi"}], "", "has a column 'completion' without 'prompt'"),
+    "prompt alone": ([{"prompt": "Hi"}], "", "has a column 'prompt' and no 'completion' .it has prompt.: add it"),
+    "completion alone": ([{"completion": "Hi"}], "", "has a column 'completion' and no 'prompt' .it has completion"),
     "empty completion": ([GOOD, {"prompt": "Why?", "completion": " \n"}], "", "an empty completion of the prompt 'Why"),
     "row without completion": ([GOOD, {"prompt": "Why?"}], "", "has an empty completion of the prompt 'Why"),
     "both kinds": ([GOOD | {"text": "Hi"}], "", "has columns of text and prompt with completion"),

@@ -14,6 +14,7 @@ from lm.__main__ import main as lm
 from lm.convert import main as convert
 from lm.data.tokenizer import StoryTokenizer
 from lm.decoding.generation import generate
+from lm.formats.gguf import to_gguf
 from lm.formats.hugging_face import from_hugging_face, to_hugging_face
 from lm.formats.llama2c import from_llama2c, llama2c_tokenizer_path, to_llama2c
 from lm.formats.pretrained import load_checkpoint
@@ -262,7 +263,7 @@ def test_hugging_face_folders_that_are_damaged_are_refused(tokenizer, tmp_path):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../outside.safetensors"}}')
     assert_refused(from_hugging_face, folder, match="outside")
     (folder / "config.json").write_text(config[:-5])
-    assert_refused(from_hugging_face, folder, match="no JSON")
+    assert_refused(from_hugging_face, folder, match="not JSON")
     (folder / "config.json").unlink()
     assert_refused(from_hugging_face, folder, match="cannot be read")
 
@@ -271,6 +272,14 @@ def test_an_export_never_writes_into_a_folder_that_holds_something(tokenizer, tm
     (tmp_path / "notes.txt").write_text("mine")
     assert_refused(to_hugging_face, make_decoder(), tokenizer, tmp_path, match="exists already")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_export_never_overwrites_a_file(tokenizer, tmp_path):
+    for name in ("model.bin", "other.tokenizer.bin", "model.gguf"):
+        (tmp_path / name).write_text("mine")
+    for export, name in ((to_llama2c, "model.bin"), (to_llama2c, "other.bin"), (to_gguf, "model.gguf")):
+        assert_refused(export, make_decoder(), tokenizer, tmp_path / name, match="exists already; give a new name")
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"mine"}
 
 
 def test_a_bfloat16_decoder_is_exported_in_float32(tokenizer, tmp_path):

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from experiment import renamed
 from experiment.commands.ending import training_loss
+from experiment.commands.mistakes import package_of_configuration
 from experiment.invocation import command
 from experiment.runs.provenance import read_record
 from lm.__main__ import main
@@ -18,7 +20,15 @@ from lm.convert import main as convert
 from tests.lm.test_completions import PAIRS
 from tests.runs import STORIES, TINY, refused, write_stories
 
+ROOT = Path(__file__).parents[2]
 FIT = ["fit", *TINY, "--trainer.max_steps=1", "--data.sequence_length=32", "--run_dir=run"]
+
+
+def write_classifier(run: Path) -> None:
+    """As much of a classifier's run as its kind is told by."""
+    (run / "checkpoints").mkdir(parents=True)
+    content = {"state_dict": {"weight": torch.zeros(1)}, "hyper_parameters": {"adapter": "custom"}, "global_step": 1}
+    torch.save(content, run / "checkpoints/best.ckpt")
 
 
 @pytest.fixture
@@ -34,7 +44,7 @@ def test_run_says_what_comes_next_and_evaluation_what_figures_mean(
     said = capsys.readouterr().out
     assert "note: run has no checkpoint yet, so training starts at step 0" in said
     assert re.search(
-        r"pairs.jsonl has no validation split: 1 of its \d+ texts held out, too few to tell much",
+        r"pairs.jsonl has no validation split: 1 of its \d+ texts held out, too few for a reliable loss",
         " ".join(said.split()),
     )
     assert "--ckpt_path" not in read_record(Path("run"))["calls"][0]["command"]  # nothing was resumed
@@ -47,7 +57,7 @@ def test_run_says_what_comes_next_and_evaluation_what_figures_mean(
 
     main(["validate", "--config=run/config.yaml", "--ckpt_path=best"])
     said = capsys.readouterr().out
-    assert re.search(r"^  val/perplexity +\d+\.?\d* +exp\(loss\): as unsure as a choice", said, re.MULTILINE)
+    assert re.search(r"^  val/perplexity +\d+\.?\d* +exp\(loss\): as uncertain as a choice", said, re.MULTILINE)
     assert not re.search(r"\d\.\d{6}|─", said)
     main(["validate", "--config=run/config.yaml", "--ckpt_path=best", "--verbose=false"])
     assert "val/perplexity" not in capsys.readouterr().out
@@ -74,6 +84,12 @@ def test_prompt_to_try_is_the_beginning_of_a_story_of_ones_own(in_tmp: Path, cap
          "data.sequence_length 1: expected at least 2; data.batch_size 0: expected at least 1; trainer: `max_steps`"),
         (["--data.path=other.jsonl"], "no column 'text', no 'prompt' with its 'completion' and no 'messages'"),
         (["--data.path=./nowhere"], "a hub name such as roneneldan/TinyStories (stories) or stanfordnlp/imdb"),
+        (["--max_steps=5"], "--max_steps: there is no such option (did you mean --trainer.max_steps?); --help"),
+        (["--max_stps", "5"], "--max_stps: there is no such option (did you mean --trainer.max_steps?); --help"),
+        (["--max_new_tokens=5"], "(did you mean --model.generation.max_new_tokens or --samples.max_new_tokens?)"),
+        (["--samples.prompts=[Once"], "samples.prompts [Once: expected a list"),
+        (["--data.prompts", "[Once", "upon", "a", "time]"],
+         "upon: expected an option, such as --NAME VALUE (put a value with spaces or quotes in single quotes)"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_in_the_words_of_the_user(
@@ -107,13 +123,16 @@ def test_a_gpu_that_is_not_there_is_told_with_a_cure(pairs: str, capsys: pytest.
         ([], "no command is given: expected hugging_face, llama2c, gguf, adapter or import; --help explains them"),
         (["hugging_face"], "checkpoint and folder: not given; --help explains them"),
         (["gguf", "a", "b", "--type", "q9"], "type q9: expected f32, f16 or q8_0"),
-        (["gguf", "a", "b", "c", "d"], "c: expected an option, such as --NAME VALUE; --help lists them"),
+        (["gguf", "a", "b", "c", "d"], "c: expected an option, such as --NAME VALUE (put a"),
         (["hugging_face", "nowhere", "b"], "nowhere does not exist"),
+        (["gguf", "mine/custom", "b"], "mine/custom is a run of classify: use "),
+        (["adapter", "mine/custom", "b"], "mine/custom is a run of classify: use "),
     ],
 )  # fmt: skip
 def test_mistakes_of_a_conversion_are_told_in_one_line(
     args: list[str], words: str, in_tmp: Path, capsys: pytest.CaptureFixture
 ) -> None:
+    write_classifier(Path("mine/custom"))
     with pytest.raises(SystemExit, match="2"):
         convert(args)
     error = capsys.readouterr().err
@@ -153,6 +172,7 @@ def test_run_whose_best_is_what_it_began_with_says_so_and_names_the_last(
 def folder_of_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the run runs/demo/lm."""
     folder = tmp_path_factory.mktemp("messages")
+    write_classifier(folder / "mine/custom")
     data = f"--data.path={write_stories(folder / 'stories')}"
     main(["fit", *TINY, data, "--trainer.max_steps=1", f"--run_dir={folder / 'runs/demo/lm'}"])
     return folder
@@ -172,6 +192,20 @@ USE = ["predict", "--config=runs/demo/lm/config.yaml", "--data.prompts=[a]"]
         (["predict", "--config=runs/lm/demo/config.yaml"], "does not exist (did you mean runs/demo/lm/config.yaml?)"),
         (["predict", "--run_dir=runs/lm/demo", "--ckpt_path=best"], "does not exist (did you mean runs/demo/lm?)"),
         (["predict", "--run_dir=nowhere", "--ckpt_path=best"], "does not exist (there are runs/demo/lm)"),
+        (
+            ["predict", "--run_dir=runs/demo", "--ckpt_path=best"],
+            "no checkpoint (its runs are runs/demo/lm)",
+        ),
+        (
+            [*USE, "--ckpt_path=runs/demo/lm"],
+            "ckpt_path runs/demo/lm is the folder of a run: give --ckpt_path "
+            "runs/demo/lm/checkpoints/best.ckpt, or --config runs/demo/lm/config.yaml --ckpt_path best",
+        ),
+        (
+            [*USE, "--ckpt_path=best", '--data.prompts=["x"'],
+            "the list does not end; expected a ] after the last prompt",
+        ),
+        ([*USE, "--ckpt_path=mine/custom"], "mine/custom is a run of classify: use "),
     ],
 )
 def test_names_that_are_near_or_there_are_told(
@@ -191,3 +225,21 @@ def test_a_run_of_the_other_package_is_told_as_such(
     monkeypatch.chdir(folder_of_runs)
     said = refused(capsys, "predict", *flags, "--data.texts=[a]", package="classify")
     assert said == f"error: runs/demo/lm is a run of lm: use {command('lm')} predict …"
+
+
+@pytest.mark.parametrize(
+    "config", sorted(ROOT.glob("configs/*/*.yaml")), ids=lambda config: f"{config.parent.name}/{config.name}"
+)
+def test_a_configuration_is_known_by_its_options(config: Path) -> None:
+    found = package_of_configuration(yaml.safe_load(config.read_text()))
+    either = config.parent.name == "comparisons" or config.name in ("full.yaml", "peft.yaml")  # options of both
+    assert found == (None if either else config.parent.name)
+
+
+@pytest.mark.parametrize(("package", "other"), [("lm", "classify"), ("classify", "lm")])
+def test_a_configuration_of_the_other_package_is_told_as_such(
+    package: str, other: str, in_tmp: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = str(ROOT / f"configs/{other}/demo.yaml")
+    said = refused(capsys, "fit", "--config", config, package=package)
+    assert said == f"error: {config} is a configuration of {other}: use {command(other)} fit …"

@@ -156,7 +156,9 @@ def test_run_with_nothing_left_to_train_keeps_its_configuration(
     before = {name: Path("run", name).read_bytes() for name in ("config.yaml", "metrics.csv")}
     for limit in ("--trainer.max_steps=3", "--trainer.max_epochs=1"):
         main([*arguments, limit, "--model.optimizer.learning_rate=1", "--ckpt_path=last"])
-        assert "nothing is left to train: last.ckpt has 9 steps" in capsys.readouterr().out
+        said = " ".join(capsys.readouterr().out.split())
+        assert "nothing is left to train: last.ckpt has 9 steps" in said
+        assert f"raise {limit.partition('=')[0]} to continue" in said
         assert {name: Path("run", name).read_bytes() for name in before} == before
 
 

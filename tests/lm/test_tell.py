@@ -130,7 +130,7 @@ def test_chat_template_makes_it_a_chat_as_in_transformers(run: Path, talk: Calla
         )
         assert load_tokenizer(folder).encode_chat(messages) == theirs
     printed = talk("/max_new_tokens 3", "Hello", "And you?", run=chat)
-    assert "a chat; type a message" in printed
+    assert f"{chat}: a chat; type a message" in printed.replace("\n", "")
     assert printed.count("3 tokens") == 2
     config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": "{% for"}))
     assert "chat template cannot be used" in talk("Hello", run=chat)
