@@ -47,9 +47,9 @@ def answer(overview: str, args: Sequence[str], commands: Iterable[str] = COMMAND
         print(as_called(overview.strip()))
         sys.exit(0)
     if not args or (args[0] not in commands and not (options_first and args[0].startswith("-"))):
-        from experiment.wording import hint
+        from experiment.wording import hint_command
 
-        found = f"{args[0]!r} is not a command{hint(args[0], commands)}" if args else "no command is given"
+        found = f"{args[0]!r} is not a command{hint_command(args[0], commands)}" if args else "no command is given"
         print(f"error: {found}: expected {', '.join(commands)}; --help explains them", file=sys.stderr)
         sys.exit(2)
 

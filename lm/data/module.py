@@ -53,7 +53,7 @@ class TextDataModule(ResumableDataModule):
             sequence_length tokens of each story.
         prompts: Beginnings of stories for ``predict``: a list, a text file with one per line, or a JSON or JSON lines
             file of strings or of objects with a ``prompt``.
-        seed: Of the order of the training sequences.
+        seed: Seed of the order of the training sequences.
         num_workers: Processes that prepare batches; 0 prepares them in the training process. By default 2 with a GPU,
             else 0.
         streaming: Read the training stories during training, from the hub or from files, instead of tokenizing them

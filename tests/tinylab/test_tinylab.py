@@ -12,6 +12,7 @@ import pytest
 import tinylab
 from classify.__main__ import main as classify
 from experiment.errors import InputError
+from experiment.invocation import command as called
 from lm.__main__ import main as lm
 from tests.runs import TINY, write_stories
 from tinylab.__main__ import COMMANDS, main
@@ -120,10 +121,18 @@ def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
         tinylab.load(tmp_path)
 
 
-def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [
+        ("clasify", "classify"),
+        ("fit", f"{called('lm fit')} or {called('classify fit')}"),
+        ("import", called("convert import")),
+    ],
+)
+def test_an_unknown_command_names_near_ones_and_the_known(word: str, near: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(["clasify"])
-    assert "'clasify' is not a command (did you mean classify?): expected lm, classify" in capsys.readouterr().err
+        main([word])
+    assert f"{word!r} is not a command (did you mean {near}?): expected lm, classify" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
