@@ -230,7 +230,7 @@ class TextClassificationDataModule(ResumableDataModule):
         world = self.trainer.world_size if self.trainer else 1
         if world * self.batch_size > len(dataset):
             most, processes = len(dataset) // world, "1 process" if world == 1 else f"{world} processes"
-            cure = f"give --data.batch_size {most}, or less" if most else "use fewer processes"
+            cure = f"give --data.batch_size {most} or less" if most else "use fewer processes"
             raise InputError(
                 f"data.batch_size {self.batch_size} on {processes} is more than the {len(dataset)} training reviews: "
                 f"{cure}, or more reviews"

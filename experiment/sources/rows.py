@@ -18,6 +18,7 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import IO, Any, Literal, TextIO
 
+from experiment.console import console
 from experiment.errors import InputError
 from experiment.sources.paths import repaired
 
@@ -60,10 +61,15 @@ def read_rows(files: Sequence[Path], columns: Sequence[str], identity: Any = Non
     """
     empty = True
     for file in files:
+        replaced = 0
         try:
             for row in _checked(_READERS[format_of(file)](file, columns), file, columns):
                 empty = False
+                replaced += sum(text.count("\ufffd") for text in row.values() if isinstance(text, str))
                 yield row
+            if replaced and not _is_utf8(file):
+                what = "1 character was" if replaced == 1 else f"{replaced:,} characters were"
+                console.print(f"note: {file} is not UTF-8: {what} replaced by \ufffd; save it as UTF-8")
         except InputError:
             raise
         except Exception as error:  # readers can raise anything on a damaged file
@@ -131,13 +137,24 @@ def read_given(file: Path, column: str, where: str) -> list[str]:
     return [repaired(row) for row in rows]
 
 
+def _is_utf8(file: Path) -> bool:
+    """Whether the bytes of a text file are valid; else a U+FFFD in its text replaces others."""
+    if format_of(file) == ".parquet":
+        return True
+    try:
+        with open_text(file, errors="strict") as lines:
+            return all(True for _ in lines)
+    except UnicodeDecodeError:
+        return False
+
+
 @contextmanager
-def open_text(file: Path, newline: str | None = None) -> Iterator[TextIO]:
+def open_text(file: Path, newline: str | None = None, errors: str = "replace") -> Iterator[TextIO]:
     """The text of a file, uncompressed and decoded."""
     opener = COMPRESSIONS.get(file.suffix.lower(), lambda file: file.open("rb"))
     with opener(file) as raw, io.BufferedReader(raw) as stream:
         utf16 = stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        with io.TextIOWrapper(stream, "utf-16" if utf16 else "utf-8-sig", errors="replace", newline=newline) as text:
+        with io.TextIOWrapper(stream, "utf-16" if utf16 else "utf-8-sig", errors=errors, newline=newline) as text:
             yield text
 
 

@@ -135,7 +135,9 @@ def test_options_out_of_range_are_refused_by_name(option, value):
 
 def test_a_batch_larger_than_the_training_split_is_refused(data):
     data.batch_size = 49
-    with pytest.raises(InputError, match=r"batch_size 49 on 1 process is more .* give --data.batch_size 48, or less"):
+    with pytest.raises(
+        InputError, match=r"batch_size 49 on 1 process is more .* give --data.batch_size 48 or less, or more reviews"
+    ):
         data.train_dataloader()
 
 

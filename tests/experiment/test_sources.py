@@ -133,11 +133,17 @@ def test_marks_of_the_encoding_are_no_text(tmp_path: Path, ending: str, encoding
     assert list(load_texts(str(file), "train")["text"]) == [*TEXTS[:2], 'She said "naïve 🎉".']
 
 
-def test_characters_that_are_none_are_replaced(tmp_path: Path) -> None:
+def test_characters_that_are_none_are_replaced_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "train.jsonl").write_text(r'{"text": "Tom \ud83d ran \ud83d\ude00"}')
     (tmp_path / "validation.csv").write_bytes(b"text\nna\xefve\n")
     assert load_texts(str(tmp_path), "train")[0]["text"] == "Tom \ufffd ran 😀"
-    assert load_texts(str(tmp_path), "validation")[0]["text"] == "na\ufffdve"
+    (tmp_path / "test.txt").write_bytes("A \ufffd in UTF-8.".encode())
+    load_texts(str(tmp_path), "test")
+    assert "UTF-8" not in capsys.readouterr().out
+    for _ in range(2):
+        assert load_texts(str(tmp_path), "validation")[0]["text"] == "na\ufffdve"
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert said.count("validation.csv is not UTF-8: 1 character was replaced by \ufffd; save it as UTF-8") == 1
 
 
 def test_every_text_of_a_csv_is_one_whatever_it_spells(tmp_path: Path) -> None:
