@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 # Imports everything once; each command is then a fork of it that runs the package as ``python -m`` would.
@@ -156,3 +158,15 @@ class Commands:
         self._server.stdin.close()
         self._server.stdout.close()
         self._server.wait()
+
+
+def fork_commands(commands: Commands, monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
+    """Let every ``python -m PACKAGE …`` that the code under test starts be a fork of the process of `commands`."""
+    popen = subprocess.Popen
+
+    def start(command: Sequence[str], *args: object, **given: object) -> object:
+        if command[0] != sys.executable:  # such as git
+            return popen(command, *args, **given)
+        return commands.start(*command[3:], package=command[2], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start)

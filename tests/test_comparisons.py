@@ -16,7 +16,7 @@ from experiment.pages.summary import read_metrics
 from experiment.sources.configurations import read_configuration
 from lm.data.module import TextDataModule
 from tests.classify.conftest import save_tiny_bert
-from tests.processes import Commands
+from tests.processes import Commands, fork_commands
 from tests.runs import TINY, write_stories
 
 ROOT = Path(__file__).parents[1]
@@ -42,8 +42,7 @@ def forked(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     Each finds the mark of a W&B service that has ended, as one of a notebook would, and must start its own.
     """
     ended = {"WANDB_SERVICE": "3-1-unix-/nowhere/socket"}
-    start = lambda command, **_: commands.start(*command[3:], package=command[2], env=ended)  # noqa: E731
-    monkeypatch.setattr(compare.subprocess, "Popen", start)
+    fork_commands(commands, monkeypatch, env=ended)
 
 
 def test_killed_comparison_goes_on_inside_its_run_to_the_same_figures(

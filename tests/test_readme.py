@@ -83,7 +83,7 @@ def perform(words: list[str]) -> None:
         case ["make", *target]:
             for command in recipe(target):
                 perform(command)
-        case ["tinylab", command, *args]:
+        case ["tinylab", command, *args] | [_, "-m", "tinylab", command, *args]:
             module = COMMANDS[command].removesuffix(".__main__").removesuffix(".strategies").removesuffix(".runner")
             perform(["python", "-m", module, *args])
         case [_, "-m", ("lm" | "classify") as package, command, *args]:

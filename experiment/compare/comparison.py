@@ -128,7 +128,8 @@ def read_comparison(args: Sequence[str] | None) -> tuple[Comparison, Path]:
             row["budget"] = check_keys(number, dict.fromkeys((*BUDGETS, "points"), NUMBER), f"row {label}: budget: ")
             if row["budget"] and (len(row["budget"].keys() - {"points"}) != 1 or min(row["budget"].values()) <= 0):
                 raise InputError(f"row {label}: budget {row['budget']}: expected one of {listed(BUDGETS)}, above 0")
-            for flag in row["flags"].keys() & (OWN_FLAGS | BUDGET_FLAGS if row["budget"] else OWN_FLAGS):
+            checked = typed if given else row["flags"]  # --budget overrides the file's own
+            for flag in checked.keys() & (OWN_FLAGS | BUDGET_FLAGS if row["budget"] else OWN_FLAGS):
                 raise InputError(f"--{flag} is set for each run: use the comparison's own options; see --help")
             check_keys(row, OF_ROW, f"row {label}: ", required=("package",))
             found[label] = Run(label, content["seeds"][0], **row)
@@ -139,12 +140,9 @@ def read_comparison(args: Sequence[str] | None) -> tuple[Comparison, Path]:
         packages = {row.package.partition(".")[0] for row in found.values()}
         names_of = {name for package in packages for name in METRICS.get(package, MEANINGS)}
         known = [*OF_RUNS, *(f"{kind}{name}" for kind in ("val/", "test/", "val/second_") for name in names_of)]
-        for name in (
-            name for name in content["report"] if name not in known
-        ):  # another module, or a callback, can log others
-            near, mistaken = hint(name, known), name.rpartition("/")[2] in MEANINGS
-            if "/" not in name or (packages <= METRICS.keys() and (near or mistaken)):
-                raise InputError(f"{name}: there is no such metric{near}; expected {listed(known)}")
+        for name in (name for name in content["report"] if name not in known):  # a callback could log it
+            if "/" not in name or (packages <= METRICS.keys() and (hint(name, known) or Path(name).name in MEANINGS)):
+                raise InputError(f"{name}: there is no such metric{hint(name, known)}; expected {listed(known)}")
         content |= {"baseline": base if base in names else None, "seeds": options.seeds or content["seeds"]}
         return Comparison(**content | {"rows": [found[name] for name in names]}), options.out
     except InputError as error:

@@ -9,7 +9,7 @@ import pytest
 from experiment.compare import runner as compare
 from experiment.errors import InputError
 from lm.board import Entry, main, read_entries, render, repeat
-from tests.processes import Commands
+from tests.processes import Commands, fork_commands
 from tests.runs import TINY, write_stories
 
 ROOT = Path(__file__).parents[2]
@@ -38,9 +38,7 @@ def test_entry_can_be_repeated_from_its_line(
     entry: Entry, in_tmp: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_stories(Path("stories"))
-    # Real runs, in forks of a process that has imported everything.
-    forked = lambda command, **_: commands.start(*command[3:], package=command[2])  # noqa: E731
-    monkeypatch.setattr(compare.subprocess, "Popen", forked)
+    fork_commands(commands, monkeypatch)  # real runs, but quick to start
     repeat(entry, SHRUNK)
     (line,) = compare.read_results(Path("runs/comparisons")).values()
     assert line["curve"]["val/bits_per_byte"][-1] > 0 and line["config"]["data"]["vocab_size"] == 345
