@@ -151,8 +151,7 @@ def test_help_needs_no_library() -> None:
 
 
 def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture) -> None:
-    main(["--version"])
-    assert (
-        capsys.readouterr().out
-        == f"tinylab {tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['version']}\n"
-    )
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert not exit_.value.code and capsys.readouterr().out == f"tinylab {project['version']}\n"
