@@ -328,7 +328,7 @@ def test_bad_options_end_in_one_line_and_exit_code_2(flags, expected, tmp_path, 
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([{"text": "Good.", "label": 3}], "label 3 of review 1 is no class"),
+        ([{"text": "Good.", "label": 3}], "label 3 of review 1 is not a class"),
         ([{"review": "Good.", "label": 1}], "no column 'text'"),
         ([{"text": " ", "label": 1}], "review 1 is empty"),
     ],

@@ -21,10 +21,10 @@ def test_words_elsewhere_stay_what_yaml_says() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a: [1\nb: 2\n", "config broken.yaml is no YAML (line 2: "),
-        ("a: 1\n\t- x\n", "config broken.yaml is no YAML (line 2: "),
-        ("a: 1\x00", "config broken.yaml is no YAML ("),
-        ("a: 1\nb: 2\na: 3\n", "config broken.yaml: a stands twice, in lines 1 and 3"),
+        ("a: [1\nb: 2\n", "config broken.yaml is not YAML (line 2: "),
+        ("a: 1\n\t- x\n", "config broken.yaml is not YAML (line 2: "),
+        ("a: 1\x00", "config broken.yaml is not YAML ("),
+        ("a: 1\nb: 2\na: 3\n", "config broken.yaml: a is given twice, in lines 1 and 3"),
         ("- a\n", "config broken.yaml holds \"['a']\""),
         ("", "config broken.yaml holds nothing"),
     ],

@@ -398,7 +398,7 @@ def test_corpus_that_yields_few_tokens_gives_what_it_yields(tmp_path, capsys):
     jsonl(tmp_path / "train.jsonl", ["Tom has a red ball and the dog has it too."] * 400)
     data = TextDataModule(str(tmp_path), "train", vocab_size=500)
     assert 259 < data.num_tokens < 323
-    assert f"yield {data.num_tokens}" in capsys.readouterr().out
+    assert f"yield only {data.num_tokens}" in capsys.readouterr().out
     assert TextDataModule(str(tmp_path), "train", vocab_size=280).num_tokens == 280
 
 

@@ -46,12 +46,12 @@ def test_checkpoint_that_names_an_instantiator_runs_nothing(arguments: list[str]
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("data:\n  batch_size: 2\nmodel: {}\ndata:\n  packing: true\n", ["data stands twice, in lines 1 and 4"]),
-        ("data:\n  batch_size: 2\n  batch_size: 3\n", ["batch_size stands twice, in lines 2 and 3"]),
+        ("data:\n  batch_size: 2\nmodel: {}\ndata:\n  packing: true\n", ["data is given twice, in lines 1 and 4"]),
+        ("data:\n  batch_size: 2\n  batch_size: 3\n", ["batch_size is given twice, in lines 2 and 3"]),
     ],
     ids=["section", "option"],
 )
-def test_key_that_stands_twice_is_an_error_with_its_lines(
+def test_key_that_is_given_twice_is_an_error_with_its_lines(
     text: str, words: list[str], arguments: list[str], capsys: pytest.CaptureFixture
 ) -> None:
     Path("twice.yaml").write_text(text)

@@ -246,7 +246,7 @@ def test_an_adapter_of_another_shape_is_refused(changes, message, tmp_path):
 
 @pytest.mark.parametrize("targets", [["query"], ["q_proj", "w1"], "layers", "(", ["self_attn"], ["norm"]], ids=str)
 def test_targets_that_match_nothing_are_named_with_those_there_are(targets):
-    with pytest.raises(ValueError, match=r"target_modules .*(there are q_proj, .*lm_head|regular expression)"):
+    with pytest.raises(ValueError, match=r"target_modules .*(it has q_proj, .*lm_head|regular expression)"):
         inject(small(), config(targets))
 
 
@@ -361,7 +361,7 @@ def test_both_adapters_train_alike_and_a_resumed_run_to_the_bit(source, in_tmp):
         (["--model.init_from=nowhere.gguf"], "nowhere.gguf does not exist"),
         (
             ["--model.init_from=source", "--model.adapter=lora", '--model.lora.target_modules=["query"]'],
-            "there are q_p",
+            "it has q_p",
         ),
         (["--model.init_from=source", "--model.adapter=lora", "--model.lora.r=0"], "rank"),
         (["--model.init_from=source", "--model.decoder.hidden_size=64"], "the pretrained weights have 48"),
