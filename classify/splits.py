@@ -27,7 +27,7 @@ class Reviews:
 
 
 def read_texts(source: list[str] | str) -> list[str]:
-    """The texts to classify: a list, a file (one text a line, or strings or a column ``text``), or a single text.
+    """The texts to classify: a list, a file (one text per line, or strings or a column ``text``), or a single text.
 
     Raises:
         InputError: the file does not exist, or a text is empty.
@@ -36,7 +36,7 @@ def read_texts(source: list[str] | str) -> list[str]:
         file = existing_file(source)
         if file is None and len(source) < 1000 and format_of(Path(source)):
             raise InputError(
-                f"data.texts {source!r} does not exist: expected a file with one text a line or a column text, or "
+                f"data.texts {source!r} does not exist: expected a file with one text per line or a column text, or "
                 "a list of texts"
             )
         source = [source] if file is None else read_given(file, "text", f"data.texts {source!r}")

@@ -166,9 +166,11 @@ def main(args: Sequence[str] | None = None) -> None:
     adding = commands.add_parser("add", help="make an entry of a comparison's row")
     adding.add_argument("name", help="name of the entry")
     adding.add_argument("--row", required=True, help="row of the comparison")
-    adding.add_argument("--about", required=True, help="what it is, in a sentence")
+    adding.add_argument("--about", required=True, help="description of the entry, in a sentence")
     comparison = Path("runs/comparisons/recipes/recipes.jsonl")
-    adding.add_argument("--from", dest="file", type=Path, default=comparison, help="by default %(default)s")
+    adding.add_argument(
+        "--from", dest="file", type=Path, default=comparison, help="results of the comparison; by default %(default)s"
+    )
     commands.add_parser("write", help="write BOARD.md")
     repeating = commands.add_parser("repeat", help="rerun an entry")
     repeating.add_argument("name", help="name of the entry; flags of fit may follow, such as --data.path FOLDER")

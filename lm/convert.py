@@ -32,7 +32,7 @@ def hugging_face(checkpoint: str, folder: str, tokenizer: str | None = None) -> 
     """Export a checkpoint to a folder that transformers' AutoModelForCausalLM and AutoTokenizer load.
 
     Args:
-        checkpoint: The folder of a run, such as runs/demo/lm (its best checkpoint is taken), or a checkpoint in it.
+        checkpoint: The folder of a run, such as runs/demo/lm (its best checkpoint is used), or a checkpoint in it.
         folder: Where to write; must be new or empty.
         tokenizer: The model's tokenizer; by default the one that the run's config.yaml names.
     """
@@ -45,7 +45,7 @@ def llama2c(checkpoint: str, file: str, tokenizer: str | None = None) -> None:
     """Export a checkpoint to a .bin that llama2.c runs, and the tokenizer's .bin next to it.
 
     Args:
-        checkpoint: The folder of a run, such as runs/demo/lm (its best checkpoint is taken), or a checkpoint in it.
+        checkpoint: The folder of a run, such as runs/demo/lm (its best checkpoint is used), or a checkpoint in it.
         file: Where to write the weights, such as model.bin; the tokenizer becomes model.tokenizer.bin. Both are new.
         tokenizer: The model's tokenizer; by default the one that the run's config.yaml names.
     """
@@ -58,7 +58,7 @@ def gguf(checkpoint: str, file: str, type: GGUFType = "f32", tokenizer: str | No
     """Export a checkpoint, with its tokenizer, to a GGUF file that llama.cpp and Ollama run.
 
     Args:
-        checkpoint: The folder of a run, such as runs/demo/lm (its best checkpoint is taken), or a checkpoint in it.
+        checkpoint: The folder of a run, such as runs/demo/lm (its best checkpoint is used), or a checkpoint in it.
         file: Where to write, such as model.gguf; must be new.
         type: Type of the weights: f32, f16, or q8_0 (8 bits).
         tokenizer: The model's tokenizer; by default the one that the run's config.yaml names.
@@ -72,7 +72,7 @@ def adapter(checkpoint: str, folder: str) -> None:
     """Export the adapter of a run with model.adapter lora or peft, for peft's PeftModel.from_pretrained.
 
     Args:
-        checkpoint: The folder of a run, such as runs/demo/lm (its best checkpoint is taken), or a checkpoint in it.
+        checkpoint: The folder of a run, such as runs/demo/lm (its best checkpoint is used), or a checkpoint in it.
         folder: Where to write; the base model goes into FOLDER/base, for transformers.
     """
     from experiment.runs.reading import find_checkpoint  # imports Lightning, which --help does not need

@@ -103,7 +103,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "runs", nargs="*", type=Path, metavar="RUN", help="folders of runs; by default those of the newest make demo"
     )
-    parser.add_argument("--port", type=int, help=f"on 127.0.0.1; by default the first free one from {PORT}")
+    parser.add_argument("--port", type=int, help=f"port on 127.0.0.1; by default the first free one from {PORT}")
     with one_line_errors():
         options = parser.parse_args(args)
     quiet_libraries()

@@ -129,7 +129,7 @@ def read_given(file: Path, column: str, where: str) -> list[str]:
     except (ValueError, OSError, EOFError) as error:
         cause = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{where} cannot be read ({cause}): expected text with one {column} a line, or JSON strings, or a table "
+            f"{where} cannot be read ({cause}): expected text with one {column} per line, or JSON strings, or a table "
             f"with a column {column!r}"
         ) from error
     if odd := [row for row in rows if not isinstance(row, str)]:
@@ -232,7 +232,7 @@ def layout_note(files: Sequence[Path]) -> str:
     """The assumptions about text files without end markers."""
     notes = {
         "blank lines": "a blank line ends a text",
-        "one text": f"read as one text, since it has neither {END_MARKER} nor blank lines; for one text a line, "
+        "one text": f"read as one text, since it has neither {END_MARKER} nor blank lines; for one text per line, "
         "use JSON lines",
     }
     layouts = {file: text_layout(file) for file in files if format_of(file) == ".txt"}

@@ -241,7 +241,7 @@ def compare(
     Writes decoding.json and figures/decoding.png to the run's folder.
 
     Args:
-        run: The folder of a run, such as runs/demo/lm (its best checkpoint is taken), or a checkpoint in it.
+        run: The folder of a run, such as runs/demo/lm (its best checkpoint is used), or a checkpoint in it.
         prompts: Beginnings of stories, or a file with one per line; by default a dozen.
         max_new_tokens: Longest continuation, in tokens.
         seed: Seed of sampling, so that stories can be repeated.
