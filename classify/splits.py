@@ -12,7 +12,7 @@ import numpy as np
 from classify.reviews import synthetic_reviews
 from experiment.errors import InputError
 from experiment.sources.files import load_texts
-from experiment.sources.paths import existing_file, repaired
+from experiment.sources.paths import existing_file, repaired, shortened
 from experiment.sources.rows import format_of, read_given
 
 SPLITS = ("train", "validation", "test")
@@ -38,6 +38,10 @@ def read_texts(source: list[str] | str) -> list[str]:
             raise InputError(
                 f"data.texts {source!r} does not exist: expected a file with one text per line or a column text, or "
                 "a list of texts"
+            )
+        if file is None and source.lstrip().startswith('["') and not source.rstrip().endswith("]"):
+            raise InputError(
+                f"data.texts {shortened(source)!r}: the list does not end; expected a ] after the last text"
             )
         source = [source] if file is None else read_given(file, "text", f"data.texts {source!r}")
     if not source:

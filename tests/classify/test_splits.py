@@ -187,6 +187,8 @@ def test_texts_to_classify_come_as_a_list_a_file_or_a_single_text(tmp_path):
     assert read_texts(["Tom \ud83d ran"]) == ["Tom \ufffd ran"]
     with pytest.raises(InputError, match=r"data\.texts"):
         read_texts("missing.txt")
+    with pytest.raises(InputError, match="the list does not end"):
+        read_texts('["A film to forget."')
     with pytest.raises(InputError, match="empty"):
         read_texts([])
 
