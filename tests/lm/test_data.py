@@ -18,7 +18,7 @@ from lm.data.corpus import Corpus, WindowBatches, first_windows, packed_windows,
 from lm.data.demo_stories import demo_texts
 from lm.data.module import TextDataModule
 from lm.data.prompts import read_prompts
-from lm.data.source import write_corpus
+from lm.data.source import StorySource, write_corpus
 from tests.windows import unpacked
 
 STORIES = demo_texts("validation")[:60]
@@ -391,7 +391,14 @@ def test_one_long_text_is_trained_on_and_its_end_held_out(tmp_path, tokenizer_fo
     assert validation.startswith("\nLine 18")
     printed = capsys.readouterr().out
     for note in ("read as one text", "last tenth", "note: only the first 128 tokens", "packing true"):
-        assert note in printed
+        assert printed.count(note) == 1
+
+
+@pytest.mark.parametrize(("stories", "few"), [(2099, True), (2100, False)])
+def test_held_out_stories_that_are_few_are_said_to_be(tmp_path, stories, few):
+    jsonl(tmp_path / "train.jsonl", [f"Story {i}." for i in range(stories)])
+    _, note = StorySource(str(tmp_path), None, streaming=False).texts("validation")
+    assert f"{stories // 100} of its {stories:,} texts held out" in note and ("too few" in note) == few
 
 
 def test_corpus_that_yields_few_tokens_gives_what_it_yields(tmp_path, capsys):

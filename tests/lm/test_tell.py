@@ -71,6 +71,9 @@ def test_story_and_its_continuation_are_those_of_generate(run: Path, talk: Calla
     assert f"Once upon a time{texts[0]}" in printed
     assert texts[1] in printed
     assert printed.count("Enter continues; 8 tokens") == 2
+    printed = talk("/temperature 0", "/max_new_tokens 1", "Once upon a time")
+    assert f"{run}: type the beginning of a story" in printed.replace("\n", "")
+    assert "Enter continues; 1 token, " in printed
 
 
 def test_settings_change_are_shown_and_refused(talk: Callable[..., str]) -> None:
