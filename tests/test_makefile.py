@@ -7,11 +7,15 @@ from pathlib import Path
 MAKEFILE = Path(__file__).parents[1] / "Makefile"
 
 
+def without_make() -> dict[str, str]:
+    """The environment, but for what a make sets that runs these tests."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+
+
 def fits(folder: Path) -> list[str]:
     """The trainings of `make demo` in a folder."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     make = ["make", "--dry-run", "--assume-old=.venv/.ready", f"--file={MAKEFILE}", "demo"]
-    printed = subprocess.run(make, cwd=folder, env=ours, check=True, capture_output=True, text=True).stdout
+    printed = subprocess.run(make, cwd=folder, env=without_make(), check=True, capture_output=True, text=True).stdout
     return [line for line in printed.replace("\\\n", " ").splitlines() if " fit " in line]
 
 
@@ -19,7 +23,7 @@ def test_compare_without_a_file_names_one(tmp_path: Path) -> None:
     make = ["make", "--assume-old=.venv/.ready", f"--file={MAKEFILE}", "compare"]
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv/.ready").touch()
-    called = subprocess.run(make, cwd=tmp_path, capture_output=True, text=True)
+    called = subprocess.run(make, cwd=tmp_path, env=without_make(), capture_output=True, text=True)
     assert called.returncode == 2 and not called.stdout
     assert called.stderr.startswith("error: FILE: not given; make compare FILE=configs/comparisons/recipes.yaml")
 
