@@ -67,8 +67,11 @@ def take_play_page(runs: list[Path]) -> None:
         browser.get(address)
         click(browser, "button", "Write")
         wait(lambda: browser.find_elements("css selector", ".figures"))
-        words = browser.find_elements("css selector", ".answer .word")
-        ActionChains(browser).move_to_element(words[len(words) // 4]).perform()
+        words = browser.find_elements("css selector", ".answer .word")[:60]
+        beside = [word for word in words if 100 < word.location["x"] < 600]  # where the card has room
+        strengths = [float(word.get_attribute("style").partition("--strength: ")[2].rstrip(";")) for word in beside]
+        doubted = beside[strengths.index(max(strengths))]
+        ActionChains(browser).move_to_element(doubted).perform()
         time.sleep(0.5)
         browser.save_screenshot(str(PICTURES / "play.png"))
         click(browser, "button[role=tab]", "Reviews")
