@@ -21,6 +21,7 @@ from experiment.console import console
 from experiment.errors import InputError
 from experiment.invocation import command
 from experiment.pages.summary import read_lines
+from experiment.sources.keys import NUMBER, NUMBERS, check_keys
 
 RESULTS, BOARD = Path("results"), Path("BOARD.md")
 COLUMNS = "| bits per byte | entry | seeds | tokens | what | machine | commit | date |\n|" + "---|" * 8 + "\n"
@@ -49,6 +50,13 @@ TRACKS = {  # the budgets
     "5 minutes of one GPU": ("seconds", 300, "one GPU"),
     "4 M tokens": ("tokens", 4e6, "any machine"),
     "41 M tokens": ("tokens", 41e6, "any machine"),
+}
+
+
+KINDS = {  # of what a line holds
+    **dict.fromkeys(("name", "about", "evaluated", "commit", "date"), str),
+    **dict.fromkeys(("config", "budget", "machine"), dict),
+    **{"seeds": NUMBERS, "bits_per_byte": list, "tokens": NUMBER},
 }
 
 
@@ -95,9 +103,9 @@ def read_entries(folder: Path = RESULTS) -> list[Entry]:
     for file in sorted(folder.glob("*.jsonl")):
         for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
             try:
-                entries.append(Entry(**json.loads(text)))
-            except (ValueError, TypeError) as error:
-                raise InputError(f"{file}, line {number}: {str(error).replace('Entry.__init__() ', '')}") from error
+                entries.append(Entry(**dict.fromkeys(KINDS) | check_keys(json.loads(text), KINDS)))
+            except ValueError as error:
+                raise InputError(f"{file}, line {number}: {error}") from error
     return entries
 
 

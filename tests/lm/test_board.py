@@ -80,7 +80,10 @@ def test_fewest_bits_stand_first_among_those_judged_by_the_same_text() -> None:
         ({"bits_per_byte": [1.0]}, "one for each"),
         ({"budget": {"seconds": 7}}, "expected one of"),
         ({"config": {"trainer": {"limit_val_batches": 2}}}, "limit_val_batches"),
-        ({"luck": 1}, "unexpected keyword argument 'luck'"),
+        ({"luck": 1}, "luck: there is no such key; expected name, about"),
+        ({"seed": 1}, "seed: there is no such key (did you mean seeds?)"),
+        ({"seeds": 1}, "seeds 1: expected a list of whole numbers"),
+        ({"date": None}, "has no date"),
     ],
 )
 def test_entry_that_nobody_could_repeat_is_refused(change: dict, words: str, in_tmp: Path, capsys) -> None:
