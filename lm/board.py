@@ -81,7 +81,7 @@ class Entry:
             raise InputError(f"{self.name or 'an entry'} has no {missing[0]}, which is needed to repeat it")
         if not len(self.seeds) == len(self.bits_per_byte) == len(set(self.seeds)):
             raise InputError(f"{self.name}: {self.bits_per_byte} of seeds {self.seeds}: expected one for each")
-        if self.commit.endswith("-dirty"):
+        if "-dirty" in self.commit:
             raise InputError(f"{self.name}: commit {self.commit}: commit the source and run it again")
         if "limit_val_batches" in self.config.get("trainer", {}):
             raise InputError(f"{self.name} sets trainer.limit_val_batches: expected all of the validation stories")

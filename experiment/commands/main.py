@@ -18,6 +18,7 @@ from experiment.console import console
 from experiment.errors import InputError
 from experiment.invocation import command
 from experiment.quiet import quiet_libraries
+from experiment.runs.run import CONFIG
 from experiment.runs.stopping import Interrupted
 from experiment.startup import leave_slurm_alone
 
@@ -64,6 +65,8 @@ def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> Experime
     except Interrupted as interruption:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         again = shlex.join(given).replace(" --ckpt_path=last", "").replace(" --ckpt_path last", "")
+        if "--run_dir" not in again and f"/{CONFIG}" in again:  # which would mean the run that it is of
+            again = f"{again} --run_dir {shlex.quote(interruption.run_dir)}"
         console.print(f"stopped; resume with\n  {resume or f'{command(cli.package)} {again} --ckpt_path last'}")
         sys.exit(interruption.exit_code)
     except (KeyboardInterrupt, SystemExit) as ending:  # Lightning turns the first into the second

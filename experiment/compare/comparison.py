@@ -138,7 +138,7 @@ def read_comparison(args: Sequence[str] | None) -> tuple[Comparison, Path]:
             if name not in (None, *found):
                 raise InputError(f"{option} {name}: there is no such row{hint(name, found)}; expected {listed(found)}")
         packages = {row.package.partition(".")[0] for row in found.values()}
-        names_of = {name for package in packages for name in METRICS.get(package, MEANINGS)}
+        names_of = dict.fromkeys(name for package in packages for name in METRICS.get(package, MEANINGS))
         known = [*OF_RUNS, *(f"{kind}{name}" for kind in ("val/", "test/", "val/second_") for name in names_of)]
         for name in (name for name in content["report"] if name not in known):  # a callback could log it
             if "/" not in name or (packages <= METRICS.keys() and (hint(name, known) or Path(name).name in MEANINGS)):

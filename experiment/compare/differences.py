@@ -79,7 +79,7 @@ def show(comparison: Comparison, lines: Sequence[Line], out: Path) -> None:
     if len({line.get("tokenizer") for line in lines}) > 1:
         notes += ["Tokenizers differ: compare bits per byte, not losses or token counts."]
     sources, now = {line.get("environment", {}).get("source") for line in lines} - {None}, source_version()
-    if sources - {now} or (sources and "dirty" in str(now)):  # which may have changed again since
+    if sources - {now}:
         notes += [f"Made by the source {listed(sorted(sources))}, now {now}; to run all again, give another --out."]
     rows_of_runs = pd.DataFrame(lines).groupby("key")["row"].agg(", ".join)
     notes += [f"One run for {rows}: their settings are equal." for rows in dict.fromkeys(rows_of_runs) if ", " in rows]
@@ -99,7 +99,7 @@ def show(comparison: Comparison, lines: Sequence[Line], out: Path) -> None:
     here = {run: row for row, run in runs.items() if (run / "metrics.csv").is_file()}  # not on another machine
     if here:
         write_report([*here], folder, [*here.values()])
-    console.print(f"written: tables, plot and page in {folder}; the runs in {out / 'runs'}, each under its `key` there")
+    console.print(f"written: tables, plot, page in {folder}; runs in {out / 'runs'}, by the `key` in {file.stem}.jsonl")
     absent = [name for name in comparison.report if frame[name].isna().all()]
     if absent and not all("failed" in line for line in lines):
         raise InputError(f"{', '.join(absent)}: no run has this metric; docs/configuration.md lists them")

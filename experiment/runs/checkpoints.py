@@ -109,7 +109,7 @@ class StepCheckpoint(Checkpoint):
             self._save(trainer)
         if batch_idx % trainer.accumulate_grad_batches == 0 and (number := stop_request.agreed(trainer)):
             self._save(trainer)
-            raise Interrupted(number)
+            raise Interrupted(number, trainer.default_root_dir)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)

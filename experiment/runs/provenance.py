@@ -1,5 +1,6 @@
 """run.json: the commands, machine and versions that produced a run."""
 
+import hashlib
 import json
 import os
 import platform
@@ -45,12 +46,18 @@ def cpu_name() -> str:
 
 
 def source_version() -> str | None:
-    """The commit of this source, with ``-dirty`` if files differ from it; None outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
+    """The commit of this source, with ``-dirty-`` and a hash of the changes if files differ from it; None outside a
+    git checkout."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[2]), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+
+    try:
+        commit, changes = git("describe", "--always", "--exclude=*"), git("diff", "HEAD")
     except (OSError, subprocess.SubprocessError):
         return None
+    return f"{commit}-dirty-{hashlib.sha256(changes.encode()).hexdigest()[:7]}" if changes else commit
 
 
 def environment(trainer: "Trainer") -> dict[str, Any]:

@@ -21,7 +21,7 @@ from experiment.runs.stopping import stop_request
 from experiment.runs.throughput import Stopwatch
 from experiment.sources.batches import rank_and_processes
 
-UNIT = 4096.0  # divides losses before backward, so that gradients fit half precision
+UNIT = 4096.0  # divides losses before backward, so that gradients fit float16
 MOST_UNREAD = 100  # steps; bounds the memory, and how late several GPU processes stop
 
 
@@ -129,8 +129,8 @@ class StepModule(LightningModule):
         """The result of ``training_step``: the mean loss of a micro-batch with ``count`` tokens or examples and their
         ``sums``, the loss first.
 
-        Its gradient is that of the mean over the step if the micro-batch is all of it, else that of the sum in
-        units, so that micro-batches with more tokens weigh more, until `on_after_backward` knows how many there are.
+        Its gradient is that of the mean over the step if the micro-batch is all of it. Otherwise it is that of
+        sum / UNIT, which `on_after_backward` scales once the step's number of tokens is known.
         """
         self.step_sums.add(self.trainer.global_step + 1, batch_idx, count, *sums)
         mean = sums[0] / count.clamp(min=1)

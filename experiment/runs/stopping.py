@@ -27,9 +27,9 @@ class Interrupted(BaseException):
     ``exit_code`` follows the shell convention for signals: 130 for Ctrl-C, 143 for SIGTERM.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, run_dir: str) -> None:
         super().__init__(f"interrupted by {signal.Signals(number).name}")
-        self.exit_code = 128 + number
+        self.exit_code, self.run_dir = 128 + number, run_dir
 
 
 class StopRequest:

@@ -90,8 +90,8 @@ class Attention(nn.Module):
             cos: (1 or B, T, 1, head_dim), of `rotary_tables`, as is sin.
             sin: As cos.
             first_value: (B, T, kv_heads, head_dim), the values of the first layer, with `value_residual`.
-            cache: Stores keys and values of the tokens of span.
-            span: Their cache slots, and what they see; without one, each token sees all before it.
+            cache: Where keys and values of the tokens are stored and read.
+            span: Positions and mask of the tokens, and their slots in a cache; by default each sees all before it.
             layer: Index of this layer in the cache.
 
         Returns:
@@ -263,8 +263,8 @@ class Decoder(nn.Module):
         return self.dropout(self.embedding(input_ids))
 
     def run(self, input_ids: Tensor, cache: "KeyValueCache | None" = None, span: Span | None = None) -> Tensor:
-        """Hidden states (B, T, H) of input_ids (B, T), at the positions and cache slots of the span. Tensors
-        alone control the computation, so that it can be compiled; `hidden_states` checks and counts."""
+        """Hidden states (B, T, H) of input_ids (B, T), at the positions and cache slots of the span. Nothing in
+        it depends on a tensor's values, so that it can be compiled; `hidden_states` checks and counts."""
         positions = slice(input_ids.shape[1]) if span is None else span.positions
         cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)  # (1 or B, T, 1, head_dim)
         x = self.embed(input_ids, positions)  # (B, T, H)
@@ -274,7 +274,7 @@ class Decoder(nn.Module):
             from experiment.compat.torch import mark_static
 
             compute = self.compiled_block
-            # Else a length that equals a width would be mistaken for it, and other lengths recompiled.
+            # Else a length equal to a width would be compiled as the same symbol, and other lengths recompiled.
             for tensor in (x, cos, sin, self.cos, self.sin):
                 mark_static(tensor, tensor.ndim - 1)
         if self.recompute and self.training:

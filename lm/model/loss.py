@@ -5,8 +5,8 @@ in float32, and autograd keeps several of that size. Here losses and both gradie
 computed in the forward pass; backward only scales them. It is the idea of Cut Your Losses (Wijmans et
 al. 2024, arXiv:2411.09009) and of Liger's kernel (Hsu et al. 2024, arXiv:2410.10989) in plain torch, for every device.
 
-On a CPU a chunk processes the vocabulary in blocks whose logits stay in the cache until their softmax is taken
-and multiplied by the matrix again; the blocks' sums are joined as in online softmax (Milakov & Gimelshein 2018,
+On a CPU a chunk processes the vocabulary in blocks whose logits stay in the cache until their softmax has been
+multiplied by the head's matrix; the blocks' sums are joined as in online softmax (Milakov & Gimelshein 2018,
 arXiv:1805.02867). Rows of probabilities are kept for one chunk, since the gradient of the matrix needs the whole sum.
 On a GPU such a block is too little work: there chunks are larger, and each uses the whole vocabulary at once.
 

@@ -197,7 +197,7 @@ class LanguageModel(StepModule):
         super().on_fit_start()
         self._summed_loss = partial(summed_loss, self.decoder)
         if self.compile_blocks and can_compile(self.device.type):
-            # On a CPU, blocks of any shape, so that a resumed run has the same code; FSDP gathers weights between them.
+            # On a CPU, code for any batch shape, as a resumed run has, too; FSDP gathers weights between the blocks.
             if self.device.type == "cuda" and not isinstance(self.decoder, FSDPModule):
                 from lm.training.compiled_loss import MOST_GRAPHED, CompiledLoss
 
@@ -213,7 +213,7 @@ class LanguageModel(StepModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean loss over the tokens of a micro-batch."""
-        names = ("tokens", "loss_mask", "positions")  # the last with data.document_mask
+        names = ("tokens", "loss_mask", "positions")  # positions only with data.document_mask
         loss, tokens = self._summed_loss(*(batch[name] for name in names if name in batch))
         return self.step_loss(batch_idx, tokens, loss)
 

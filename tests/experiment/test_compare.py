@@ -149,7 +149,7 @@ def test_runs_of_another_source_are_named(stand_in: Path, capsys: pytest.Capture
     Path("stand_in.py").write_text(recorded)
     monkeypatch.setattr("experiment.compare.differences.write_report", lambda *_: None)  # it wants more of a run
     said = []
-    for source, now in (("abc", "abc"), ("abc", "def"), ("abc-dirty", "abc-dirty")):
+    for source, now in (("abc", "abc"), ("abc", "def"), ("abc-dirty-1", "abc-dirty-2")):
         Path("source").write_text(source)
         monkeypatch.setattr("experiment.compare.differences.source_version", lambda now=now: now)
         assert run(stand_in, "--seeds", 1, "--out", source) == 0

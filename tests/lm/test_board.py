@@ -74,7 +74,7 @@ def test_fewest_bits_stand_first_among_those_judged_by_the_same_text() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"commit": "0123456-dirty"}, "commit the source"),
+        ({"commit": "0123456-dirty-89abcde"}, "commit the source"),
         ({"commit": ""}, "has no commit"),
         ({"config": {}}, "has no config"),
         ({"bits_per_byte": [1.0]}, "one for each"),

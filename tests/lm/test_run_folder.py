@@ -79,6 +79,17 @@ def test_a_caller_may_have_a_command_of_its_own_that_resumes(
     assert capsys.readouterr().out.endswith("stopped; resume with\n  make demo\n")
 
 
+def test_interrupted_repetition_of_a_run_is_resumed_in_its_own_folder(
+    arguments: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(["fit", *arguments, "--run_dir=runs/lm/first"])
+    monkeypatch.setattr(StopRequest, "agreed", lambda self, trainer: signal.SIGINT)
+    with pytest.raises(SystemExit, match="130"):
+        main(["fit", "--config=runs/lm/first/config.yaml"])
+    expected = "fit --config=runs/lm/first/config.yaml --run_dir runs/lm/first-2 --ckpt_path last\n"
+    assert capsys.readouterr().out.endswith(expected)
+
+
 def test_damaged_newest_checkpoint_is_passed_over_for_the_one_before(
     arguments: list[str], capsys: pytest.CaptureFixture
 ) -> None:
