@@ -53,7 +53,7 @@ demo: $(READY) ## train both models on built-in data, without a network, and sho
 	$(PY) -m lm validate --config $(DEMO)/lm/config.yaml --ckpt_path best
 	$(PY) -m lm predict --config $(DEMO)/lm/config.yaml --ckpt_path best --data.prompts \
 	  '["Once upon a time", "One day, a little girl named", "Tom had a red ball."]'
-	@echo "== 2 of 4: with LoRA the same model learns to write letters (second_ metrics: how well it still knows its stories)"
+	@echo "== 2 of 4: with LoRA the same model learns to write letters (val/second_*: its old stories, most of which it forgets)"
 	$(PY) -m tinylab letters $(DEMO)/letters
 	$(PY) -m lm fit --config configs/lm/demo_letters.yaml --model.init_from $(DEMO)/lm --data.path $(DEMO)/letters \
 	  --run_dir $(DEMO)/lm_letters $(RESUME)

@@ -288,6 +288,11 @@ class TextClassificationDataModule(ResumableDataModule):
         offsets = np.cumsum([0, *map(len, sequences)])
         return np.concatenate([*sequences, np.empty(0, dtype=np.int32)]), offsets
 
+    def describe_step(self, processes: int, accumulated: int) -> str:
+        train, validation = (len(self.dataset(split)) for split in ("train", "validation"))
+        found = f"{train:,} reviews to train on, {validation:,} to validate on; classes: {', '.join(self.label_names)}"
+        return f"{found}\n{super().describe_step(processes, accumulated)}"
+
     def _build(self, folder: Path) -> None:
         names, drawn = draw_splits(self.path, self.sizes, self.given_label_names, self.seed, self.revision)
         (folder / "labels.json").write_text(json.dumps(names), encoding="utf-8")

@@ -142,7 +142,8 @@ def _class_names(dataset: Any, path: str) -> list[str]:
     values = set(map(_plain, dataset["label"])) - {None}
     if all(isinstance(value, str) for value in values):
         if not 2 <= len(values) <= 100:
-            raise InputError(f"{path}: the column label holds {len(values)} different words: expected 2 to 100 classes")
+            labels = "1 label" if len(values) == 1 else f"{len(values)} different labels"
+            raise InputError(f"{path}: the column label holds {labels}: expected 2 to 100 classes")
         return sorted(values)
     return ["negative", "positive"]
 

@@ -31,9 +31,6 @@ _FOREIGN = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")  # if any of these is set
 def start(overview: str, args: Sequence[str]) -> None:
     """Start a command line, before its slow imports."""
     answer(overview, args)
-    if find_spec("lightning") is None:
-        print("error: this Python has no lightning: make setup, then source .venv/bin/activate", file=sys.stderr)
-        sys.exit(2)
     end_at_interrupt()
     set_up_allocators()
     end_with_launcher()
@@ -55,6 +52,9 @@ def answer(overview: str, args: Sequence[str], commands: Iterable[str] = COMMAND
 
         found = f"{args[0]!r} is not a command{hint_command(args[0], commands)}" if args else "no command is given"
         print(f"error: {found}: expected {', '.join(commands)}; --help explains them", file=sys.stderr)
+        sys.exit(2)
+    if find_spec("lightning") is None:
+        print("error: this Python has no lightning: make setup, then source .venv/bin/activate", file=sys.stderr)
         sys.exit(2)
 
 

@@ -291,8 +291,9 @@ class ExperimentCLI(LightningCLI):
         self.model.on_load_checkpoint(dict(stored))
         if position := stored.get(type(self.datamodule).__qualname__):
             self.datamodule.load_state_dict(position)
-        from experiment.runs.reading import check_resume
+        from experiment.runs.reading import check_resume, note_other_data
 
+        note_other_data(self.run_dir, self.datamodule.path)
         limit = check_resume(self.trainer, self.model, stored, self.checkpoint)
         if limit is not None:
             held, option = f"{self.checkpoint.name} has {stored['global_step']} steps", limit.partition(" ")[0]

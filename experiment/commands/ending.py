@@ -34,7 +34,10 @@ def tell_ending(trainer: Trainer, run_dir: Path, report: bool) -> str | None:
             page = write_report([run_dir])
         console.print(f"report: {page}")
     names = ["best", "last"]
-    if any(isinstance(one, BestCheckpoint) and one.best_step == 0 for one in trainer.callbacks):
+    best = next((one for one in trainer.callbacks if isinstance(one, BestCheckpoint)), None)
+    if best is not None and best.best_step == 0:
         console.print("note: the best validation was before the first step: best.ckpt holds the initial weights")
         names.reverse()
+    elif best is not None and best.best_step not in (None, trainer.global_step):
+        console.print(f"best.ckpt is of step {best.best_step:,}, with {best.monitor} {best.best_score:.4g}")
     return next((name for name in names if (run_dir / "checkpoints" / f"{name}.ckpt").exists()), None)

@@ -1,5 +1,6 @@
 """All mistakes in a command, collected after the first error so that they are reported together."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
@@ -51,6 +52,8 @@ def package_of_configuration(config: Mapping[str, Any]) -> str | None:
 
 def run_of_another_package(package: str, args: Sequence[str]) -> str | None:
     """The message if a command line (command first) names a run or a configuration of the other package; else None."""
+    if single := next((word for word in args if re.match("-[a-z_]{2}", word)), None):
+        return f"{single}: options begin with two dashes; did you mean -{single}?"
     words, configs = configs_first(args)
     parts = [part for word in words for part in word.split("=", 1)]
     runs = [config.parent for config in configs]

@@ -17,6 +17,7 @@ from experiment.renamed import current_checkpoint
 from experiment.runs.launch import agreed, is_child
 from experiment.runs.provenance import missing_run
 from experiment.runs.run import CONFIG, is_run, run_of
+from experiment.sources.configurations import read_configuration
 from experiment.sources.paths import user_path
 from experiment.wording import hint
 
@@ -191,6 +192,16 @@ def package_of(file: Path) -> str:
     if package is None:
         raise InputError(f"{file} is not a checkpoint of lm or classify: expected one written by fit")
     return package
+
+
+def note_other_data(run: Path, path: Any) -> None:
+    """Say so if a run is resumed on other data than it was trained on."""
+    before = read_configuration(run / CONFIG).get("data", {}).get("path") if (run / CONFIG).is_file() else None
+    if before not in (None, path):
+        console.print(
+            f"note: {run} was trained on data.path {before}, and now goes on with {path}; for a new training on "
+            f"that, give --model.init_from {run} and another --run_dir"
+        )
 
 
 def of_another_package(run: Path, package: str) -> str | None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Evaluation = Literal["full", "first_window"]
 _note = rank_zero_only(console.print)
-FORMAT = 3  # of cached folders; raise it when their contents change
+FORMAT = 4  # of cached folders; raise it when their contents change
 
 
 class TextDataModule(ResumableDataModule):

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 CHUNK = 2_000  # stories tokenized at a time; bounds the memory
 TRAINING_STORIES = 200_000  # maximum number to train a tokenizer on
-HELD_OUT = 100  # one story in this many becomes validation if the source has none
 
 
 class StorySource:
@@ -79,7 +78,7 @@ class StorySource:
             note = f"{self.path} has no validation split: the last tenth of its one text is held out"
             return texts, "" if split == "train" else note
         order = np.random.default_rng(0).permutation(len(whole))
-        held, kept = np.split(order, [max(1, len(whole) // HELD_OUT)])
+        held, kept = np.split(order, [max(1, min(len(whole) // 10, max(100, len(whole) // 100)))])
         if split == "train":
             return whole.select(np.sort(kept)), ""
         few = "" if len(held) > 20 else ", too few for a reliable loss; give validation.* or more stories"

@@ -82,10 +82,10 @@ def test_interrupt_while_modules_are_imported_ends_without_a_traceback(arguments
     assert (done.returncode, done.stdout, done.stderr) == (130, expected, "")
 
 
-@pytest.mark.parametrize("package", ["lm", "classify"])
-def test_python_without_the_libraries_is_told_to_set_them_up(package: str) -> None:
+@pytest.mark.parametrize("words", ["lm fit", "classify fit", "tinylab tell", "tinylab lm fit"])
+def test_python_without_the_libraries_is_told_to_set_them_up(words: str) -> None:
     root = Path(__file__).parents[2]
-    plain = [sys.executable, "-S", "-m", package, "fit", "--config", f"configs/{package}/demo.yaml"]
+    plain = [sys.executable, "-S", "-m", *words.split()]
     done = subprocess.run(plain, cwd=root, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "make setup, then source .venv/bin/activate" in done.stderr

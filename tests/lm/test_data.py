@@ -350,14 +350,14 @@ def test_source_without_validation_holds_out_training_stories(tmp_path, tokenize
     jsonl(tmp_path / "train.jsonl", STORIES)
     data = TextDataModule(str(tmp_path), tokenizer_folder)
     data.setup("fit")
-    assert f"1 of its {len(STORIES)} texts held out" in " ".join(capsys.readouterr().out.split())
+    assert f"{len(STORIES) // 10} of its {len(STORIES)} texts held out" in " ".join(capsys.readouterr().out.split())
     train, validation = data.corpus("train"), data.corpus("validation")
 
     def texts(corpus: Corpus) -> set[str]:
         ends = zip(corpus.offsets[:-1], corpus.offsets[1:], strict=True)
         return {TOKENIZER.decode(corpus.tokens[begin:end].tolist()) for begin, end in ends}
 
-    assert len(texts(validation)) == 1
+    assert len(texts(validation)) == len(STORIES) // 10
     assert not texts(train) & texts(validation)
     assert texts(train) | texts(validation) == set(STORIES)
     other_seed = TextDataModule(str(tmp_path), tokenizer_folder, seed=7)
@@ -394,11 +394,14 @@ def test_one_long_text_is_trained_on_and_its_end_held_out(tmp_path, tokenizer_fo
         assert printed.count(note) == 1
 
 
-@pytest.mark.parametrize(("stories", "few"), [(2099, True), (2100, False)])
-def test_held_out_stories_that_are_few_are_said_to_be(tmp_path, stories, few):
+@pytest.mark.parametrize(
+    ("stories", "held", "few"),
+    [(5, 1, True), (209, 20, True), (210, 21, False), (5_000, 100, False), (20_000, 200, False)],
+)
+def test_a_tenth_is_held_out_but_at_most_100_or_one_in_100_and_few_are_said_to_be(tmp_path, stories, held, few):
     jsonl(tmp_path / "train.jsonl", [f"Story {i}." for i in range(stories)])
     _, note = StorySource(str(tmp_path), None, streaming=False).texts("validation")
-    assert f"{stories // 100} of its {stories:,} texts held out" in note and ("too few" in note) == few
+    assert f"{held} of its {stories:,} texts held out" in note and ("too few" in note) == few
 
 
 def test_corpus_that_yields_few_tokens_gives_what_it_yields(tmp_path, capsys):

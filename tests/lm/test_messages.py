@@ -44,7 +44,7 @@ def test_run_says_what_comes_next_and_evaluation_what_figures_mean(
     said = capsys.readouterr().out
     assert "note: run has no checkpoint yet, so training starts at step 0" in said
     assert re.search(
-        r"pairs.jsonl has no validation split: 1 of its \d+ texts held out, too few for a reliable loss",
+        r"pairs.jsonl has no validation split: \d+ of its \d+ texts held out, too few for a reliable loss",
         " ".join(said.split()),
     )
     assert "--ckpt_path" not in read_record(Path("run"))["calls"][0]["command"]  # nothing was resumed
@@ -243,3 +243,21 @@ def test_a_configuration_of_the_other_package_is_told_as_such(
     config = str(ROOT / f"configs/{other}/demo.yaml")
     said = refused(capsys, "fit", "--config", config, package=package)
     assert said == f"error: {config} is a configuration of {other}: use {command(other)} fit …"
+
+
+def test_resume_on_other_data_is_noted(in_tmp: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("stories", "others"):
+        write_stories(Path(name))
+    run = ["fit", *TINY, "--run_dir=run", "--data.path"]
+    main([*run, "stories", "--trainer.max_steps=2"])
+    main([*run, "stories", "--trainer.max_steps=3", "--ckpt_path=last"])
+    assert "was trained on" not in capsys.readouterr().out
+    main([*run, "others", "--trainer.max_steps=4", "--ckpt_path=last"])
+    assert "run was trained on data.path stories, and now goes on with others" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_option_with_one_dash_is_told_to_have_two(in_tmp: Path, capsys: pytest.CaptureFixture) -> None:
+    expected = "-config: options begin with two dashes; did you mean --config?"
+    assert expected in refused(capsys, "fit", "-config", "demo.yaml")
