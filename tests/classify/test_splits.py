@@ -117,7 +117,7 @@ def test_names_given_by_hand_decide_which_class_is_which(tmp_path):
         ([("a", 0), ("b", None)], None, "review 2 has no label"),
         ([("a", 0.5), ("b", 1.0)], None, "label 0.5 of review 1"),
         ([("a", "good"), ("b", "bad")], ["good", "poor"], "label 'bad' of review 2"),
-        ([("a", "good"), ("b", "good")], None, "1 different words"),
+        ([("a", "good"), ("b", "good")], None, "1 label: expected 2 to 100"),
         ([("a", 0), ("  ", 1)], None, "review 2 is empty"),
         ([("a", 0), (None, 1)], None, "review 2 is empty or not text"),
     ],
