@@ -1,5 +1,6 @@
 """A classifier that is killed and resumed is, to the bit, the one that never was; two processes are one."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -56,4 +57,6 @@ def test_two_processes_give_the_losses_of_one_with_the_same_global_batch(
 def test_accumulation_follows_from_the_global_batch(small_run: list[str], in_tmp: Path, capsys) -> None:
     flags = ["--data.batch_size=4", "--data.global_batch_size=8", "--trainer.max_steps=1", "--report=false"]
     main(["fit", *small_run, *flags])
-    assert "each step trains 4 reviews x 2 micro-batches = 8" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "each step trains 4 reviews x 2 micro-batches = 8" in said
+    assert re.search(r"\d+ reviews to train on, \d+ to validate on; classes: negative, positive\n", said)

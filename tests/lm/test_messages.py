@@ -261,3 +261,13 @@ def test_resume_on_other_data_is_noted(in_tmp: Path, capsys: pytest.CaptureFixtu
 def test_option_with_one_dash_is_told_to_have_two(in_tmp: Path, capsys: pytest.CaptureFixture) -> None:
     expected = "-config: options begin with two dashes; did you mean --config?"
     assert expected in refused(capsys, "fit", "-config", "demo.yaml")
+
+
+def test_end_of_fit_names_the_best_step_if_it_came_before_the_last(in_tmp: Path, capsys: pytest.CaptureFixture) -> None:
+    write_stories(Path("stories"))
+    flags = ["--trainer.max_steps=8", "--trainer.val_check_interval=2", "--model.optimizer.schedule=constant"]
+    said = []
+    for rate in ("1", "1e-3"):  # the loss rises, and falls
+        main(["fit", *TINY, *flags, "--data.path=stories", f"--model.optimizer.learning_rate={rate}"])
+        said.append("best.ckpt is of step" in capsys.readouterr().out)
+    assert said == [True, False]
