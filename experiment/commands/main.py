@@ -65,7 +65,7 @@ def run(cli: type[ExperimentCLI], args: Sequence[str] | None = None) -> Experime
     except Interrupted as interruption:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         again = shlex.join(given).replace(" --ckpt_path=last", "").replace(" --ckpt_path last", "")
-        if "--run_dir" not in again and f"/{CONFIG}" in again:  # which would mean the run that it is of
+        if "--run_dir" not in again and CONFIG in again:  # which would mean the run that it is of
             again = f"{again} --run_dir {shlex.quote(interruption.run_dir)}"
         console.print(f"stopped; resume with\n  {resume or f'{command(cli.package)} {again} --ckpt_path last'}")
         sys.exit(interruption.exit_code)

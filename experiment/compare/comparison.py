@@ -128,8 +128,8 @@ def read_comparison(args: Sequence[str] | None) -> tuple[Comparison, Path]:
             row["budget"] = check_keys(number, dict.fromkeys((*BUDGETS, "points"), NUMBER), f"row {label}: budget: ")
             if row["budget"] and (len(row["budget"].keys() - {"points"}) != 1 or min(row["budget"].values()) <= 0):
                 raise InputError(f"row {label}: budget {row['budget']}: expected one of {listed(BUDGETS)}, above 0")
-            checked = typed if given else row["flags"]  # --budget overrides the file's own
-            for flag in checked.keys() & (OWN_FLAGS | BUDGET_FLAGS if row["budget"] else OWN_FLAGS):
+            limits = (typed if given else row["flags"]) if row["budget"] else ()  # --budget overrides the file's own
+            for flag in row["flags"].keys() & (OWN_FLAGS | BUDGET_FLAGS.intersection(limits)):
                 raise InputError(f"--{flag} is set for each run: use the comparison's own options; see --help")
             check_keys(row, OF_ROW, f"row {label}: ", required=("package",))
             found[label] = Run(label, content["seeds"][0], **row)

@@ -327,6 +327,7 @@ def test_flags_of_a_row_win_over_the_command_line_and_these_over_files(stand_in:
         ({"budget": {"steps": 9, "points": 0}}, [], "budget {'points': 0, 'steps': 9}: expected one of steps"),
         ({"budget": {"points": 4}}, [], "budget {'points': 4}: expected one of steps"),
         ({"rows": {"one": {"flags": {"run_dir": "x"}}}}, [], "--run_dir is set for each run"),
+        ({"rows": {"one": {"flags": {"run_dir": "x"}}}}, ["--budget", "steps=2"], "--run_dir is set for each run"),
         ({"budget": {"steps": 9}, "flags": {"trainer.max_steps": 5}}, [], "--trainer.max_steps is set for each run"),
         ({"package": "lm", "metric": {"name": "val/accuracy"}}, [], "val/accuracy: there is no such metric; expected"),
         ({"configs": ["nowhere.yaml"]}, [], "config nowhere.yaml does not exist"),

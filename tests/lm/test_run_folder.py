@@ -88,6 +88,10 @@ def test_interrupted_repetition_of_a_run_is_resumed_in_its_own_folder(
         main(["fit", "--config=runs/lm/first/config.yaml"])
     expected = "fit --config=runs/lm/first/config.yaml --run_dir runs/lm/first-2 --ckpt_path last\n"
     assert capsys.readouterr().out.endswith(expected)
+    monkeypatch.chdir("runs/lm/first")
+    with pytest.raises(SystemExit, match="130"):
+        main(["fit", "--config=config.yaml"])
+    assert capsys.readouterr().out.endswith("first-3 --ckpt_path last\n")
 
 
 def test_damaged_newest_checkpoint_is_passed_over_for_the_one_before(
